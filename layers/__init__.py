@@ -1,0 +1,27 @@
+"""Keras layers of the Qwen3-Next family. They know nothing of models."""
+
+from .decoder_layer import DecoderLayer
+from .gated_attention import AttentionSlot, GatedAttention
+from .gated_delta_net import DeltaNetSlot, GatedDeltaNet
+from .gated_rms_norm import GatedRMSNorm
+from .partial_rotary_embedding import PartialRotaryEmbedding
+from .routed_experts import RoutedExperts
+from .sparse_moe import Routing, SparseMoE, load_balancing_loss
+from .swiglu import SwiGLU
+from .zero_centered_rms_norm import ZeroCenteredRMSNorm
+
+__all__ = [
+    "AttentionSlot",
+    "DecoderLayer",
+    "DeltaNetSlot",
+    "GatedAttention",
+    "GatedDeltaNet",
+    "GatedRMSNorm",
+    "PartialRotaryEmbedding",
+    "RoutedExperts",
+    "Routing",
+    "SparseMoE",
+    "SwiGLU",
+    "ZeroCenteredRMSNorm",
+    "load_balancing_loss",
+]

@@ -1,0 +1,191 @@
+"""Gated DeltaNet, the linear mixer of Qwen3-Next."""
+
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from .gated_rms_norm import GatedRMSNorm
+from .ops import causal_conv1d, gated_delta_rule
+from .projection import from_heads, to_heads
+
+L2_EPSILON = 1e-6
+
+
+class DeltaNetSlot(NamedTuple):
+    """What a row is to a Gated DeltaNet: its last inputs and one matrix a head.
+
+    `conv` `(B, W-1, C)` in the compute dtype, `recurrent` `(B, H, K, V)` float32.
+    """
+
+    conv: object
+    recurrent: object
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class GatedDeltaNet(keras.layers.Layer):
+    """Linear attention with a gated delta rule.
+
+        q, k, v, z = x W_qkvz              b, a = x W_ba
+        q, k, v = silu(conv(q, k, v))      causal, depthwise
+        q, k = q / |q|, k / |k|
+        beta = sigmoid(b)                  g = -exp(A_log) softplus(a + dt_bias)
+        o = gated_delta_rule(q / sqrt(K), k, v, g, beta)
+        y = gated_rms_norm(o, z) W_o       per head
+
+    G key heads serve H value heads: value head h uses key head `h // (H // G)`. Projections and
+    convolution are laid out by key head, `[q | k | v of its heads | z of its heads]`, so that
+    everything but the last product shards by head.
+
+    Args:
+        linear_num_key_heads: Key heads G.
+        linear_num_value_heads: Value heads H, a multiple of G.
+        linear_key_head_dim: Width K of queries and keys.
+        linear_value_head_dim: Width V of values.
+        linear_conv_kernel_dim: Taps W of the convolution.
+        rms_norm_eps: Epsilon of the gated norm.
+        initializer_range: Standard deviation of the normal initial weights.
+
+    Call arguments:
+        x: `(B, T, width)`.
+        padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
+        segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
+        slot: `DeltaNetSlot` to continue from, or `None`.
+
+    Returns:
+        `(B, T, width)`, with a slot `(output, slot)`.
+
+    Reference: Gated Delta Networks, arXiv 2412.06464.
+    """
+
+    def __init__(
+        self,
+        linear_num_key_heads,
+        linear_num_value_heads,
+        linear_key_head_dim,
+        linear_value_head_dim,
+        linear_conv_kernel_dim=4,
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        # Inputs are cast by hand: Keras would cast the float32 state of a slot as well.
+        super().__init__(autocast=False, **kwargs)
+        if linear_num_value_heads % linear_num_key_heads:
+            raise ValueError(
+                "`linear_num_value_heads` must be a multiple of `linear_num_key_heads`. "
+                f"Received: {linear_num_value_heads=}, {linear_num_key_heads=}"
+            )
+        self.linear_num_key_heads = linear_num_key_heads
+        self.linear_num_value_heads = linear_num_value_heads
+        self.linear_key_head_dim = linear_key_head_dim
+        self.linear_value_head_dim = linear_value_head_dim
+        self.linear_conv_kernel_dim = linear_conv_kernel_dim
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.repeats = linear_num_value_heads // linear_num_key_heads
+        # Channels of a key head: its query, its key, and the values of its value heads.
+        self.group_values = self.repeats * linear_value_head_dim
+        self.group_channels = 2 * linear_key_head_dim + self.group_values
+
+    def build(self, input_shape):
+        width, policy, std = input_shape[-1], self.dtype_policy, self.initializer_range
+        groups, heads = self.linear_num_key_heads, self.linear_num_value_heads
+        qkvz = self.group_channels + self.group_values
+        self.in_proj_qkvz = to_heads(groups, qkvz, std, "in_proj_qkvz", policy)
+        self.in_proj_ba = to_heads(groups, 2 * self.repeats, std, "in_proj_ba", policy)
+        self.in_proj_qkvz.build((None, None, width))
+        self.in_proj_ba.build((None, None, width))
+        self.conv1d = self.add_weight(
+            name="conv1d",
+            shape=(self.linear_conv_kernel_dim, groups, self.group_channels),
+            initializer=keras.initializers.RandomNormal(stddev=std),
+        )
+        # Decay rates are float32 under every policy: in bfloat16 a small A rounds to 0, its
+        # logarithm to -inf, and the head is dead for good.
+        self.A_log = self.add_weight(
+            name="A_log", shape=(heads,), initializer=_log_uniform, dtype="float32", autocast=False
+        )
+        self.dt_bias = self.add_weight(
+            name="dt_bias", shape=(heads,), initializer="ones", dtype="float32", autocast=False
+        )
+        self.norm = GatedRMSNorm(self.rms_norm_eps, name="norm", dtype=policy)
+        self.norm.build((None, None, heads, self.linear_value_head_dim))
+        self.out_proj = from_heads(width, std, "out_proj", policy)
+        self.out_proj.build((None, None, heads, self.linear_value_head_dim))
+
+    def init_slot(self, batch_size, max_length=None):
+        """The slot of an empty row; its size does not depend on `max_length`."""
+        channels = self.linear_num_key_heads * self.group_channels
+        conv = (batch_size, self.linear_conv_kernel_dim - 1, channels)
+        heads = self.linear_num_value_heads
+        recurrent = (batch_size, heads, self.linear_key_head_dim, self.linear_value_head_dim)
+        return DeltaNetSlot(ops.zeros(conv, self.compute_dtype), ops.zeros(recurrent, "float32"))
+
+    def call(self, x, padding_mask=None, segment_ids=None, slot=None):
+        x = ops.cast(x, self.compute_dtype)
+        batch, length = ops.shape(x)[:2]
+        groups, heads = self.linear_num_key_heads, self.linear_num_value_heads
+        key_dim, value_dim = self.linear_key_head_dim, self.linear_value_head_dim
+
+        qkvz = self.in_proj_qkvz(x)  # (B, T, G, 2K + 2RV)
+        channels = ops.reshape(
+            qkvz[..., : self.group_channels], (batch, length, groups * self.group_channels)
+        )
+        conv = causal_conv1d(
+            channels,
+            ops.reshape(self.conv1d, (self.linear_conv_kernel_dim, -1)),
+            state=None if slot is None else slot.conv,
+            padding_mask=padding_mask,
+            segment_ids=segment_ids,
+        )
+        mixed = ops.reshape(conv.output, (batch, length, groups, self.group_channels))
+        value = ops.reshape(mixed[..., 2 * key_dim :], (batch, length, heads, value_dim))
+        gate = ops.reshape(qkvz[..., self.group_channels :], (batch, length, heads, value_dim))
+        beta, log_decay = self._gates(self.in_proj_ba(x))
+        rule = gated_delta_rule(
+            _l2_normalize(mixed[..., :key_dim]),
+            _l2_normalize(mixed[..., key_dim : 2 * key_dim]),
+            value,
+            log_decay,
+            beta,
+            state=None if slot is None else slot.recurrent,
+            padding_mask=padding_mask,
+            segment_ids=segment_ids,
+        )
+        output = self.out_proj(self.norm(rule.output, gate))
+        return output if slot is None else (output, DeltaNetSlot(conv.state, rule.state))
+
+    def _gates(self, ba):
+        """`(B, T, G, [b of its heads | a of its heads])` -> beta and g, `(B, T, H)` float32."""
+        batch, length = ops.shape(ba)[:2]
+        shape = (batch, length, self.linear_num_value_heads)
+        b, a = ops.split(ops.cast(ba, "float32"), 2, axis=-1)
+        b, a = ops.reshape(b, shape), ops.reshape(a, shape)
+        rate = ops.exp(ops.cast(self.A_log, "float32"))
+        return ops.sigmoid(b), -rate * ops.softplus(a + ops.cast(self.dt_bias, "float32"))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "linear_num_key_heads": self.linear_num_key_heads,
+            "linear_num_value_heads": self.linear_num_value_heads,
+            "linear_key_head_dim": self.linear_key_head_dim,
+            "linear_value_head_dim": self.linear_value_head_dim,
+            "linear_conv_kernel_dim": self.linear_conv_kernel_dim,
+            "rms_norm_eps": self.rms_norm_eps,
+            "initializer_range": self.initializer_range,
+        }
+
+
+def _l2_normalize(x):
+    x = ops.cast(x, "float32")
+    return x * ops.rsqrt(ops.sum(ops.square(x), axis=-1, keepdims=True) + L2_EPSILON)
+
+
+def _log_uniform(shape, dtype=None):
+    """log A with A ~ U(0.01, 16); from 0 on, a draw could be a head that never decays."""
+    return ops.log(keras.initializers.RandomUniform(0.01, 16.0)(shape, dtype))

@@ -1,0 +1,20 @@
+"""The normalisation layers that `normalization_type` chooses from."""
+
+import keras
+
+from .zero_centered_rms_norm import ZeroCenteredRMSNorm
+
+NORMALIZATIONS = {
+    "zero_centered_rms_norm": ZeroCenteredRMSNorm,
+    "rms_norm": keras.layers.RMSNormalization,
+}
+
+
+def make_norm(normalization_type, epsilon, name, dtype):
+    """Creates the norm called `normalization_type` in a config."""
+    if normalization_type not in NORMALIZATIONS:
+        raise ValueError(
+            f"`normalization_type` must be one of {sorted(NORMALIZATIONS)}. "
+            f"Received: {normalization_type=}"
+        )
+    return NORMALIZATIONS[normalization_type](epsilon=epsilon, name=name, dtype=dtype)

@@ -1,0 +1,78 @@
+"""Bind a pure (forward, backward) pair to the differentiation of the active backend.
+
+    forward(*inputs)                 -> (outputs, residuals)
+    backward(residuals, *cotangents) -> one gradient per input, `None` for integer inputs
+
+Inputs are a flat list of tensors, `outputs` is a tensor or a tuple of tensors, residuals are any
+nest of tensors. Static options belong in closures, built once and cached, so that backends that
+cache by function identity do not trace again.
+"""
+
+import keras
+
+BACKEND = keras.backend.backend()
+
+
+def custom_gradient(forward, backward):
+    """Returns `f(*inputs) -> outputs`, differentiated by `backward` instead of by tracing."""
+    return {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}[BACKEND](forward, backward)
+
+
+def _jax(forward, backward):
+    import jax
+
+    @jax.custom_vjp
+    def function(*inputs):
+        return forward(*inputs)[0]
+
+    def pull_back(residuals, cotangents):
+        return tuple(backward(residuals, *_as_tuple(cotangents)))
+
+    function.defvjp(forward, pull_back)
+    return function
+
+
+def _tensorflow(forward, backward):
+    import tensorflow as tf
+
+    # Both halves are XLA programs of their own: their loops update buffers in place whether the
+    # caller runs eagerly, in a graph or under XLA. A plain TensorFlow loop would copy them.
+    forward = tf.function(forward, jit_compile=True, autograph=False)
+    backward = tf.function(backward, jit_compile=True, autograph=False)
+
+    @tf.custom_gradient
+    def function(*inputs):
+        outputs, residuals = forward(*inputs)
+
+        def pull_back(*cotangents):
+            return list(backward(residuals, *cotangents))
+
+        return outputs, pull_back
+
+    def call(*inputs):
+        return function(*(tf.convert_to_tensor(x) for x in inputs))
+
+    return call
+
+
+def _torch(forward, backward):
+    import torch
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            outputs, residuals = forward(*inputs)
+            ctx.structure = residuals
+            ctx.save_for_backward(*keras.tree.flatten(residuals))
+            return outputs
+
+        @staticmethod
+        def backward(ctx, *cotangents):
+            residuals = keras.tree.pack_sequence_as(ctx.structure, ctx.saved_tensors)
+            return tuple(backward(residuals, *cotangents))
+
+    return Function.apply
+
+
+def _as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)

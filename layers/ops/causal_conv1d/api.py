@@ -1,0 +1,104 @@
+"""Causal depthwise convolution over the real tokens of a row.
+
+    y_t[c] = activation(sum_{j < W} kernel[W-1-j, c] * x_{t-j}[c])
+
+where x_{t-j} is the j-th real token before t in the same segment, taken from the state once the
+row itself runs out, and 0 where there is none. W taps are W shifted products: for the few taps of
+a short convolution that is faster than a convolution primitive on every backend.
+"""
+
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from ..rows import permute_tokens
+from ..sequence import compaction, segment_index, valid_lengths
+
+
+class CausalConv1DOutput(NamedTuple):
+    """`output` `(B, T, C)`, 0 at padding; `state` `(B, W-1, C)`, the inputs of the last tokens."""
+
+    output: object
+    state: object
+
+
+def causal_conv1d(
+    inputs, kernel, *, state=None, padding_mask=None, segment_ids=None, activation="silu"
+):
+    """Convolves `inputs` with a depthwise kernel of W taps and returns the new tail as state.
+
+    Padding may stand anywhere: the taps of a token are the real tokens before it.
+
+    Args:
+        inputs: `(B, T, C)`.
+        kernel: `(W, C)`; the last tap multiplies the current token.
+        state: `(B, W-1, C)`, the inputs of the W-1 tokens before these, or `None` for zeros.
+        padding_mask: `(B, T)` bool, true at real tokens, or `None`.
+        segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`. The first
+            segment continues `state`.
+        activation: a Keras activation name, or `None`.
+
+    Returns:
+        `CausalConv1DOutput(output, state)`; the state keeps the tokens of the last segment only.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check(inputs, kernel, state)
+    taps, channels = kernel.shape
+    batch, length = ops.shape(inputs)[:2]
+    kernel = ops.cast(kernel, inputs.dtype)
+    if state is None:
+        state = ops.zeros((batch, taps - 1, channels), inputs.dtype)
+    state = ops.cast(state, inputs.dtype)
+
+    segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
+    if padding_mask is not None:
+        order, destination = compaction(padding_mask)
+        inputs = permute_tokens(ops.where(padding_mask[..., None], inputs, 0.0), order, destination)
+        if segment is not None:
+            segment = ops.take_along_axis(segment, order, axis=-1)
+
+    extended = ops.concatenate([state, inputs], axis=1)  # (B, W-1+T, C)
+    if segment is not None:
+        # Numbers start at 0 with the segment that continues the state.
+        segment = ops.pad(segment, [[0, 0], [taps - 1, 0]])
+    output = 0.0
+    for tap in range(taps):
+        term = extended[:, tap : tap + length] * kernel[tap]
+        if segment is not None and tap < taps - 1:
+            same = segment[:, tap : tap + length] == segment[:, taps - 1 :]
+            term = ops.where(same[..., None], term, 0.0)
+        output = output + term
+    output = keras.activations.get(activation)(output)
+
+    if padding_mask is None:
+        new_state = extended[:, length:]
+        kept = None if segment is None else segment[:, length:] == segment[:, -1:]
+    else:
+        output = permute_tokens(output, destination, order)
+        output = ops.where(padding_mask[..., None], output, 0.0)
+        places = valid_lengths(padding_mask)[:, None] + ops.arange(taps - 1, dtype="int32")
+        new_state = ops.take_along_axis(extended, places[..., None], axis=1)
+        # Compacted padding stands behind the real tokens and carries the last of their numbers.
+        kept = None
+        if segment is not None:
+            kept = ops.take_along_axis(segment, places, axis=1) == segment[:, -1:]
+    if kept is not None:
+        new_state = ops.where(kept[..., None], new_state, 0.0)
+    return CausalConv1DOutput(output, new_state)
+
+
+def _check(inputs, kernel, state):
+    if len(inputs.shape) != 3 or len(kernel.shape) != 2 or inputs.shape[2] != kernel.shape[1]:
+        raise ValueError(
+            "`inputs` must have shape (batch, tokens, channels) and `kernel` (taps, channels). "
+            f"Received: inputs.shape={tuple(inputs.shape)}, kernel.shape={tuple(kernel.shape)}"
+        )
+    expected = (kernel.shape[0] - 1, kernel.shape[1])
+    if state is not None and tuple(state.shape[1:]) != expected:
+        raise ValueError(
+            f"`state` must have shape (batch, *{expected}). "
+            f"Received: state.shape={tuple(state.shape)}"
+        )

@@ -1,0 +1,112 @@
+"""Cross-entropy over large vocabularies.
+
+    loss_n = logsumexp_v(z_nv) - z_n,label(n)        z = hidden @ kernel
+
+`linear_cross_entropy` never holds the logits of more than one chunk of rows, forward or backward;
+the backward pass recomputes a chunk's logits and turns them into gradients at once, keeping only
+the hidden states and the kernel from the forward pass.
+"""
+
+import functools
+
+from keras import ops
+
+from ..autodiff import custom_gradient
+from ..loops import scan
+
+IGNORE = -100
+CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
+
+
+def cross_entropy(logits, labels):
+    """Loss of every row from its logits.
+
+    Args:
+        logits: `(..., V)`, any float dtype; the loss is computed in float32.
+        labels: `(...)` integers; -100 is ignored.
+
+    Returns:
+        `(...)` float32, 0 at ignored labels.
+    """
+    logits = ops.cast(logits, "float32")
+    labels = ops.cast(labels, "int32")
+    losses = ops.logsumexp(logits, axis=-1) - _pick(logits, labels)
+    return ops.where(labels == IGNORE, 0.0, losses)
+
+
+def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None):
+    """Loss of every row from its hidden state and the kernel of the language-model head.
+
+    Args:
+        hidden: `(N, D)`.
+        kernel: `(D, V)`.
+        labels: `(N,)` integers; -100 is ignored.
+        chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
+
+    Returns:
+        `(N,)` float32, 0 at ignored labels.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    if len(hidden.shape) != 2 or len(kernel.shape) != 2 or hidden.shape[1] != kernel.shape[0]:
+        raise ValueError(
+            "`hidden` must have shape (rows, dim) and `kernel` (dim, vocabulary). "
+            f"Received: hidden.shape={tuple(hidden.shape)}, kernel.shape={tuple(kernel.shape)}"
+        )
+    if len(labels.shape) != 1:
+        raise ValueError(
+            f"`labels` must have shape (rows,). Received: labels.shape={tuple(labels.shape)}"
+        )
+    count = ops.shape(hidden)[0]
+    if chunk_rows is None:
+        chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
+    if isinstance(count, int):
+        chunk_rows = max(1, min(chunk_rows, count))
+    missing = -count % chunk_rows
+    hidden = ops.concatenate([hidden, ops.zeros((missing, hidden.shape[1]), hidden.dtype)])
+    labels = ops.cast(labels, "int32")
+    labels = ops.concatenate([labels, ops.full((missing,), IGNORE, "int32")])
+    hidden = ops.reshape(hidden, (-1, chunk_rows, hidden.shape[1]))
+    labels = ops.reshape(labels, (-1, chunk_rows))
+    kernel = ops.cast(kernel, hidden.dtype)
+    return ops.reshape(_differentiable()(hidden, kernel, labels), (-1,))[:count]
+
+
+@functools.cache
+def _differentiable():
+    def forward(hidden, kernel, labels):
+        def step(carry, xs):
+            rows, label = xs
+            return carry, (cross_entropy(rows @ kernel, label),)
+
+        into = (ops.zeros_like(labels, "float32"),)
+        _, (losses,) = scan(step, (), (hidden, labels), into)
+        return losses, (hidden, kernel, labels)
+
+    def backward(residuals, d_losses):
+        hidden, kernel, labels = residuals
+
+        def step(carry, xs):
+            (d_kernel,) = carry
+            rows, label, d_loss = xs
+            d_loss = ops.where(label == IGNORE, 0.0, d_loss)[:, None]
+            logits = ops.cast(rows @ kernel, "float32")
+            places = ops.arange(kernel.shape[1], dtype="int32") == label[:, None]
+            d_logits = d_loss * (ops.softmax(logits) - ops.cast(places, "float32"))
+            d_logits = ops.cast(d_logits, kernel.dtype)
+            d_rows = d_logits @ ops.transpose(kernel)
+            d_kernel = d_kernel + ops.cast(ops.transpose(rows) @ d_logits, "float32")
+            return (d_kernel,), (d_rows,)
+
+        carry = (ops.zeros(kernel.shape, "float32"),)
+        xs = (hidden, labels, d_losses)
+        (d_kernel,), (d_hidden,) = scan(step, carry, xs, (ops.zeros_like(hidden),))
+        return d_hidden, ops.cast(d_kernel, kernel.dtype), None
+
+    return custom_gradient(forward, backward)
+
+
+def _pick(logits, labels):
+    index = ops.expand_dims(ops.maximum(labels, 0), -1)
+    return ops.take_along_axis(logits, index, axis=-1)[..., 0]

@@ -1,0 +1,3 @@
+from .api import GatedDeltaRuleOutput, gated_delta_rule
+
+__all__ = ["GatedDeltaRuleOutput", "gated_delta_rule"]

@@ -1,0 +1,213 @@
+"""The gated delta rule (Gated Delta Networks, arXiv 2412.06464).
+
+    S_t = exp(g_t) S_{t-1} + k_t d_t^T        d_t = beta_t (v_t - exp(g_t) S_{t-1}^T k_t)
+    o_t = scale * S_t^T q_t                   decay first, then the write, then the read
+
+Each head keeps one matrix S `(K, V)`, in float32, whatever the dtype of the inputs.
+"""
+
+import functools
+from typing import NamedTuple
+
+from keras import ops
+
+from ..autodiff import custom_gradient
+from ..sequence import segment_index
+from . import chunked, recurrent
+
+RECURRENT_LIMIT = 4
+
+
+class GatedDeltaRuleOutput(NamedTuple):
+    """`output` `(B, T, H, V)` in the dtype of `value`; `state` `(B, H, K, V)` float32."""
+
+    output: object
+    state: object
+
+
+def gated_delta_rule(
+    query,
+    key,
+    value,
+    log_decay,
+    beta,
+    *,
+    state=None,
+    padding_mask=None,
+    segment_ids=None,
+    scale=None,
+    chunk_size=64,
+    implementation=None,
+):
+    """Runs the gated delta rule over T tokens and returns the outputs and the final state.
+
+    Value head h reads and writes with key head `h // (H // G)`. Queries and keys are used as they
+    come: normalise them first. At a padded token the state stays as it is and the output is 0. A
+    new segment starts from a zero state; the first segment of a row continues `state`.
+
+    Args:
+        query, key: `(B, T, G, K)`.
+        value: `(B, T, H, V)`, H a multiple of G.
+        log_decay: `(B, T, H)`, `g <= 0`.
+        beta: `(B, T, H)`, write strength, usually in [0, 1].
+        state: `(B, H, K, V)` float32 or `None` for zeros.
+        padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
+        segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
+        scale: factor on the query. Defaults to `K ** -0.5`.
+        chunk_size: tokens a chunk, a power of two.
+        implementation: `"chunked"` (matrix products over chunks, own backward pass),
+            `"recurrent"` (token by token, a static and small T without segments), or `None` for
+            the recurrent one up to 4 tokens and the chunked one beyond.
+
+    Returns:
+        `GatedDeltaRuleOutput(output, state)`.
+
+    Raises:
+        ValueError: shapes that do not fit together, a chunk size that is no power of two, or an
+            unknown implementation.
+    """
+    _check(query, key, value, log_decay, beta, state, chunk_size, implementation)
+    batch, length, groups, key_dim = ops.shape(query)
+    heads, value_dim = value.shape[2:]
+    repeats = heads // groups
+    dtype = value.dtype
+    scale = key_dim**-0.5 if scale is None else scale
+
+    query, key, value, log_decay, beta = (
+        ops.cast(x, "float32") for x in (query, key, value, log_decay, beta)
+    )
+    query = ops.reshape(query * scale, (batch, length, groups, 1, key_dim))
+    key = ops.reshape(key, (batch, length, groups, 1, key_dim))
+    value = ops.reshape(value, (batch, length, groups, repeats, value_dim))
+    log_decay = ops.reshape(log_decay, (batch, length, groups, repeats))
+    beta = ops.reshape(beta, (batch, length, groups, repeats))
+    if padding_mask is not None:
+        real = padding_mask[:, :, None, None]
+        log_decay = ops.where(real, log_decay, 0.0)
+        beta = ops.where(real, beta, 0.0)
+    state_shape = (batch, groups, repeats, key_dim, value_dim)
+    if state is None:
+        state = ops.zeros(state_shape, "float32")
+    else:
+        state = ops.reshape(ops.cast(state, "float32"), state_shape)
+
+    static_length = length if isinstance(length, int) else None
+    if implementation is None:
+        few = static_length is not None and static_length <= RECURRENT_LIMIT
+        implementation = "recurrent" if few and segment_ids is None else "chunked"
+    if implementation == "recurrent":
+        if static_length is None or segment_ids is not None:
+            raise ValueError(
+                "implementation='recurrent' takes a static number of tokens and no segments. "
+                f"Received: value.shape={tuple(value.shape)}, segment_ids={segment_ids}"
+            )
+        output, state = _recurrent(query, key, value, log_decay, beta, state)
+    else:
+        if static_length is not None:
+            chunk_size = min(chunk_size, 1 << max(static_length - 1, 0).bit_length())
+        if segment_ids is None:
+            segment = ops.zeros((batch, length), "int32")
+        else:
+            segment = segment_index(segment_ids, padding_mask)
+        output, state = _chunked(
+            query, key, value, log_decay, beta, segment, state, chunk_size=chunk_size
+        )
+    output = ops.reshape(output, (batch, length, heads, value_dim))
+    if padding_mask is not None:
+        output = ops.where(padding_mask[:, :, None, None], output, 0.0)
+    state = ops.reshape(state, (batch, heads, key_dim, value_dim))
+    return GatedDeltaRuleOutput(ops.cast(output, dtype), state)
+
+
+def _recurrent(query, key, value, log_decay, beta, state):
+    xs = (query, key, value, ops.exp(log_decay), beta)
+    output, state = recurrent.run(*(ops.moveaxis(x, 1, 0) for x in xs), state)
+    return ops.moveaxis(output, 0, 1), state
+
+
+def _chunked(query, key, value, log_decay, beta, segment, state, chunk_size):
+    length = ops.shape(value)[1]
+    xs = (query, key, value, log_decay, beta)
+    xs = [_to_chunks(x, chunk_size, head_axes=2) for x in xs]
+    # Padding the tail with the last segment's number keeps its state.
+    segment = _pad_to_chunks(segment, chunk_size, repeat_last=True)
+    segment = ops.moveaxis(_split(segment, chunk_size), 1, 0)
+    output, state = _differentiable()(*xs, segment, state)
+    output = ops.moveaxis(ops.moveaxis(output, 0, 1), -2, 2)  # (B, N, C, G, R, V)
+    output = ops.reshape(output, (ops.shape(value)[0], -1, *value.shape[2:]))
+    return output[:, :length], state
+
+
+@functools.cache
+def _differentiable():
+    def forward(query, key, value, log_decay, beta, segment, state):
+        chunks = chunked.Chunk(query, key, value, log_decay, beta, segment)
+        output, final, starts = chunked.forward(chunks, state)
+        return (output, final), (tuple(chunks), starts)
+
+    def backward(residuals, d_output, d_final):
+        chunks, starts = residuals
+        grads, d_state = chunked.backward(chunked.Chunk(*chunks), *starts, d_output, d_final)
+        return (*grads, None, d_state)
+
+    return custom_gradient(forward, backward)
+
+
+def _to_chunks(x, size, head_axes):
+    """`(B, T, G, R, ...)` -> `(N, B, G, R, C, ...)`, the tail padded with zeros."""
+    x = _split(_pad_to_chunks(x, size), size)  # (B, N, C, G, R, ...)
+    return ops.moveaxis(ops.moveaxis(x, 2, 2 + head_axes), 1, 0)
+
+
+def _split(x, size):
+    batch, _, *rest = ops.shape(x)
+    return ops.reshape(x, (batch, -1, size, *rest))
+
+
+def _pad_to_chunks(x, size, repeat_last=False):
+    """Pads axis 1 to a multiple of `size`; zeros are tokens that neither decay nor write."""
+    batch, length, *rest = ops.shape(x)
+    missing = -length % size
+    if isinstance(missing, int) and missing == 0:
+        return x
+    tail = ops.zeros((batch, missing, *rest), x.dtype)
+    return ops.concatenate([x, tail + x[:, -1:] if repeat_last else tail], axis=1)
+
+
+def _check(query, key, value, log_decay, beta, state, chunk_size, implementation):
+    for name, x, rank in (("query", query, 4), ("key", key, 4), ("value", value, 4)):
+        if len(x.shape) != rank:
+            raise ValueError(
+                f"`{name}` must have shape (batch, tokens, heads, dim). "
+                f"Received: {name}.shape={tuple(x.shape)}"
+            )
+    if tuple(query.shape[2:]) != tuple(key.shape[2:]):
+        raise ValueError(
+            "`query` and `key` must have the same heads and dim. "
+            f"Received: query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
+        )
+    groups, heads = key.shape[2], value.shape[2]
+    if heads % groups:
+        raise ValueError(
+            "The heads of `value` must be a multiple of those of `key`. "
+            f"Received: value.shape={tuple(value.shape)}, key.shape={tuple(key.shape)}"
+        )
+    for name, x in (("log_decay", log_decay), ("beta", beta)):
+        if len(x.shape) != 3 or x.shape[2] != heads:
+            raise ValueError(
+                f"`{name}` must have shape (batch, tokens, {heads}). "
+                f"Received: {name}.shape={tuple(x.shape)}"
+            )
+    expected = (heads, key.shape[3], value.shape[3])
+    if state is not None and tuple(state.shape[1:]) != expected:
+        raise ValueError(
+            f"`state` must have shape (batch, *{expected}). "
+            f"Received: state.shape={tuple(state.shape)}"
+        )
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
+    if implementation not in (None, "chunked", "recurrent"):
+        raise ValueError(
+            "`implementation` must be None, 'chunked' or 'recurrent'. "
+            f"Received: {implementation=}"
+        )

@@ -1,0 +1,3 @@
+from .api import grouped_matmul
+
+__all__ = ["grouped_matmul"]

@@ -1,0 +1,74 @@
+"""The loops and in-place updates that `keras.ops` lacks or gets wrong under XLA.
+
+None of these is meant to be differentiated: the ops that use them bring their own backward pass.
+"""
+
+import keras
+from keras import ops
+
+BACKEND = keras.backend.backend()
+
+
+def scan(step, carry, xs, into, reverse=False):
+    """Runs `carry, ys = step(carry, xs[i])` for every i and stacks the ys.
+
+    `keras.ops.scan` sizes its outputs from the carry on TensorFlow, so it cannot return anything
+    of another shape or dtype; here the caller passes the buffers.
+
+    Args:
+        step: `step(carry, x) -> (carry, y)`; `carry`, `x` and `y` are tuples of tensors.
+        carry: tuple of tensors.
+        xs: tuple of tensors with a common leading axis of length N.
+        into: tuple of zero tensors, shaped and typed as the stacked ys `(N, ...)`.
+        reverse: run from i = N - 1 down to 0; `ys[i]` still belongs to `xs[i]`.
+
+    Returns:
+        `(carry, ys)`.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        return jax.lax.scan(step, carry, xs, reverse=reverse)
+
+    length = ops.shape(xs[0])[0]
+    if BACKEND == "torch":
+        ys = [None] * length
+        for i in reversed(range(length)) if reverse else range(length):
+            carry, ys[i] = step(carry, tuple(x[i] for x in xs))
+        return carry, tuple(ops.stack(y) for y in zip(*ys))
+
+    def body(i, loop):
+        carry, ys = loop
+        i = length - 1 - i if reverse else i
+        carry, y = step(carry, tuple(x[i] for x in xs))
+        return carry, tuple(set_row(buffer, i, row) for buffer, row in zip(ys, y))
+
+    return ops.fori_loop(0, length, body, (carry, into))
+
+
+def set_row(buffer, index, row):
+    """`buffer[index] = row` for a scalar integer tensor `index`."""
+    return set_rows(buffer, index, ops.expand_dims(row, 0))
+
+
+def set_rows(buffer, start, rows):
+    """`buffer[start : start + len(rows)] = rows` for a scalar integer tensor `start`."""
+    return ops.slice_update(buffer, [start] + [0] * (len(buffer.shape) - 1), rows)
+
+
+def get_rows(buffer, start, count):
+    """`buffer[start : start + count]` for a scalar integer tensor `start` and a static `count`."""
+    starts = [start] + [0] * (len(buffer.shape) - 1)
+    return ops.slice(buffer, starts, (count, *ops.shape(buffer)[1:]))
+
+
+def scatter_rows(buffer, index, rows):
+    """Writes `rows` (N, ...) at `index` (N,) into `buffer` (M, ...); an index of M is dropped.
+
+    Indices other than M must be distinct.
+    """
+    if BACKEND == "jax":
+        return buffer.at[index].set(rows, mode="drop", unique_indices=False)
+    # A spare row takes what is to be dropped: TensorFlow on the CPU refuses an index out of range.
+    spare = ops.concatenate([buffer, ops.zeros_like(buffer[:1])], axis=0)
+    return ops.scatter_update(spare, ops.expand_dims(index, -1), rows)[:-1]

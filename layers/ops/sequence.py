@@ -1,0 +1,81 @@
+"""Where the real tokens of a padded row are, and where its packed segments begin.
+
+Padding may stand anywhere in a row: on the left, on the right, on both sides or between tokens.
+"""
+
+from keras import ops
+
+
+def valid_lengths(padding_mask):
+    """Number of real tokens in each row. `(B, T)` bool -> `(B,)` int32."""
+    return ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+
+
+def token_ranks(padding_mask):
+    """0-based rank of every token among the real tokens of its row, counted up to and including it.
+
+    A padded token has the rank of the last real one before it (-1 where there is none).
+    """
+    return ops.cumsum(ops.cast(padding_mask, "int32"), axis=-1) - 1
+
+
+def compaction(padding_mask):
+    """The permutation that moves the real tokens of every row to its front, in order.
+
+    Returns:
+        `(order, destination)`, both `(B, T)` int32 and inverse to each other:
+        `compact[b, s] = x[b, order[b, s]]` and `x[b, t] = compact[b, destination[b, t]]`.
+    """
+    mask = ops.cast(padding_mask, "int32")
+    padded_ranks = ops.cumsum(1 - mask, axis=-1) - 1
+    real = ops.sum(mask, axis=-1, keepdims=True)
+    destination = ops.where(padding_mask, token_ranks(padding_mask), real + padded_ranks)
+    return ops.cast(ops.argsort(destination, axis=-1), "int32"), destination
+
+
+def segment_index(segment_ids, padding_mask=None):
+    """Numbers the runs of equal segment ids in a row 0, 1, 2, ...; padding belongs to no run.
+
+    Two real tokens with no other real token between them share a run when their ids are equal.
+    A padded token takes the number of the last real token before it, so that padding never starts
+    a segment.
+
+    Args:
+        segment_ids: `(B, T)` integers, any values.
+        padding_mask: `(B, T)` bool, true at real tokens, or `None`.
+
+    Returns:
+        `(B, T)` int32, non-decreasing along T and 0 at the first real token.
+    """
+    ids = ops.cast(segment_ids, "int32")
+    if padding_mask is not None:
+        order, _ = compaction(padding_mask)
+        ids = ops.take_along_axis(ids, order, axis=-1)
+    changed = ops.cast(ids[:, 1:] != ids[:, :-1], "int32")
+    index = ops.cumsum(ops.pad(changed, [[0, 0], [1, 0]]), axis=-1)
+    if padding_mask is not None:
+        index = ops.take_along_axis(index, ops.maximum(token_ranks(padding_mask), 0), axis=-1)
+    return index
+
+
+def segment_positions(index, padding_mask=None):
+    """0-based position of every token in its segment, counting real tokens only.
+
+    Args:
+        index: `(B, T)` int32 from `segment_index`, or `None` for one segment a row.
+        padding_mask: `(B, T)` bool or `None`.
+
+    Returns:
+        `(B, T)` int32; a padded token repeats the position before it.
+    """
+    if index is None:
+        return ops.maximum(token_ranks(padding_mask), 0)
+    ranks = token_ranks(ops.ones_like(index) if padding_mask is None else padding_mask)
+    batch, length = ops.shape(index)
+    # Offset row by row, the numbers of the whole batch are one sorted sequence, in which the
+    # first place of an equal number is where its segment begins.
+    rows = ops.expand_dims(ops.arange(batch, dtype="int32"), -1)
+    keys = ops.reshape(index + rows * (length + 1), (-1,))
+    first = ops.searchsorted(keys, keys, side="left")
+    first = ops.reshape(ops.cast(first, "int32"), (batch, length)) - rows * length
+    return ops.maximum(ranks - ops.maximum(ops.take_along_axis(ranks, first, axis=-1), 0), 0)

@@ -1,0 +1,65 @@
+"""Rotary position embedding of the first part of every head."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class PartialRotaryEmbedding(keras.layers.Layer):
+    """Rotates the first `partial_rotary_factor` of the head dims, the rest passes through.
+
+    With r rotated dims, dim i < r/2 is paired with dim i + r/2 (the halves, not neighbours):
+
+        angle = position * rope_theta^(-2i / r)
+        (x_i, x_{i+r/2}) -> (x_i cos - x_{i+r/2} sin,  x_{i+r/2} cos + x_i sin)
+
+    Angles and rotation are computed in float32, the result has the dtype of x.
+
+    Args:
+        rope_theta: Base of the wavelengths. Defaults to `10000.0`.
+        partial_rotary_factor: Fraction of the head dims that are rotated. Defaults to `1.0`.
+
+    Call arguments:
+        x: `(B, T, H, D)`.
+        positions: `(B, T)` or `(1, T)` integers.
+
+    Reference: RoFormer, arXiv 2104.09864.
+    """
+
+    def __init__(self, rope_theta=10000.0, partial_rotary_factor=1.0, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.rope_theta = rope_theta
+        self.partial_rotary_factor = partial_rotary_factor
+
+    def call(self, x, positions):
+        rotated = rotary_dim(x.shape[-1], self.partial_rotary_factor)
+        half = rotated // 2
+        exponents = ops.arange(0, rotated, 2, dtype="float32") / rotated
+        frequencies = ops.power(ops.cast(self.rope_theta, "float32"), -exponents)
+        angles = ops.cast(positions, "float32")[..., None, None] * frequencies  # (B, T, 1, r/2)
+        cos, sin = ops.cos(angles), ops.sin(angles)
+        first = ops.cast(x[..., :half], "float32")
+        second = ops.cast(x[..., half:rotated], "float32")
+        turned = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return ops.concatenate([ops.cast(turned, x.dtype), x[..., rotated:]], axis=-1)
+
+    def compute_output_shape(self, input_shape, positions_shape=None):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rope_theta": self.rope_theta,
+            "partial_rotary_factor": self.partial_rotary_factor,
+        }
+
+
+def rotary_dim(head_dim, partial_rotary_factor):
+    """Number of rotated dims of a head, which must be even."""
+    rotated = int(head_dim * partial_rotary_factor)
+    if rotated % 2 or not 0 < rotated <= head_dim:
+        raise ValueError(
+            "`head_dim * partial_rotary_factor` must be even and between 2 and `head_dim`. "
+            f"Received: {head_dim=}, {partial_rotary_factor=}"
+        )
+    return rotated

@@ -1,0 +1,230 @@
+"""The language model: the trunk, the head over the vocabulary, training and generation."""
+
+import contextlib
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from qwen3_next.backbone import Qwen3NextBackbone
+from qwen3_next.inputs import IGNORE, next_token_labels, unpack
+from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
+from qwen3_next.task import Task
+
+
+class LanguageModelOutput(NamedTuple):
+    """What a call with labels gives.
+
+    `logits` `(B, T, vocab)`; `loss`, the mean cross-entropy over the labels plus
+    `router_aux_loss_coef` times `aux_loss`; `aux_loss`, the load-balancing loss (`None` for a
+    dense model).
+    """
+
+    logits: object
+    loss: object
+    aux_loss: object
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class Qwen3Next(Task):
+    """Qwen3-Next language model.
+
+    `fit(x, y)` trains on labels that line up with the logits; `fit(x)` alone trains on the next
+    token of x. Labels of -100 and labels at padding are ignored. Neither holds the logits of the
+    whole batch: the cross-entropy is fused with the head, unless a metric or a loss of one's own
+    asks for logits.
+
+    Args:
+        config: `Qwen3NextConfig`, or its fields as keyword arguments.
+        gradient_checkpointing: Whether training recomputes the inside of every layer in the
+            backward pass instead of keeping it.
+        dtype: Dtype policy of all layers, such as `"mixed_bfloat16"`.
+
+    Call arguments:
+        inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and optionally `"padding_mask"`
+            (true at real tokens, anywhere in the row) and `"segment_ids"` (packed sequences).
+        labels: `(B, T)` unshifted token ids, -100 where ignored; the shift happens inside.
+        training: Whether to apply dropout and checkpointing.
+
+    Returns:
+        Logits `(B, T, vocab)`; with labels a `LanguageModelOutput`.
+
+    Example:
+
+    ```python
+    model = Qwen3Next.from_variant("tiny")
+    model.compile("adamw")
+    model.fit(token_ids)
+    tokens, stats = model.generate([[1, 2, 3]], max_new_tokens=16)
+    ```
+    """
+
+    def __init__(self, config=None, *, gradient_checkpointing=False, name=None, dtype=None, **fields):
+        super().__init__(config, name=name, dtype=dtype, **fields)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.backbone = Qwen3NextBackbone(
+            self.config,
+            gradient_checkpointing=gradient_checkpointing,
+            name="model",
+            dtype=self.dtype_policy,
+        )
+        self.lm_head = None
+        if not self.config.tie_word_embeddings:
+            self.lm_head = keras.layers.Dense(
+                self.config.vocab_size,
+                use_bias=False,
+                kernel_initializer=keras.initializers.RandomNormal(
+                    stddev=self.config.initializer_range
+                ),
+                name="lm_head",
+                dtype=self.dtype_policy,
+            )
+        self.expert_load_max = self.expert_load_unused = None
+        if self.config.mixture_layers:
+            self.expert_load_max = keras.metrics.Mean(name="expert_load_max")
+            self.expert_load_unused = keras.metrics.Mean(name="expert_load_unused")
+        self._in_step = False
+        self._fused_loss = True
+        self.build()
+
+    def build(self, input_shape=None):
+        if self.built:
+            return
+        if self.lm_head is not None:
+            self.lm_head.build((None, None, self.config.hidden_size))
+        self.built = True
+
+    def call(self, inputs, labels=None, training=None):
+        output = self.backbone(inputs, full_output=True, training=training)
+        if labels is not None:
+            labels = next_token_labels(unpack(inputs), labels)
+            loss = self._mean_loss({"hidden": output.hidden}, labels)
+            if output.aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * output.aux_loss
+            return LanguageModelOutput(self.logits(output.hidden), loss, output.aux_loss)
+        if not self._in_step:
+            return self.logits(output.hidden)
+        predictions = {"aux_loss": output.aux_loss, "expert_load": output.expert_load}
+        if self._fused_loss:
+            predictions["hidden"] = output.hidden
+        else:
+            predictions["logits"] = self.logits(output.hidden)
+        return {key: value for key, value in predictions.items() if value is not None}
+
+    def logits(self, hidden):
+        """Hidden states `(..., D)` -> logits `(..., vocab)`."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden)
+        return ops.matmul(hidden, ops.cast(self.head_kernel(), hidden.dtype))
+
+    def head_kernel(self):
+        """Kernel `(D, vocab)` of the head."""
+        if self.lm_head is not None:
+            return ops.convert_to_tensor(self.lm_head.kernel)
+        return ops.transpose(ops.convert_to_tensor(self.backbone.embed_tokens.embeddings))
+
+    def compile(
+        self,
+        optimizer="adamw",
+        loss="sparse_categorical_crossentropy",
+        metrics=None,
+        weighted_metrics=None,
+        **kwargs,
+    ):
+        """As `keras.Model.compile`; the default loss is the cross-entropy from logits.
+
+        `weighted_metrics` leave out ignored labels, `metrics` are given all positions.
+        """
+        super().compile(
+            optimizer, loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
+        )
+        loss = self.loss
+        self._token_loss = (
+            isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+            and loss.reduction == "sum_over_batch_size"
+        )
+        self._fused_loss = self._token_loss and not (metrics or weighted_metrics)
+
+    # `_in_step` is read while a step is traced: within it `call` returns what the loss needs, and
+    # everywhere else logits.
+
+    def train_step(self, *args, **kwargs):
+        with self._step():
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args, **kwargs):
+        with self._step():
+            return super().test_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _step(self):
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        predictions = y_pred if isinstance(y_pred, dict) else {"logits": y_pred}
+        labels = self._labels(x, y)
+        if self._token_loss:
+            loss = self._mean_loss(predictions, labels, sample_weight)
+            loss = sum((ops.sum(extra) for extra in self.losses), start=loss)
+        else:
+            weight = _label_weight(labels, sample_weight)
+            loss = super().compute_loss(
+                x, ops.maximum(labels, 0), predictions["logits"], weight, training
+            )
+        if training and "aux_loss" in predictions:
+            loss = loss + self.config.router_aux_loss_coef * predictions["aux_loss"]
+        return loss
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        predictions = y_pred if isinstance(y_pred, dict) else {"logits": y_pred}
+        if "expert_load" in predictions:
+            load = predictions["expert_load"]
+            self.expert_load_max.update_state(ops.max(load))
+            self.expert_load_unused.update_state(ops.mean(ops.cast(load == 0, "float32")))
+        if "logits" not in predictions:
+            return self.get_metrics_result()
+        labels = self._labels(x, y)
+        weight = _label_weight(labels, sample_weight)
+        return super().compute_metrics(
+            x, ops.maximum(labels, 0), predictions["logits"], sample_weight=weight
+        )
+
+    def _labels(self, x, y):
+        inputs = unpack(x)
+        if y is None:
+            return next_token_labels(inputs)
+        labels = ops.cast(y, "int32")
+        if inputs.padding_mask is not None:
+            labels = ops.where(inputs.padding_mask, labels, IGNORE)
+        return labels
+
+    def _mean_loss(self, predictions, labels, sample_weight=None):
+        """Mean over the labels that count, each with its sample weight."""
+        if "hidden" in predictions:
+            hidden = predictions["hidden"]
+            flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
+            losses = linear_cross_entropy(flat, self.head_kernel(), ops.reshape(labels, (-1,)))
+            losses = ops.reshape(losses, ops.shape(labels))
+        else:
+            losses = cross_entropy(predictions["logits"], labels)
+        if sample_weight is not None:
+            losses = losses * _per_token(sample_weight)
+        count = ops.sum(ops.cast(labels != IGNORE, "float32"))
+        return ops.sum(losses) / ops.maximum(count, 1.0)
+
+    def get_config(self):
+        return {**super().get_config(), "gradient_checkpointing": self.gradient_checkpointing}
+
+
+def _label_weight(labels, sample_weight):
+    weight = ops.cast(labels != IGNORE, "float32")
+    return weight if sample_weight is None else weight * _per_token(sample_weight)
+
+
+def _per_token(sample_weight):
+    sample_weight = ops.cast(sample_weight, "float32")
+    return sample_weight[:, None] if len(sample_weight.shape) == 1 else sample_weight

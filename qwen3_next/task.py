@@ -1,0 +1,100 @@
+"""What all models share: construction from a configuration, a variant or a preset, and checks."""
+
+import keras
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.inputs import check_token_ids
+
+LOSSES_FROM_LOGITS = {
+    "sparse_categorical_crossentropy": keras.losses.SparseCategoricalCrossentropy,
+    "categorical_crossentropy": keras.losses.CategoricalCrossentropy,
+    "binary_crossentropy": keras.losses.BinaryCrossentropy,
+}
+
+
+class ConfiguredModel(keras.Model):
+    """A model described by a `Qwen3NextConfig`, whose weights exist once it is constructed."""
+
+    def __init__(self, config=None, *, name=None, dtype=None, **fields):
+        if config is not None and fields:
+            raise ValueError(
+                "Give a `config` or its fields as keyword arguments, not both. "
+                f"Received: config={config}, fields={sorted(fields)}"
+            )
+        if config is None:
+            config = Qwen3NextConfig.from_dict(fields)
+        elif not isinstance(config, Qwen3NextConfig):
+            raise ValueError(f"`config` must be a Qwen3NextConfig. Received: {config=}")
+        # Inputs are cast by hand: Keras would cast the float32 tensors of a state as well.
+        super().__init__(name=name, dtype=dtype, autocast=False)
+        self.config = config
+
+    @classmethod
+    def from_variant(cls, variant, *, name=None, dtype=None, **options):
+        """Builds the model called `variant` with random weights.
+
+        Args:
+            variant: One of `qwen3_next.variants.names()`.
+            name, dtype: As for the constructor.
+            **options: Fields of `Qwen3NextConfig` to replace, or other constructor arguments.
+        """
+        own = {key: options.pop(key) for key in cls.constructor_options() if key in options}
+        config = Qwen3NextConfig.from_variant(variant, **options)
+        return cls(config, name=name, dtype=dtype, **own)
+
+    @staticmethod
+    def constructor_options():
+        """Constructor arguments that are not fields of the configuration."""
+        return ("gradient_checkpointing",)
+
+    def __call__(self, inputs, *args, **kwargs):
+        check_token_ids(inputs, self.config.vocab_size)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def get_config(self):
+        base = super().get_config()
+        return {**self.config.to_dict(), "name": base["name"], "dtype": base["dtype"]}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        if isinstance(config.get("dtype"), dict):
+            config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
+        return cls(**config)
+
+
+class Task(ConfiguredModel):
+    """A model with a head, ready for `compile`, `fit`, `evaluate` and `predict`.
+
+    The models return logits, so the names of the cross-entropy losses mean them from logits.
+    """
+
+    def compile(
+        self, optimizer="adamw", loss="sparse_categorical_crossentropy", metrics=None, **kwargs
+    ):
+        """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
+        if isinstance(loss, str) and loss in LOSSES_FROM_LOGITS:
+            loss = LOSSES_FROM_LOGITS[loss](from_logits=True)
+        if getattr(loss, "from_logits", True) is False:
+            raise ValueError(
+                f"{type(self).__name__} returns logits: give the loss by name or with "
+                f"`from_logits=True`. Received: loss={loss}"
+            )
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+    def fit(self, x=None, *args, **kwargs):
+        check_token_ids(x, self.config.vocab_size)
+        return super().fit(x, *args, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        check_token_ids(x, self.config.vocab_size)
+        return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        check_token_ids(x, self.config.vocab_size)
+        return super().predict(x, *args, **kwargs)
