@@ -7,8 +7,11 @@ import keras
 from keras import ops
 
 from qwen3_next.backbone import Qwen3NextBackbone
-from qwen3_next.inputs import IGNORE, next_token_labels, unpack
+from qwen3_next.compiled import compile_with_weights
+from qwen3_next.generation import Generator
+from qwen3_next.inputs import IGNORE, check_token_ids, next_token_labels, unpack
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
+from qwen3_next.state import check_room
 from qwen3_next.task import Task
 
 
@@ -79,19 +82,16 @@ class Qwen3Next(Task):
                 name="lm_head",
                 dtype=self.dtype_policy,
             )
+            # Built here and not in `build`, so that its path does not begin with the model's name.
+            self.lm_head.build((None, None, self.config.hidden_size))
         self.expert_load_max = self.expert_load_unused = None
         if self.config.mixture_layers:
             self.expert_load_max = keras.metrics.Mean(name="expert_load_max")
             self.expert_load_unused = keras.metrics.Mean(name="expert_load_unused")
         self._in_step = False
-        self._fused_loss = True
-        self.build()
-
-    def build(self, input_shape=None):
-        if self.built:
-            return
-        if self.lm_head is not None:
-            self.lm_head.build((None, None, self.config.hidden_size))
+        self._token_loss = self._fused_loss = True
+        self._generator = Generator(self)
+        self._absorb = compile_with_weights(self, self._absorb_inputs)
         self.built = True
 
     def call(self, inputs, labels=None, training=None):
@@ -122,6 +122,114 @@ class Qwen3Next(Task):
         if self.lm_head is not None:
             return ops.convert_to_tensor(self.lm_head.kernel)
         return ops.transpose(ops.convert_to_tensor(self.backbone.embed_tokens.embeddings))
+
+    def init_state(self, batch_size, max_length):
+        """An empty `State` for sequences of up to `max_length` tokens."""
+        return self.backbone.init_state(batch_size, max_length)
+
+    def absorb(self, inputs, state):
+        """Takes in one or more new tokens for every row, compiled once per shape.
+
+        Absorbing a sequence in one piece or in several, padded or not, gives the same logits and
+        the same state.
+
+        Args:
+            inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and `"padding_mask"`; rows may
+                have different numbers of new tokens, or none.
+            state: `State` from `init_state` or from a call before. It is left as it is.
+
+        Returns:
+            `(logits (B, T, vocab), state)`.
+
+        Raises:
+            ValueError: the state has no room for the new tokens.
+        """
+        check_token_ids(inputs, self.config.vocab_size)
+        token_ids, padding_mask, _ = unpack(inputs)
+        if padding_mask is None:
+            padding_mask = ops.ones_like(token_ids, "bool")
+        check_room(state, padding_mask)
+        return self._absorb(token_ids, padding_mask, state)
+
+    def _absorb_inputs(self, token_ids, padding_mask, state):
+        inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+        output = self.backbone(inputs, state=state)
+        return self.logits(output.hidden), output.state
+
+    def generate(
+        self,
+        prompts,
+        max_new_tokens=128,
+        *,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=None,
+        stop_token_ids=(),
+    ):
+        """Continues every prompt.
+
+        Args:
+            prompts: List of token-id sequences of any lengths, an array `(B, T)`, or a dict with
+                `"token_ids"` and `"padding_mask"`, padded on any side.
+            max_new_tokens: Most tokens to add to a row.
+            temperature: 0 takes the likeliest token; above, logits are divided by it.
+            top_k: Sample from the k likeliest tokens; 0 for all.
+            top_p: Sample from the fewest tokens whose probability reaches this.
+            min_p: Sample from the tokens at least this many times as likely as the likeliest.
+            seed: Integer that makes sampling repeatable; by default drawn from Python's `random`,
+                which `keras.utils.set_random_seed` seeds.
+            stop_token_ids: Tokens that end a row. The row keeps the one it met.
+
+        Returns:
+            Named tuple `(tokens, stats)`: a list with one int32 array of new tokens a row, and a
+            dict with `prompt_tokens`, `new_tokens`, `steps`, `finish_reasons` (`"stop"` or
+            `"length"`), `prefill_seconds`, `decode_seconds` (both with compilation where it was
+            needed) and `tokens_per_second`.
+
+        Raises:
+            ValueError: an empty prompt, a token outside the vocabulary, an argument out of range,
+                or more tokens than `max_position_embeddings`.
+        """
+        return self._generator.generate(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def stream(
+        self,
+        prompts,
+        max_new_tokens=128,
+        *,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=None,
+        stop_token_ids=(),
+    ):
+        """As `generate`, but an iterator that yields each step's tokens as they are made.
+
+        Yields:
+            `(B,)` int32, -1 in rows that have ended.
+        """
+        return self._generator.stream(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+        )
 
     def compile(
         self,

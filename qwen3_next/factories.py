@@ -1,0 +1,57 @@
+"""Functions that build models by name."""
+
+from qwen3_next.classifier import Qwen3NextClassifier
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.language_model import Qwen3Next
+
+
+def create_qwen3_next(variant, task_type="generation", num_labels=None, **options):
+    """Builds a model for a task.
+
+    Args:
+        variant: One of `qwen3_next.variants.names()`.
+        task_type: `"generation"` for a `Qwen3Next`, `"classification"` for a
+            `Qwen3NextClassifier`.
+        num_labels: Number of classes, for classification only.
+        **options: Fields of `Qwen3NextConfig` to replace, or constructor arguments.
+
+    Raises:
+        ValueError: an unknown variant, task or field, or `num_labels` that does not fit the task.
+    """
+    if task_type not in ("generation", "classification"):
+        raise ValueError(
+            f"`task_type` must be 'generation' or 'classification'. Received: {task_type=}"
+        )
+    if task_type == "classification":
+        if num_labels is None:
+            raise ValueError("Classification needs `num_labels`. Received: num_labels=None")
+        return Qwen3NextClassifier.from_variant(variant, num_labels=num_labels, **options)
+    if num_labels is not None:
+        raise ValueError(f"`num_labels` is for classification. Received: {num_labels=}")
+    return Qwen3Next.from_variant(variant, **options)
+
+
+def create_qwen3_next_with_advanced_features(
+    variant,
+    num_experts=None,
+    experts_per_token=None,
+    normalization_type=None,
+    attention_type=None,
+    ffn_type=None,
+):
+    """Keyword arguments for `Qwen3Next(**config)`: a variant with some of its choices changed.
+
+    Arguments left at `None` keep the variant's choice.
+
+    Raises:
+        ValueError: an unknown variant or a value out of range.
+    """
+    changes = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": experts_per_token,
+        "normalization_type": normalization_type,
+        "attention_type": attention_type,
+        "ffn_type": ffn_type,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return Qwen3NextConfig.from_variant(variant, **changes).to_dict()

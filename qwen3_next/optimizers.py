@@ -1,0 +1,79 @@
+"""AdamW with a learning rate of its own for groups of variables."""
+
+import re
+
+import keras
+from keras import ops
+
+GROUPS = {
+    "experts": r"(^|/)experts/",
+    "router": r"(^|/)mlp/gate/",
+}
+# Rates of decay and norm weights around 1 have no reason to shrink towards 0; zero-centred norm
+# weights do, towards a scale of 1, and are decayed like the rest.
+NOT_DECAYED = r"(^|/)(A_log|dt_bias|scale|linear_attn/norm/weight)$"
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class GroupedAdamW(keras.optimizers.Adam):
+    """AdamW whose learning rate is multiplied by a factor for groups of variables.
+
+    A variable's rate is `learning_rate * multipliers[group]`, its decoupled weight decay uses the
+    same rate. A group is `"experts"`, `"router"`, or a regular expression searched in the
+    variable's path; a variable takes the first group that matches and a factor of 1 without one.
+
+    Args:
+        learning_rate: Float or schedule, as for `keras.optimizers.AdamW`.
+        multipliers: Dict from group to factor, at least 0.
+        weight_decay: Decoupled weight decay. Decay rates of the delta rule and plain norm weights
+            are left out.
+        **kwargs: As for `keras.optimizers.Adam`, such as `gradient_accumulation_steps`.
+
+    Raises:
+        ValueError: a factor below 0, or a group that matches no variable.
+
+    Reference: Decoupled Weight Decay Regularization, arXiv 1711.05101.
+    """
+
+    def __init__(self, learning_rate=0.001, multipliers=None, weight_decay=0.004, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self.multipliers = dict(multipliers or {})
+        self.decoupled_decay = weight_decay
+        for group, factor in self.multipliers.items():
+            if factor < 0:
+                raise ValueError(
+                    f"`multipliers` must be at least 0. Received: multipliers[{group!r}]={factor}"
+                )
+
+    def build(self, variables):
+        super().build(variables)
+        for group in self.multipliers:
+            if not any(_matches(group, variable.path) for variable in variables):
+                raise ValueError(
+                    f"The group matches no variable. Received: multipliers[{group!r}]"
+                )
+
+    def multiplier(self, path):
+        """The factor on the learning rate of the variable at `path`."""
+        for group, factor in self.multipliers.items():
+            if _matches(group, path):
+                return factor
+        return 1.0
+
+    def update_step(self, gradient, variable, learning_rate):
+        learning_rate = learning_rate * self.multiplier(variable.path)
+        if self.decoupled_decay and not re.search(NOT_DECAYED, variable.path):
+            shrink = ops.cast(1.0 - learning_rate * self.decoupled_decay, variable.dtype)
+            self.assign(variable, variable * shrink)
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "multipliers": self.multipliers,
+            "weight_decay": self.decoupled_decay,
+        }
+
+
+def _matches(group, path):
+    return re.search(GROUPS.get(group, group), path) is not None
