@@ -86,7 +86,8 @@ class DecoderLayer(keras.layers.Layer):
             self.mlp,
             self.residual_dropout,
         ):
-            layer.build(shape)
+            if not layer.built:  # deserialization builds the two that are given
+                layer.build(shape)
 
     def init_slot(self, batch_size, max_length):
         return self.mixer.init_slot(batch_size, max_length)

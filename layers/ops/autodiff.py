@@ -42,7 +42,8 @@ def _tensorflow(forward, backward):
 
     @tf.custom_gradient
     def function(*inputs):
-        outputs, residuals = forward(*inputs)
+        # Run eagerly, an outer tape would differentiate the program itself and not find how.
+        outputs, residuals = forward(*map(tf.stop_gradient, inputs))
 
         def pull_back(*cotangents):
             return list(backward(residuals, *cotangents))

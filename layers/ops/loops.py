@@ -40,7 +40,7 @@ def scan(step, carry, xs, into, reverse=False):
     def body(i, loop):
         carry, ys = loop
         i = length - 1 - i if reverse else i
-        carry, y = step(carry, tuple(x[i] for x in xs))
+        carry, y = step(carry, tuple(get_row(x, i) for x in xs))
         return carry, tuple(set_row(buffer, i, row) for buffer, row in zip(ys, y))
 
     return ops.fori_loop(0, length, body, (carry, into))
@@ -56,8 +56,19 @@ def set_rows(buffer, start, rows):
     return ops.slice_update(buffer, [start] + [0] * (len(buffer.shape) - 1), rows)
 
 
+def get_row(buffer, index):
+    """`buffer[index]` for a scalar integer tensor `index`."""
+    if BACKEND == "tensorflow":
+        # Indexing and `tf.slice` make XLA take the index for a constant, down to the arguments it
+        # was computed from: every new value of those would compile the whole program again.
+        return ops.take(buffer, index, axis=0)
+    return buffer[index]
+
+
 def get_rows(buffer, start, count):
     """`buffer[start : start + count]` for a scalar integer tensor `start` and a static `count`."""
+    if BACKEND == "tensorflow":
+        return ops.take(buffer, start + ops.arange(count, dtype=start.dtype), axis=0)
     starts = [start] + [0] * (len(buffer.shape) - 1)
     return ops.slice(buffer, starts, (count, *ops.shape(buffer)[1:]))
 

@@ -81,10 +81,10 @@ def causal_conv1d(
         output = ops.where(padding_mask[..., None], output, 0.0)
         places = valid_lengths(padding_mask)[:, None] + ops.arange(taps - 1, dtype="int32")
         new_state = ops.take_along_axis(extended, places[..., None], axis=1)
-        # Compacted padding stands behind the real tokens and carries the last of their numbers.
         kept = None
         if segment is not None:
-            kept = ops.take_along_axis(segment, places, axis=1) == segment[:, -1:]
+            numbers = ops.take_along_axis(segment, places, axis=1)
+            kept = numbers == numbers[:, -1:]
     if kept is not None:
         new_state = ops.where(kept[..., None], new_state, 0.0)
     return CausalConv1DOutput(output, new_state)

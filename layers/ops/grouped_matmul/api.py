@@ -20,7 +20,7 @@ def grouped_matmul(rows, weights, group_sizes):
     Args:
         rows: `(R, D)`, sorted by group.
         weights: `(E, D, F)`.
-        group_sizes: `(E,)` integers that sum to R.
+        group_sizes: `(E,)` integers that sum to R at most; rows behind the last group yield 0.
 
     Returns:
         `(R, F)` in the dtype of `rows`.

@@ -2,13 +2,13 @@
 
 Every group is cut into blocks of `size` rows, so that the number of blocks follows the rows and
 the groups in use, never E. The loop runs over the blocks in use: its trip count is data. A block
-may reach past the end of its group; what it writes there is overwritten by the next block, which
+may reach past the end of its group; it writes zeros there, overwritten by the next block, which
 starts exactly there.
 """
 
 from keras import ops
 
-from ..loops import get_rows, set_row, set_rows
+from ..loops import get_row, get_rows, set_row, set_rows
 
 
 def block_size(rows, groups):
@@ -26,8 +26,9 @@ def forward(rows, weights, group_sizes, size):
     rows = _pad(rows, size)
 
     def body(block, outputs):
-        group, start, _ = plan(block)
-        return set_rows(outputs, start, get_rows(rows, start, size) @ weights[group])
+        group, start, end = plan(block)
+        block_rows = _own_rows(rows, start, end, size)
+        return set_rows(outputs, start, block_rows @ get_row(weights, group))
 
     outputs = ops.zeros((count + size, weights.shape[2]), rows.dtype)
     return ops.fori_loop(0, plan.blocks, body, outputs)[:count]
@@ -38,16 +39,15 @@ def backward(rows, weights, group_sizes, d_outputs, size):
     count = ops.shape(rows)[0]
     plan = _plan(count, group_sizes, size)
     rows, d_outputs = _pad(rows, size), _pad(d_outputs, size)
-    place = ops.expand_dims(ops.arange(size), -1)
 
     def body(block, carry):
         d_rows, d_weights = carry
         group, start, end = plan(block)
-        d_block = get_rows(d_outputs, start, size)
-        d_rows = set_rows(d_rows, start, d_block @ ops.transpose(weights[group]))
-        own = ops.where(place < end - start, get_rows(rows, start, size), 0.0)
-        d_weight = ops.cast(ops.transpose(own) @ d_block, "float32")
-        return d_rows, set_row(d_weights, group, d_weights[group] + d_weight)
+        d_block = _own_rows(d_outputs, start, end, size)
+        d_rows = set_rows(d_rows, start, d_block @ ops.transpose(get_row(weights, group)))
+        block_rows = _own_rows(rows, start, end, size)
+        d_weight = ops.cast(ops.transpose(block_rows) @ d_block, "float32")
+        return d_rows, set_row(d_weights, group, get_row(d_weights, group) + d_weight)
 
     carry = (ops.zeros_like(rows), ops.zeros(weights.shape, "float32"))
     d_rows, d_weights = ops.fori_loop(0, plan.blocks, body, carry)
@@ -72,9 +72,16 @@ class _plan:
         self.groups = ops.searchsorted(self.block_ends, ops.arange(most), side="right")
 
     def __call__(self, block):
-        group = self.groups[block]
-        start = self.starts[group] + (block - self.block_starts[group]) * self.size
-        return group, start, self.ends[group]
+        group = get_row(self.groups, block)
+        place = block - get_row(self.block_starts, group)
+        start = get_row(self.starts, group) + place * self.size
+        return group, start, get_row(self.ends, group)
+
+
+def _own_rows(rows, start, end, size):
+    """The rows of the block at `start`, zeros from the end of its group on."""
+    own = ops.expand_dims(ops.arange(size) < end - start, -1)
+    return ops.where(own, get_rows(rows, start, size), 0.0)
 
 
 def _pad(rows, size):

@@ -1,0 +1,43 @@
+# `make demo` and `make test` set up everything they need in a local virtual environment.
+PYTHON ?= python3
+BACKEND ?= jax
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+WORKERS ?= 2
+export TF_CPP_MIN_LOG_LEVEL := 3
+
+.PHONY: demo test lint test-jax test-tensorflow test-torch clean
+
+demo: $(VENV)/.demo
+	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python notebooks/standard_library_demo.py
+
+test: lint test-jax test-tensorflow test-torch
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+test-jax: $(VENV)/.test
+	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+
+test-tensorflow: $(VENV)/.test
+	KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+
+test-torch: $(VENV)/.test
+	KERAS_BACKEND=torch $(VENV)/bin/python -m pytest -q -m portable
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml
+	$(PIP) --editable ".[$(BACKEND),demo]"
+	touch $@
+
+# The suite needs neither accelerator builds nor transformers: the CPU builds are enough.
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[jax,demo,test]" tensorflow-cpu
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo

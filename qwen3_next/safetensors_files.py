@@ -1,0 +1,307 @@
+"""Reads and writes `safetensors` checkpoints with one tensor in memory at a time.
+
+A file is the length of its header (8 bytes, little-endian), the header, a JSON object
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, and the data the offsets count from.
+A checkpoint is `model.safetensors`, or several files (shards) with `model.safetensors.index.json`,
+which names the shard of every tensor.
+
+Source: https://huggingface.co/docs/safetensors
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that is to be written; `dtype` is a NumPy dtype of a floating-point type."""
+
+    name: str
+    shape: tuple
+    dtype: np.dtype
+
+    @property
+    def nbytes(self):
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a directory, of which only the headers are read at first.
+
+    Used as a context: `with Checkpoint(directory) as checkpoint`.
+
+    Args:
+        directory: Holds `model.safetensors`, or shards and their index.
+
+    Raises:
+        ValueError: a file that is missing, truncated or no safetensors file, or an index that
+            does not agree with its shards. Raised at once, before a tensor is read.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        self._entries = {}
+        self._open = {}
+        for path, indexed in _shards(self.directory).items():
+            entries = _read_header(path)
+            _check_index(path, indexed, entries)
+            self._entries.update(entries)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __contains__(self, name):
+        return name in self._entries
+
+    @property
+    def names(self):
+        """Names of all tensors."""
+        return list(self._entries)
+
+    def shape(self, name):
+        """Shape of a tensor."""
+        return self._entries[name].shape
+
+    def dtype(self, name):
+        """NumPy dtype of a tensor; `ValueError` where it is not one of `DTYPES`."""
+        entry = self._entries[name]
+        if entry.code not in DTYPES:
+            raise ValueError(
+                f"Tensor {name!r} of {entry.path} must be one of {list(DTYPES)}. "
+                f"Received: dtype={entry.code}"
+            )
+        return DTYPES[entry.code]
+
+    def read(self, name):
+        """The values of one tensor as a NumPy array of its own dtype."""
+        dtype, entry = self.dtype(name), self._entries[name]
+        if entry.path not in self._open:
+            self._open[entry.path] = entry.path.open("rb")
+        file = self._open[entry.path]
+        file.seek(entry.begin)
+        data = np.fromfile(file, np.uint8, entry.end - entry.begin)
+        if data.size != entry.end - entry.begin:
+            raise ValueError(f"{entry.path} was truncated while it was read, at tensor {name!r}.")
+        return data.view(dtype).reshape(entry.shape)
+
+
+class _Entry(NamedTuple):
+    """Where a tensor is: bytes `begin` to `end`, counted from the start of the file."""
+
+    path: Path
+    code: str
+    shape: tuple
+    begin: int
+    end: int
+
+
+def _shards(directory):
+    """The files of a checkpoint, each with the names its index gives it (`None` without one)."""
+    single, index = directory / SINGLE, directory / INDEX
+    if single.exists() and index.exists():
+        raise ValueError(f"{directory} holds both {SINGLE} and {INDEX}: remove the stale one.")
+    if single.exists():
+        return {single: None}
+    if not index.exists():
+        raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}.")
+    shards = {}
+    for name, file in _weight_map(index).items():
+        if Path(file).name != file:
+            raise ValueError(f"{index} must name files beside it. Received: {file!r} for {name!r}")
+        shards.setdefault(directory / file, set()).add(name)
+    for path, names in shards.items():
+        if not path.exists():
+            raise ValueError(
+                f"{path} is missing: by {INDEX} it holds {min(names)!r} and "
+                f"{len(names) - 1} other tensors."
+            )
+    return shards
+
+
+def _weight_map(index):
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is no index of shards: {error!r}") from error
+
+
+def _check_index(path, indexed, entries):
+    if indexed is None or indexed == set(entries):
+        return
+    lacking, extra = sorted(indexed - set(entries)), sorted(set(entries) - indexed)
+    raise ValueError(
+        f"{path} and {INDEX} disagree: tensors that the file lacks {lacking[:10]}, "
+        f"tensors that the index lacks {extra[:10]}."
+    )
+
+
+def _read_header(path):
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(
+                f"{path} is truncated or no safetensors file: a header of {length} bytes in a "
+                f"file of {size}."
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, 8 + length, fields) for name, fields in header.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"The header of {path} is corrupt: {error!r}") from error
+    _check_data(path, 8 + length, size, entries)
+    return entries
+
+
+def _entry(path, start, fields):
+    begin, end = (start + int(offset) for offset in fields["data_offsets"])
+    return _Entry(path, fields["dtype"], tuple(int(n) for n in fields["shape"]), begin, end)
+
+
+def _check_data(path, start, size, entries):
+    """The tensors must fill the file, one behind the other."""
+    position = start
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+        if entry.end > size:
+            raise ValueError(
+                f"{path} is truncated: tensor {name!r} ends at byte {entry.end} of {size}."
+            )
+        known = DTYPES.get(entry.code)
+        length = entry.end - entry.begin
+        if entry.begin != position or (
+            known is not None and length != TensorSpec(name, entry.shape, known).nbytes
+        ):
+            raise ValueError(
+                f"The header of {path} is corrupt: tensor {name!r}, {entry.code} of shape "
+                f"{entry.shape}, cannot be bytes {entry.begin} to {entry.end}."
+            )
+        position = entry.end
+    if position != size:
+        raise ValueError(f"{path} is corrupt: {size - position} bytes follow its last tensor.")
+
+
+@contextlib.contextmanager
+def staged(directory):
+    """A new folder to write to, whose files replace those in `directory` at the end.
+
+    Weight files of an earlier checkpoint go away with it, other files stay. After an error
+    `directory` is what it was.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` must not be a file. Received: {directory}")
+    existed = directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        # Inside the target, so that moving a file from one to the other is a mere renaming.
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as folder:
+            yield Path(folder)
+            _replace_files(Path(folder), directory)
+    except BaseException:
+        if not existed and not any(directory.iterdir()):
+            directory.rmdir()
+        raise
+
+
+def _replace_files(folder, directory):
+    new = {path.name for path in folder.iterdir()}
+    old = {path.name for path in directory.glob("model-*-of-*.safetensors")} | {SINGLE}
+    # No index while the shards change: a checkpoint caught in between is refused, not misread.
+    for name in {INDEX} | old - new:
+        (directory / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: name.endswith(".json")):
+        os.replace(folder / name, directory / name)
+
+
+def write(directory, specs, arrays, max_shard_size="5GB"):
+    """Writes tensors to `model.safetensors`, or to shards and an index if one file is too small.
+
+    Args:
+        directory: Where to write, best a folder made by `staged`.
+        specs: A list of `TensorSpec`.
+        arrays: An iterable of the arrays in the same order; each is written before the next is
+            asked for.
+        max_shard_size: Size of a shard in bytes, or a string such as `"5GB"`. A larger tensor
+            has a shard of its own.
+
+    Raises:
+        ValueError: an array that is not what its `TensorSpec` says, or too few arrays.
+    """
+    shards = _split(specs, parse_size(max_shard_size))
+    arrays = iter(arrays)
+    if len(shards) == 1:
+        _write_file(Path(directory) / SINGLE, shards[0], arrays)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_file(Path(directory) / file, shard, arrays)
+        weight_map |= {spec.name: file for spec in shard}
+    total = sum(spec.nbytes for spec in specs)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (Path(directory) / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_size(size):
+    """Bytes of a size such as `"5GB"`, `"500MB"` or a plain number."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", str(size).strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise ValueError(f"`max_shard_size` must be like '5GB' or a number. Received: {size!r}")
+    return int(float(match[1]) * units[match[2]])
+
+
+def _split(specs, limit):
+    shards, filled = [[]], 0
+    for spec in specs:
+        if shards[-1] and filled + spec.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    return shards
+
+
+def _write_file(path, specs, arrays):
+    # Readers in torch ask for this entry.
+    header, position = {"__metadata__": {"format": "pt"}}, 0
+    # Wide types first, so that every tensor starts at a multiple of its item size.
+    for name, shape, dtype in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
+        end = position + TensorSpec(name, shape, dtype).nbytes
+        offsets = [position, end]
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": offsets}
+        position = end
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            array = next(arrays, None)
+            if array is None or (array.shape, array.dtype) != (tuple(spec.shape), spec.dtype):
+                found = "none" if array is None else f"{array.dtype} of shape {array.shape}"
+                raise ValueError(f"An array must be what is announced, {spec}. Received: {found}")
+            file.seek(8 + len(text) + header[spec.name]["data_offsets"][0])
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,0 +1,28 @@
+"""What the whole suite needs before Keras is imported, and the ways to run a function."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import pytest  # noqa: E402
+from running import BACKEND, MODES  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "portable: also run on torch, the portable backend")
+
+
+def pytest_collection_modifyitems(config, items):
+    if BACKEND == "torch":
+        portable = [item for item in items if item.get_closest_marker("portable")]
+        config.hook.pytest_deselected([item for item in items if item not in portable])
+        items[:] = portable
+
+
+@pytest.fixture(params=MODES)
+def compiled(request):
+    """Every way in which the active backend runs a function."""
+    return request.param
