@@ -161,6 +161,9 @@ class GatedAttention(keras.layers.Layer):
         scale = self.head_dim**-0.5
         mask = None if mask is None else mask[:, None]  # (B, 1, T, S)
         if not (training and self.attention_dropout):
+            if self.num_key_value_heads == 1 and keras.backend.backend() == "tensorflow":
+                # Keras repeats grouped heads there only if there are several to repeat.
+                key, value = (ops.repeat(x, self.num_attention_heads, axis=2) for x in (key, value))
             return ops.dot_product_attention(
                 query, key, value, mask=mask, scale=scale, is_causal=mask is None
             )

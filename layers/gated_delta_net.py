@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .gated_rms_norm import GatedRMSNorm
+from .initializers import LogUniform, Normal
 from .ops import causal_conv1d, gated_delta_rule
 from .projection import from_heads, to_heads
 
@@ -99,12 +100,13 @@ class GatedDeltaNet(keras.layers.Layer):
         self.conv1d = self.add_weight(
             name="conv1d",
             shape=(self.linear_conv_kernel_dim, groups, self.group_channels),
-            initializer=keras.initializers.RandomNormal(stddev=std),
+            initializer=Normal(std),
         )
         # Decay rates are float32 under every policy: in bfloat16 a small A rounds to 0, its
-        # logarithm to -inf, and the head is dead for good.
+        # logarithm to -inf, and the head is dead for good. A ~ U(0.01, 16): from 0 on, a draw
+        # could be a head that never decays.
         self.A_log = self.add_weight(
-            name="A_log", shape=(heads,), initializer=_log_uniform, dtype="float32", autocast=False
+            name="A_log", shape=(heads,), initializer=LogUniform(0.01, 16.0), dtype="float32", autocast=False
         )
         self.dt_bias = self.add_weight(
             name="dt_bias", shape=(heads,), initializer="ones", dtype="float32", autocast=False
@@ -184,8 +186,3 @@ class GatedDeltaNet(keras.layers.Layer):
 def _l2_normalize(x):
     x = ops.cast(x, "float32")
     return x * ops.rsqrt(ops.sum(ops.square(x), axis=-1, keepdims=True) + L2_EPSILON)
-
-
-def _log_uniform(shape, dtype=None):
-    """log A with A ~ U(0.01, 16); from 0 on, a draw could be a head that never decays."""
-    return ops.log(keras.initializers.RandomUniform(0.01, 16.0)(shape, dtype))

@@ -2,6 +2,8 @@
 
 import keras
 
+from .initializers import Normal
+
 
 def to_heads(heads, dim, initializer_range, name, dtype):
     """`(B, T, D) -> (B, T, heads, dim)`, kernel `(D, heads, dim)`."""
@@ -18,7 +20,7 @@ def _project(equation, output_shape, initializer_range, name, dtype):
     return keras.layers.EinsumDense(
         equation,
         output_shape=output_shape,
-        kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
+        kernel_initializer=Normal(initializer_range),
         name=name,
         dtype=dtype,
     )

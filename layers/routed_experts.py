@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from .initializers import Normal
 from .ops import grouped_matmul
 from .ops.rows import take_rows
 from .swiglu import gated_activation
@@ -53,8 +54,7 @@ class RoutedExperts(keras.layers.Layer):
         self.down = self._stack("down", (experts, inner, width))
 
     def _stack(self, name, shape):
-        initializer = keras.initializers.RandomNormal(stddev=self.initializer_range)
-        return self.add_weight(name=name, shape=shape, initializer=initializer)
+        return self.add_weight(name=name, shape=shape, initializer=Normal(self.initializer_range))
 
     def call(self, x, experts, weights):
         x = ops.cast(x, self.compute_dtype)

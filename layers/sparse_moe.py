@@ -5,6 +5,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from .initializers import Normal
 from .routed_experts import RoutedExperts
 from .swiglu import SwiGLU
 
@@ -174,7 +175,7 @@ def _dense(units, initializer_range, name, dtype):
     return keras.layers.Dense(
         units,
         use_bias=False,
-        kernel_initializer=keras.initializers.RandomNormal(stddev=initializer_range),
+        kernel_initializer=Normal(initializer_range),
         name=name,
         dtype=dtype,
     )

@@ -2,6 +2,8 @@
 
 import keras
 
+from .initializers import Normal
+
 GATED_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
 
 
@@ -56,11 +58,10 @@ class SwiGLU(keras.layers.Layer):
         return input_shape
 
     def _dense(self, units, name):
-        initializer = keras.initializers.RandomNormal(stddev=self.initializer_range)
         return keras.layers.Dense(
             units,
             use_bias=False,
-            kernel_initializer=initializer,
+            kernel_initializer=Normal(self.initializer_range),
             name=name,
             dtype=self.dtype_policy,
         )

@@ -14,6 +14,7 @@ from qwen3_next.layers import (
     SwiGLU,
     load_balancing_loss,
 )
+from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.norms import make_norm
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.state import State
@@ -62,9 +63,7 @@ class Qwen3NextBackbone(ConfiguredModel):
         self.embed_tokens = keras.layers.Embedding(
             config.vocab_size,
             config.hidden_size,
-            embeddings_initializer=keras.initializers.RandomNormal(
-                stddev=config.initializer_range
-            ),
+            embeddings_initializer=Normal(config.initializer_range),
             name="embed_tokens",
             dtype=policy,
         )
@@ -189,6 +188,9 @@ class Qwen3NextBackbone(ConfiguredModel):
             new = length if padding_mask is None else valid_lengths(padding_mask)
             state = State(state.lengths + new, tuple(slots))
         return BackboneOutput(hidden, state, *_balance(routings))
+
+    def output_shape_of(self, batch, length):
+        return (batch, length, self.config.hidden_size)
 
     def get_config(self):
         return {**super().get_config(), "gradient_checkpointing": self.gradient_checkpointing}

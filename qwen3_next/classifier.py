@@ -6,6 +6,7 @@ from keras import ops
 from qwen3_next.backbone import Qwen3NextBackbone
 from qwen3_next.generation import last_hidden
 from qwen3_next.inputs import unpack
+from qwen3_next.layers.initializers import Normal
 from qwen3_next.task import Task
 
 
@@ -61,9 +62,7 @@ class Qwen3NextClassifier(Task):
         self.score = keras.layers.Dense(
             num_labels,
             use_bias=False,
-            kernel_initializer=keras.initializers.RandomNormal(
-                stddev=self.config.initializer_range
-            ),
+            kernel_initializer=Normal(self.config.initializer_range),
             name="score",
             dtype="float32",
         )
@@ -87,6 +86,13 @@ class Qwen3NextClassifier(Task):
             self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
         pooled = last_hidden(output.hidden, inputs.padding_mask)
         return self.score(self.pooled_dropout(ops.cast(pooled, "float32"), training=training))
+
+    def output_shape_of(self, batch, length):
+        return (batch, self.num_labels)
+
+    @property
+    def output_dtype(self):
+        return "float32"
 
     def get_config(self):
         return {

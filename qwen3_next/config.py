@@ -98,8 +98,8 @@ class Qwen3NextConfig:
         self._check_together()
         if self.layer_types is None:
             interval = self.full_attention_interval or 4
-            kinds = (FULL if (i + 1) % interval == 0 else LINEAR for i in range(self.num_layers))
-            object.__setattr__(self, "layer_types", tuple(kinds))
+            object.__setattr__(self, "full_attention_interval", interval)
+            object.__setattr__(self, "layer_types", self._every(interval))
 
     @classmethod
     def from_variant(cls, name, **overrides):
@@ -116,9 +116,8 @@ class Qwen3NextConfig:
         return cls(**fields)
 
     def to_dict(self):
-        """The fields as JSON-able values. `layer_types` stands for the interval it came from."""
+        """The fields as JSON-able values."""
         fields = dataclasses.asdict(self)
-        fields["full_attention_interval"] = None
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def replace(self, **changes):
@@ -126,7 +125,8 @@ class Qwen3NextConfig:
         fields = self.to_dict()
         if {"num_layers", "full_attention_interval"} & set(changes):
             fields["layer_types"] = None
-            fields["full_attention_interval"] = self.full_attention_interval
+        if "layer_types" in changes:
+            fields["full_attention_interval"] = None
         return self.from_dict({**fields, **changes})
 
     def is_mixture(self, layer):
@@ -208,13 +208,15 @@ class Qwen3NextConfig:
                 f"`num_layers`={self.num_layers} layers. Received: layer_types={kinds}"
             )
         interval = self.full_attention_interval
-        if interval is not None and kinds != tuple(
-            FULL if (i + 1) % interval == 0 else LINEAR for i in range(self.num_layers)
-        ):
+        if interval is not None and kinds != self._every(interval):
             raise ValueError(
                 "`layer_types` and `full_attention_interval` disagree; give one of them. "
                 f"Received: layer_types={kinds}, full_attention_interval={interval}"
             )
+
+    def _every(self, interval):
+        layers = range(1, self.num_layers + 1)
+        return tuple(LINEAR if layer % interval else FULL for layer in layers)
 
     def _require(self, name, what, condition):
         if not condition:

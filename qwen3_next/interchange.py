@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen3_next.hugging_face import config_to_hugging_face
 from qwen3_next.safetensors_files import Checkpoint, TensorSpec, staged, write
-from qwen3_next.weights import _SAME, Layout, weight_table
+from qwen3_next.weights import SAME, Layout, weight_table
 
 MOST_NAMES = 10
 HEAD = "score/kernel"
@@ -118,8 +118,8 @@ def load_sources(checkpoint, sources, others=(), progress=True):
         if bar is not None:
             bar.add(1)
     return CoverageReport(
-        copied=tuple(s.variable.path for s in sources if s.layout is _SAME),
-        transformed=tuple(s.variable.path for s in sources if s.layout is not _SAME),
+        copied=tuple(s.variable.path for s in sources if s.layout is SAME),
+        transformed=tuple(s.variable.path for s in sources if s.layout is not SAME),
         initialised=(*new, *others),
         unused=reasons,
     )

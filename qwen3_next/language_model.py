@@ -10,6 +10,7 @@ from qwen3_next.backbone import Qwen3NextBackbone
 from qwen3_next.compiled import compile_with_weights
 from qwen3_next.generation import Generator
 from qwen3_next.inputs import IGNORE, check_token_ids, next_token_labels, unpack
+from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
 from qwen3_next.state import check_room
 from qwen3_next.task import Task
@@ -76,9 +77,7 @@ class Qwen3Next(Task):
             self.lm_head = keras.layers.Dense(
                 self.config.vocab_size,
                 use_bias=False,
-                kernel_initializer=keras.initializers.RandomNormal(
-                    stddev=self.config.initializer_range
-                ),
+                kernel_initializer=Normal(self.config.initializer_range),
                 name="lm_head",
                 dtype=self.dtype_policy,
             )
@@ -110,6 +109,9 @@ class Qwen3Next(Task):
         else:
             predictions["logits"] = self.logits(output.hidden)
         return {key: value for key, value in predictions.items() if value is not None}
+
+    def output_shape_of(self, batch, length):
+        return (batch, length, self.config.vocab_size)
 
     def logits(self, hidden):
         """Hidden states `(..., D)` -> logits `(..., vocab)`."""

@@ -13,9 +13,10 @@ import numpy as np
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.hugging_face import config_from_hugging_face
-from qwen3_next.interchange import Source, load_hugging_face, load_sources
+from qwen3_next.interchange import HEAD, Source, load_hugging_face, load_sources
+from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
 from qwen3_next.safetensors_files import Checkpoint, TensorSpec, staged, write
-from qwen3_next.weights import _SAME
+from qwen3_next.weights import SAME
 
 HUB = "hf://"
 
@@ -24,13 +25,18 @@ def from_preset(cls, preset, *, dtype=None, progress=True, **options):
     """Builds a model of class `cls` from a preset; see `Task.from_preset`."""
     directory = _directory(preset)
     saved = _read_config(directory)
-    if "registered_name" in saved:
-        model = _from_own(cls, saved, dtype, options)
+    with weights_to_be_loaded():
+        own = "registered_name" in saved
+        model = (_from_own if own else _from_published)(cls, saved, dtype, options)
+    if own:
         with Checkpoint(directory) as checkpoint:
             report = load_sources(checkpoint, _own_sources(model), progress=progress)
     else:
-        model = _from_published(cls, saved, dtype, options)
         report = load_hugging_face(model, directory, progress)
+    for variable in model.weights:
+        if variable.path == HEAD and HEAD in report.initialised:
+            draw = Normal(model.config.initializer_range)
+            variable.assign(draw(variable.shape, variable.dtype))
     model.coverage_report = report
     if progress:
         print(f"{type(model).__name__} from {preset}: {report}")
@@ -115,4 +121,4 @@ def _from_own(cls, saved, dtype, options):
 
 
 def _own_sources(model):
-    return [Source(v, (v.path,), tuple(v.shape), _SAME) for v in model.weights]
+    return [Source(v, (v.path,), tuple(v.shape), SAME) for v in model.weights]

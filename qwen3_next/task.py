@@ -53,6 +53,20 @@ class ConfiguredModel(keras.Model):
         check_token_ids(inputs, self.config.vocab_size)
         return super().__call__(inputs, *args, **kwargs)
 
+    def output_shape_of(self, batch, length):
+        """Shape of the output for token ids `(batch, length)`, where either may be `None`."""
+        raise NotImplementedError
+
+    def compute_output_spec(self, inputs, *args, **kwargs):
+        # Said outright: JAX cannot trace the routing of an unknown number of tokens.
+        token_ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
+        shape = self.output_shape_of(*token_ids.shape)
+        return keras.KerasTensor(shape, dtype=self.output_dtype)
+
+    @property
+    def output_dtype(self):
+        return self.compute_dtype
+
     def get_config(self):
         base = super().get_config()
         return {**self.config.to_dict(), "name": base["name"], "dtype": base["dtype"]}

@@ -167,7 +167,7 @@ def _published(path):
 
 def _plain(path, shape, part, suffix=True):
     name = _published(path.rsplit("/", 1)[0]) + ".weight" if suffix else _published(path)
-    return Weight(path, shape, part, (name,), shape, _SAME)
+    return Weight(path, shape, part, (name,), shape, SAME)
 
 
 def _norm(config, path, width):
@@ -237,12 +237,16 @@ def _gate_up_layout(experts):
     return Layout(load, save)
 
 
-_SAME = Layout(load=lambda tensors: tensors[0], save=lambda array: [array])
+def _stack_swapped(tensors):
+    stacked = np.empty((len(tensors), *tensors[0].shape[::-1]), tensors[0].dtype)
+    for e in range(len(tensors)):
+        stacked[e] = tensors[e].T
+    return stacked
+
+
+SAME = Layout(load=lambda tensors: tensors[0], save=lambda array: [array])
 _SWAP = Layout(
     load=lambda tensors: np.swapaxes(tensors[0], -1, -2),
     save=lambda array: [np.swapaxes(array, -1, -2)],
 )
-_STACK_SWAP = Layout(
-    load=lambda tensors: np.stack([tensor.T for tensor in tensors]),
-    save=lambda array: [expert.T for expert in array],
-)
+_STACK_SWAP = Layout(load=_stack_swapped, save=lambda array: [expert.T for expert in array])

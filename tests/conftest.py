@@ -11,10 +11,6 @@ import pytest  # noqa: E402
 from running import BACKEND, MODES  # noqa: E402
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "portable: also run on torch, the portable backend")
-
-
 def pytest_collection_modifyitems(config, items):
     if BACKEND == "torch":
         portable = [item for item in items if item.get_closest_marker("portable")]

@@ -562,9 +562,9 @@ def test_a_slot_needs_lengths_and_takes_no_segments():
     layer = subject("attention").layer
     x = ops.convert_to_tensor(tokens())
     slot = layer.init_slot(ROWS, TOKENS)
-    with pytest.raises(ValueError, match="lengths.*Received"):
+    with pytest.raises(ValueError, match=r"lengths.*Received"):
         layer(x, slot=slot)
-    with pytest.raises(ValueError, match="segment_ids.*Received"):
+    with pytest.raises(ValueError, match=r"segment_ids.*Received"):
         ids, lengths = ops.zeros((ROWS, TOKENS), "int32"), ops.zeros((ROWS,), "int32")
         layer(x, slot=slot, lengths=lengths, segment_ids=ids)
 
@@ -589,7 +589,7 @@ def mixture_of(case):
 
 
 def moe_oracle(case):
-    top_k, normed, shared = MIXTURES[case]
+    top_k, normed, _ = MIXTURES[case]
 
     def function(router, gate_up, down, *rest):
         *shared, x = rest

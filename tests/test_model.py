@@ -133,7 +133,7 @@ def test_every_kind_of_layer_owns_only_its_kind_of_slot():
 
 
 def test_compiled_code_sees_new_weights():
-    model = small(num_layers=1, layer_types=None)
+    model = small(num_layers=1, layer_types=None, mlp_only_layers=())
     before = logits(model, IDS[:1, :16])
     model.backbone.norm.weight.assign(model.backbone.norm.weight + 1.0)
     assert np.abs(logits(model, IDS[:1, :16]) - before).max() > 0.1
