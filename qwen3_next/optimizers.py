@@ -53,16 +53,18 @@ class GroupedAdamW(keras.optimizers.Adam):
                     f"The group matches no variable. Received: multipliers[{group!r}]"
                 )
 
-    def multiplier(self, path):
-        """The factor on the learning rate of the variable at `path`."""
-        for group, factor in self.multipliers.items():
-            if _matches(group, path):
-                return factor
-        return 1.0
+        # By index, as the moments are kept: on TensorFlow an update gets a variable without a path.
+        self._factors = [self._factor(variable.path) for variable in variables]
+        self._decayed = [not re.search(NOT_DECAYED, variable.path) for variable in variables]
+
+    def _factor(self, path):
+        matching = (f for group, f in self.multipliers.items() if _matches(group, path))
+        return next(matching, 1.0)
 
     def update_step(self, gradient, variable, learning_rate):
-        learning_rate = learning_rate * self.multiplier(variable.path)
-        if self.decoupled_decay and not re.search(NOT_DECAYED, variable.path):
+        index = self._get_variable_index(variable)
+        learning_rate = learning_rate * self._factors[index]
+        if self.decoupled_decay and self._decayed[index]:
             shrink = ops.cast(1.0 - learning_rate * self.decoupled_decay, variable.dtype)
             self.assign(variable, variable * shrink)
         super().update_step(gradient, variable, learning_rate)
