@@ -8,7 +8,7 @@ from keras import ops
 from .norms import make_norm
 from .ops.loops import scatter_rows
 from .ops.seeds import DrawnSeed
-from .ops.sequence import segment_index, segment_positions, token_ranks
+from .ops.sequence import segment_index, segment_positions
 from .partial_rotary_embedding import PartialRotaryEmbedding, rotary_dim
 from .projection import from_heads, to_heads
 
@@ -114,7 +114,9 @@ class GatedAttention(keras.layers.Layer):
     def init_slot(self, batch_size, max_length):
         """An empty slot for `max_length` tokens a row, in the compute dtype."""
         shape = (batch_size, max_length, self.num_key_value_heads, self.head_dim)
-        return AttentionSlot(ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype))
+        return AttentionSlot(
+            ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)
+        )
 
     def call(
         self,
@@ -233,7 +235,9 @@ def _extend(slot, key, value, positions, padding_mask):
 
     def write(buffer, new):
         flat = ops.reshape(buffer, (-1, groups, dim))
-        flat = scatter_rows(flat, index, ops.reshape(ops.cast(new, buffer.dtype), (-1, groups, dim)))
+        flat = scatter_rows(
+            flat, index, ops.reshape(ops.cast(new, buffer.dtype), (-1, groups, dim))
+        )
         return ops.reshape(flat, ops.shape(buffer))
 
     return AttentionSlot(write(slot.keys, key), write(slot.values, value))

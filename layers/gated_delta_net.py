@@ -106,7 +106,11 @@ class GatedDeltaNet(keras.layers.Layer):
         # logarithm to -inf, and the head is dead for good. A ~ U(0.01, 16): from 0 on, a draw
         # could be a head that never decays.
         self.A_log = self.add_weight(
-            name="A_log", shape=(heads,), initializer=LogUniform(0.01, 16.0), dtype="float32", autocast=False
+            name="A_log",
+            shape=(heads,),
+            initializer=LogUniform(0.01, 16.0),
+            dtype="float32",
+            autocast=False,
         )
         self.dt_bias = self.add_weight(
             name="dt_bias", shape=(heads,), initializer="ones", dtype="float32", autocast=False

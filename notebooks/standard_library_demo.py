@@ -174,7 +174,9 @@ def main():
         raise SystemExit("the loaded model generated something else")
     print(f"{path} loaded again generates the same {len(again[0])} tokens")
     _, stats = model.generate([prompt], **sampling)
-    print(f"{stats['tokens_per_second']:.0f} tokens/s once compiled; curve in {options.out}/loss.png")
+    print(
+        f"{stats['tokens_per_second']:.0f} tokens/s once compiled; curve in {options.out}/loss.png"
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ class Qwen3NextBackbone(ConfiguredModel):
         Hidden states `(B, T, D)`; with a state or `full_output` a `BackboneOutput`.
     """
 
-    def __init__(self, config=None, *, gradient_checkpointing=False, name=None, dtype=None, **fields):
+    def __init__(
+        self, config=None, *, gradient_checkpointing=False, name=None, dtype=None, **fields
+    ):
         super().__init__(config, name=name, dtype=dtype, **fields)
         self.gradient_checkpointing = gradient_checkpointing
         config, policy = self.config, self.dtype_policy

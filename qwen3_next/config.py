@@ -100,6 +100,12 @@ class Qwen3NextConfig:
             interval = self.full_attention_interval or 4
             object.__setattr__(self, "full_attention_interval", interval)
             object.__setattr__(self, "layer_types", self._every(interval))
+        elif self.full_attention_interval is None:
+            # So that equal models have equal configurations, however they were spelled.
+            fitting = (
+                n for n in range(1, self.num_layers + 1) if self._every(n) == self.layer_types
+            )
+            object.__setattr__(self, "full_attention_interval", next(fitting, None))
 
     @classmethod
     def from_variant(cls, name, **overrides):

@@ -217,7 +217,7 @@ def _as_rows(prompts):
 
 def _pieces(prompts):
     """Cuts the prompts into pieces of bucketed widths, with their masks."""
-    batch, length = prompts.token_ids.shape
+    length = prompts.token_ids.shape[1]
     for start in range(0, length, PREFILL_PIECE):
         piece = prompts.token_ids[:, start : start + PREFILL_PIECE]
         width = _bucket(piece.shape[1], SMALLEST_PIECE)

@@ -92,8 +92,7 @@ def check_token_ids(inputs, vocab_size):
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"Token ids must be in [0, vocab_size={vocab_size}). "
-            f"Received ids from {low} to {high}"
+            f"Token ids must be in [0, vocab_size={vocab_size}). Received ids from {low} to {high}"
         )
 
 

@@ -63,7 +63,9 @@ class Qwen3Next(Task):
     ```
     """
 
-    def __init__(self, config=None, *, gradient_checkpointing=False, name=None, dtype=None, **fields):
+    def __init__(
+        self, config=None, *, gradient_checkpointing=False, name=None, dtype=None, **fields
+    ):
         super().__init__(config, name=name, dtype=dtype, **fields)
         self.gradient_checkpointing = gradient_checkpointing
         self.backbone = Qwen3NextBackbone(

@@ -49,9 +49,7 @@ class GroupedAdamW(keras.optimizers.Adam):
         super().build(variables)
         for group in self.multipliers:
             if not any(_matches(group, variable.path) for variable in variables):
-                raise ValueError(
-                    f"The group matches no variable. Received: multipliers[{group!r}]"
-                )
+                raise ValueError(f"The group matches no variable. Received: multipliers[{group!r}]")
 
         # By index, as the moments are kept: on TensorFlow an update gets a variable without a path.
         self._factors = [self._factor(variable.path) for variable in variables]

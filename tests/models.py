@@ -23,7 +23,7 @@ SMALL = {
     "partial_rotary_factor": 0.5,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 6,
+    "linear_key_head_dim": 16,
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 4,
     "num_experts": 5,
@@ -31,7 +31,7 @@ SMALL = {
     "moe_intermediate_size": 12,
     "shared_expert_intermediate_size": 14,
     "mlp_only_layers": (1,),
-    "initializer_range": 0.3,
+    "initializer_range": 0.2,
     "router_aux_loss_coef": 0.01,
 }
 

@@ -115,7 +115,9 @@ def assert_same_state(a, b, lengths, tolerance=1e-5):
 def test_a_row_without_new_tokens_keeps_its_state():
     model = shared()
     mask = np.ones((3, 24), bool)
-    _, state = model.absorb({"token_ids": IDS[:, :24], "padding_mask": mask}, model.init_state(3, 96))
+    _, state = model.absorb(
+        {"token_ids": IDS[:, :24], "padding_mask": mask}, model.init_state(3, 96)
+    )
     mask[:, 1:] = False
     mask[1] = False
     _, after = model.absorb({"token_ids": IDS[:, :24], "padding_mask": mask}, state)

@@ -66,7 +66,7 @@ def test_a_file_from_the_other_backend_gives_the_same_outputs(tmp_path):
 def test_the_same_seed_gives_the_same_weights_everywhere():
     kernel = small(**FEW).backbone.decoder_layers[0].linear_attn.in_proj_qkvz.kernel
     total = float(keras.ops.sum(keras.ops.abs(kernel)))
-    np.testing.assert_allclose(total, 585.6074829101562, rtol=1e-6)
+    np.testing.assert_allclose(total, 544.8799438476562, rtol=1e-6)
 
 
 def test_a_classifier_survives_its_file(tmp_path):
@@ -75,9 +75,7 @@ def test_a_classifier_survives_its_file(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.num_labels == 3
-    np.testing.assert_array_equal(
-        loaded.predict(IDS, verbose=0), model.predict(IDS, verbose=0)
-    )
+    np.testing.assert_array_equal(loaded.predict(IDS, verbose=0), model.predict(IDS, verbose=0))
 
 
 def test_weights_alone_can_be_saved_and_loaded(tmp_path):

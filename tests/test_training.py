@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from models import SMALL, random_ids, small
 from running import BACKEND
+from test_interchange import FIXTURES, published
 
 from qwen3_next import GroupedAdamW, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig, pack, pad
 from qwen3_next.compiled import compile_with_weights
 from qwen3_next.hugging_face import config_from_hugging_face
 from qwen3_next.weights import weight_table
-from test_interchange import FIXTURES, published
 
 IDS = random_ids(4, 20)
 FEW = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention")}
@@ -64,7 +64,8 @@ def test_loss_and_all_gradients_are_those_of_transformers(name, checkpointing):
     fixture = np.load(FIXTURES / f"{name}.npz")
     model = from_fixture(name, gradient_checkpointing=checkpointing)
     case = {
-        key: fixture[f"case/train/{key}"] for key in ("input_ids", "attention_mask", "labels", "loss")
+        key: fixture[f"case/train/{key}"]
+        for key in ("input_ids", "attention_mask", "labels", "loss")
     }
     inputs = {"token_ids": case["input_ids"], "padding_mask": case["attention_mask"] > 0}
     loss, aux, grads = loss_and_gradients(model, inputs, case["labels"])

@@ -208,6 +208,5 @@ def _check(query, key, value, log_decay, beta, state, chunk_size, implementation
         raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
     if implementation not in (None, "chunked", "recurrent"):
         raise ValueError(
-            "`implementation` must be None, 'chunked' or 'recurrent'. "
-            f"Received: {implementation=}"
+            f"`implementation` must be None, 'chunked' or 'recurrent'. Received: {implementation=}"
         )

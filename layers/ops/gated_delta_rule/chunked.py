@@ -165,12 +165,13 @@ def _backward_step(chunk, state, state_segment, d_output, d_state):
         - d_write
     )
     d_end = ops.sum(d_write, axis=-1) + ops.sum(intra.keep * d_state * state, axis=(-2, -1))
-    d_log_decay = ops.flip(ops.cumsum(ops.flip(d_total, axis=-1), axis=-1), axis=-1)
+    # g_t is in the sums up to t and beyond: a running sum from the end.
+    after = ops.sum(d_total, axis=-1, keepdims=True) - ops.cumsum(d_total, axis=-1)
     grads = (
         ops.sum(d_query, axis=2, keepdims=True),
         ops.sum(d_key, axis=2, keepdims=True),
         beta * d_residual,
-        d_log_decay + d_end[..., None],
+        after + d_total + d_end[..., None],
         d_beta,
     )
     d_state = (

@@ -1,0 +1,34 @@
+"""The README's Python, as written, from top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+from running import BACKEND
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a long way through, once is enough")
+def test_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    # Choosing a backend has to come before the first import of keras.
+    blocks = [block for block in blocks if "KERAS_BACKEND" not in block]
+    names = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert [len(row) for row in names["tokens"]] == [8, 8]
+    assert names["logits"].shape == (2, 3, 512)
+    assert names["classifier"].num_labels == 2
+    assert "copied" in capsys.readouterr().out
+
+
+def test_the_table_of_sizes_is_what_describe_counts():
+    from qwen3_next import describe
+
+    rows = re.findall(r"\| `(\w+)` \| ([\d,]+) \| ([\d,]+) \|", README)
+    assert len(rows) == 4
+    for name, total, active in rows:
+        sizes = describe(name)
+        assert (f"{sizes.total:,}", f"{sizes.active:,}") == (total, active)
