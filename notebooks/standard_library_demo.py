@@ -123,7 +123,7 @@ def plot(history, held_out, unigram, bigram, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for results")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ class Intra(NamedTuple):
 
 
 def forward(chunks, state):
-    """`(Chunk with axis N, state (B, G, R, K, V))` -> outputs, final state, states at the starts."""
+    """`Chunk` with axis N, state `(B, G, R, K, V)` -> outputs, final state, states at the starts."""
 
     def step(carry, xs):
         state, state_segment = carry
@@ -77,7 +77,7 @@ def forward(chunks, state):
 
 
 def backward(chunks, starts, start_segments, d_outputs, d_final):
-    """Cotangents of the outputs and the final state -> `Chunk` of gradients (no segment), d_state."""
+    """Cotangents of outputs and final state -> gradients in the order of `Chunk`, d_state."""
 
     def step(carry, xs):
         (d_state,) = carry
