@@ -53,7 +53,7 @@ class Intra(NamedTuple):
 
 
 def forward(chunks, state):
-    """`Chunk` with axis N, state `(B, G, R, K, V)` -> outputs, final state, states at the starts."""
+    """`Chunk` with axis N, state `(B, G, R, K, V)` -> outputs, final state, chunk starts."""
 
     def step(carry, xs):
         state, state_segment = carry
