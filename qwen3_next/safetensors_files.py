@@ -5,6 +5,9 @@ A file is the length of its header (8 bytes, little-endian), the header, a JSON 
 A checkpoint is `model.safetensors`, or several files (shards) with `model.safetensors.index.json`,
 which names the shard of every tensor.
 
+The safetensors library checks a file as a whole and writes it from tensors that are all in memory;
+here a truncated file is refused with the name of its broken tensor, and writing streams.
+
 Source: https://huggingface.co/docs/safetensors
 """
 

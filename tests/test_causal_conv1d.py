@@ -159,7 +159,7 @@ def test_a_one_percent_error_in_the_kernel_is_seen():
 @pytest.mark.parametrize(
     "name, place, shape",
     [
-        ("inputs", 0, (2, 30, 5)),
+        ("kernel", 0, (2, 30, 5)),
         ("inputs", 0, (30, 6)),
         ("kernel", 1, (4, 1, 6)),
         ("state", 2, (2, 4, 6)),

@@ -133,7 +133,7 @@ def test_a_config_survives_its_dict():
     assert Qwen3NextConfig.from_dict(config.to_dict()) == Qwen3NextConfig.from_dict(
         Qwen3NextConfig.from_dict(config.to_dict()).to_dict()
     )
-    assert config.replace(num_layers=8).layer_types.count("full_attention") == 2
+    assert config.replace(num_layers=8).layer_types.count("full_attention") == 4
 
 
 def test_the_published_model_is_described_to_the_last_parameter():

@@ -135,7 +135,7 @@ def test_a_one_percent_error_is_seen(place):
 
 @pytest.mark.parametrize(
     "name, place, shape",
-    [("hidden", 0, (37, 11)), ("kernel", 1, (12,)), ("labels", 2, (37, 1))],
+    [("kernel", 0, (37, 11)), ("kernel", 1, (12,)), ("labels", 2, (37, 1)), ("labels", 2, (36,))],
 )
 def test_an_error_names_the_argument(name, place, shape):
     arrays = inputs()

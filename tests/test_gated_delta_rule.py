@@ -275,7 +275,11 @@ def test_a_one_percent_error_in_a_gradient_is_seen():
     "name, changes",
     [
         ("query", {"query": (2, 8, 16)}),
-        ("key", {"key": (2, 8, 2, 15)}),
+        ("query", {"key": (2, 8, 2, 15)}),
+        ("key", {"value": (2, 7, 4, 8)}),
+        ("beta", {"beta": (3, 8, 4)}),
+        ("padding_mask", {"padding_mask": (2, 9)}),
+        ("segment_ids", {"segment_ids": (8,)}),
         ("value", {"value": (2, 8, 3, 8)}),
         ("log_decay", {"log_decay": (2, 8, 2)}),
         ("beta", {"beta": (2, 8)}),

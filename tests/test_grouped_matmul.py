@@ -137,7 +137,7 @@ def test_a_one_percent_error_in_one_group_is_seen():
 @pytest.mark.parametrize(
     "name, place, shape",
     [
-        ("rows", 0, (50, 11)),
+        ("weights", 0, (50, 11)),
         ("rows", 0, (2, 50, 12)),
         ("weights", 1, (12, 7)),
         ("group_sizes", 2, (4,)),

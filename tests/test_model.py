@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from models import logits, random_ids, shared, small
+from running import assert_close
 
 from qwen3_next import Qwen3Next, Qwen3NextBackbone
 
@@ -109,7 +110,7 @@ def assert_same_state(a, b, lengths, tolerance=1e-5):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(b.lengths), lengths)
     for one, other in zip(keras.tree.flatten(a.slots), keras.tree.flatten(b.slots)):
         one, other = (keras.ops.convert_to_numpy(x) for x in (one, other))
-        np.testing.assert_allclose(one, other, atol=tolerance)
+        assert_close(one, other, tolerance)
 
 
 def test_a_row_without_new_tokens_keeps_its_state():

@@ -3,6 +3,8 @@
 None of these is meant to be differentiated: the ops that use them bring their own backward pass.
 """
 
+import functools
+
 import keras
 from keras import ops
 
@@ -79,7 +81,20 @@ def scatter_rows(buffer, index, rows):
     Indices other than M must be distinct.
     """
     if BACKEND == "jax":
-        return buffer.at[index].set(rows, mode="drop", unique_indices=False)
-    # A spare row takes what is to be dropped: TensorFlow on the CPU refuses an index out of range.
-    spare = ops.concatenate([buffer, ops.zeros_like(buffer[:1])], axis=0)
-    return ops.scatter_update(spare, ops.expand_dims(index, -1), rows)[:-1]
+        return buffer.at[index].set(rows, mode="drop")
+    if BACKEND == "tensorflow":
+        return _tensorflow_scatter()(buffer, index, rows)
+    kept = index < len(buffer)
+    return ops.scatter_update(buffer, ops.expand_dims(index[kept], -1), rows[kept])
+
+
+@functools.cache
+def _tensorflow_scatter():
+    import tensorflow as tf
+
+    # Under XLA an index out of range is dropped; TensorFlow's own kernel on the CPU refuses it.
+    return tf.function(
+        lambda buffer, index, rows: tf.tensor_scatter_nd_update(buffer, index[:, None], rows),
+        jit_compile=True,
+        autograph=False,
+    )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
+from ..checks import require_shape
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
 
@@ -45,8 +46,12 @@ def causal_conv1d(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(inputs, kernel, state)
+    require_shape("inputs", inputs, (None, None, None))
+    require_shape("kernel", kernel, (None, inputs.shape[2]))
     taps, channels = kernel.shape
+    require_shape("state", state, (inputs.shape[0], taps - 1, channels))
+    require_shape("padding_mask", padding_mask, inputs.shape[:2])
+    require_shape("segment_ids", segment_ids, inputs.shape[:2])
     batch, length = ops.shape(inputs)[:2]
     kernel = ops.cast(kernel, inputs.dtype)
     if state is None:
@@ -88,17 +93,3 @@ def causal_conv1d(
     if kept is not None:
         new_state = ops.where(kept[..., None], new_state, 0.0)
     return CausalConv1DOutput(output, new_state)
-
-
-def _check(inputs, kernel, state):
-    if len(inputs.shape) != 3 or len(kernel.shape) != 2 or inputs.shape[2] != kernel.shape[1]:
-        raise ValueError(
-            "`inputs` must have shape (batch, tokens, channels) and `kernel` (taps, channels). "
-            f"Received: inputs.shape={tuple(inputs.shape)}, kernel.shape={tuple(kernel.shape)}"
-        )
-    expected = (kernel.shape[0] - 1, kernel.shape[1])
-    if state is not None and tuple(state.shape[1:]) != expected:
-        raise ValueError(
-            f"`state` must have shape (batch, *{expected}). "
-            f"Received: state.shape={tuple(state.shape)}"
-        )

@@ -12,6 +12,7 @@ import functools
 from keras import ops
 
 from ..autodiff import custom_gradient
+from ..checks import require_shape
 from ..loops import scan
 
 IGNORE = -100
@@ -49,15 +50,9 @@ def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None):
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if len(hidden.shape) != 2 or len(kernel.shape) != 2 or hidden.shape[1] != kernel.shape[0]:
-        raise ValueError(
-            "`hidden` must have shape (rows, dim) and `kernel` (dim, vocabulary). "
-            f"Received: hidden.shape={tuple(hidden.shape)}, kernel.shape={tuple(kernel.shape)}"
-        )
-    if len(labels.shape) != 1:
-        raise ValueError(
-            f"`labels` must have shape (rows,). Received: labels.shape={tuple(labels.shape)}"
-        )
+    require_shape("hidden", hidden, (None, None))
+    require_shape("kernel", kernel, (hidden.shape[1], None))
+    require_shape("labels", labels, (hidden.shape[0],))
     count = ops.shape(hidden)[0]
     if chunk_rows is None:
         chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from keras import ops
 
 from ..autodiff import custom_gradient
+from ..checks import require_shape
 from ..sequence import segment_index
 from . import chunked, recurrent
 
@@ -66,7 +67,13 @@ def gated_delta_rule(
         ValueError: shapes that do not fit together, a chunk size that is no power of two, or an
             unknown implementation.
     """
-    _check(query, key, value, log_decay, beta, state, chunk_size, implementation)
+    _check(query, key, value, log_decay, beta, state, padding_mask, segment_ids)
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
+    if implementation not in (None, "chunked", "recurrent"):
+        raise ValueError(
+            f"`implementation` must be None, 'chunked' or 'recurrent'. Received: {implementation=}"
+        )
     batch, length, groups, key_dim = ops.shape(query)
     heads, value_dim = value.shape[2:]
     repeats = heads // groups
@@ -174,39 +181,19 @@ def _pad_to_chunks(x, size, repeat_last=False):
     return ops.concatenate([x, tail + x[:, -1:] if repeat_last else tail], axis=1)
 
 
-def _check(query, key, value, log_decay, beta, state, chunk_size, implementation):
-    for name, x, rank in (("query", query, 4), ("key", key, 4), ("value", value, 4)):
-        if len(x.shape) != rank:
-            raise ValueError(
-                f"`{name}` must have shape (batch, tokens, heads, dim). "
-                f"Received: {name}.shape={tuple(x.shape)}"
-            )
-    if tuple(query.shape[2:]) != tuple(key.shape[2:]):
-        raise ValueError(
-            "`query` and `key` must have the same heads and dim. "
-            f"Received: query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
-        )
-    groups, heads = key.shape[2], value.shape[2]
+def _check(query, key, value, log_decay, beta, state, padding_mask, segment_ids):
+    require_shape("value", value, (None, None, None, None))
+    batch, length, heads, value_dim = value.shape
+    require_shape("key", key, (batch, length, None, None))
+    groups, key_dim = key.shape[2:]
+    require_shape("query", query, (batch, length, groups, key_dim))
     if heads % groups:
         raise ValueError(
             "The heads of `value` must be a multiple of those of `key`. "
             f"Received: value.shape={tuple(value.shape)}, key.shape={tuple(key.shape)}"
         )
-    for name, x in (("log_decay", log_decay), ("beta", beta)):
-        if len(x.shape) != 3 or x.shape[2] != heads:
-            raise ValueError(
-                f"`{name}` must have shape (batch, tokens, {heads}). "
-                f"Received: {name}.shape={tuple(x.shape)}"
-            )
-    expected = (heads, key.shape[3], value.shape[3])
-    if state is not None and tuple(state.shape[1:]) != expected:
-        raise ValueError(
-            f"`state` must have shape (batch, *{expected}). "
-            f"Received: state.shape={tuple(state.shape)}"
-        )
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
-    if implementation not in (None, "chunked", "recurrent"):
-        raise ValueError(
-            f"`implementation` must be None, 'chunked' or 'recurrent'. Received: {implementation=}"
-        )
+    require_shape("log_decay", log_decay, (batch, length, heads))
+    require_shape("beta", beta, (batch, length, heads))
+    require_shape("state", state, (batch, heads, key_dim, value_dim))
+    require_shape("padding_mask", padding_mask, (batch, length))
+    require_shape("segment_ids", segment_ids, (batch, length))

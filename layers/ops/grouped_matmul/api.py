@@ -11,6 +11,7 @@ import functools
 from keras import ops
 
 from ..autodiff import custom_gradient
+from ..checks import require_shape
 from . import blocks
 
 
@@ -28,16 +29,9 @@ def grouped_matmul(rows, weights, group_sizes):
     Raises:
         ValueError: shapes that do not fit together.
     """
-    if len(rows.shape) != 2 or len(weights.shape) != 3 or rows.shape[1] != weights.shape[1]:
-        raise ValueError(
-            "`rows` must have shape (rows, dim) and `weights` (groups, dim, width). "
-            f"Received: rows.shape={tuple(rows.shape)}, weights.shape={tuple(weights.shape)}"
-        )
-    if tuple(group_sizes.shape) != (weights.shape[0],):
-        raise ValueError(
-            f"`group_sizes` must have shape ({weights.shape[0]},). "
-            f"Received: group_sizes.shape={tuple(group_sizes.shape)}"
-        )
+    require_shape("rows", rows, (None, None))
+    require_shape("weights", weights, (None, rows.shape[1], None))
+    require_shape("group_sizes", group_sizes, (weights.shape[0],))
     weights = ops.cast(weights, rows.dtype)
     size = blocks.block_size(rows.shape[0], weights.shape[0])
     return _differentiable(size)(rows, weights, ops.cast(group_sizes, "int32"))

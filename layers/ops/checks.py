@@ -1,0 +1,14 @@
+"""Checks of shapes, as far as they are known before the values are."""
+
+
+def require_shape(name, x, expected):
+    """Raises `ValueError` unless the known dims of `x` are `expected`; `None` there means any."""
+    if x is None:
+        return
+    shape = tuple(x.shape)
+    fits = len(shape) == len(expected) and all(
+        have is None or want is None or have == want for have, want in zip(shape, expected)
+    )
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"`{name}` must have shape ({wanted}). Received: {name}.shape={shape}")
