@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .initializers import Normal
+from .ops.autodiff import full_precision
 from .routed_experts import RoutedExperts
 from .swiglu import SwiGLU
 
@@ -129,7 +130,9 @@ class SparseMoE(keras.layers.Layer):
 
     def call(self, x, padding_mask=None, return_routing=False):
         rows = ops.reshape(ops.cast(x, self.compute_dtype), (-1, x.shape[-1]))  # (N, D)
-        probabilities = ops.softmax(self.gate(rows), axis=-1)  # (N, E) float32
+        with full_precision():
+            scores = self.gate(rows)
+        probabilities = ops.softmax(scores, axis=-1)  # (N, E) float32
         weights, experts = ops.top_k(probabilities, self.num_experts_per_tok)
         if self.norm_topk_prob:
             total = ops.sum(weights, axis=-1, keepdims=True)

@@ -6,7 +6,7 @@ import oracles
 import pytest
 from keras import ops
 from keras.backend import standardize_dtype
-from running import assert_close, assert_slopes, gradients, run, to_numpy
+from running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
 
 from qwen3_next.layers.ops import gated_delta_rule
 
@@ -296,3 +296,17 @@ def test_an_error_names_the_argument(name, changes):
         arguments[key] = np.zeros(value, "float32") if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         gated_delta_rule(**arguments)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX rounds operands on accelerators by default")
+@pytest.mark.parametrize("length", [2, 40])
+def test_every_product_is_in_full_precision(length):
+    import jax
+
+    def loss(*arrays):
+        return gated_delta_rule(*arrays).output.sum()
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs(length)[:5]).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products
+    assert all("HIGHEST" in line for line in products)

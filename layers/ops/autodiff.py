@@ -8,6 +8,9 @@ nest of tensors. Static options belong in closures, built once and cached, so th
 cache by function identity do not trace again.
 """
 
+import contextlib
+import functools
+
 import keras
 
 BACKEND = keras.backend.backend()
@@ -16,6 +19,23 @@ BACKEND = keras.backend.backend()
 def custom_gradient(forward, backward):
     """Returns `f(*inputs) -> outputs`, differentiated by `backward` instead of by tracing."""
     return {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}[BACKEND](forward, backward)
+
+
+@contextlib.contextmanager
+def full_precision():
+    """Within it JAX multiplies float32 matrices as float32 on GPU and TPU, too.
+
+    Its default there rounds the operands to 10 or 8 bits of mantissa: not enough for the inverse
+    and the state of the delta rule, nor for a router's choice. TensorFlow has one switch for the
+    whole process, `tf.config.experimental.enable_tensor_float_32_execution(False)`.
+    """
+    if BACKEND != "jax":
+        yield
+        return
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def _jax(forward, backward):
@@ -37,16 +57,23 @@ def _tensorflow(forward, backward):
 
     # Both halves are XLA programs of their own: their loops update buffers in place whether the
     # caller runs eagerly, in a graph or under XLA. A plain TensorFlow loop would copy them.
-    forward = tf.function(forward, jit_compile=True, autograph=False)
-    backward = tf.function(backward, jit_compile=True, autograph=False)
+    # Each set of shapes has its own: TensorFlow would reuse a trace of unknown dims for known
+    # ones, and return residuals whose shapes no longer fit those of the inputs beside them.
+    @functools.cache
+    def compiled(half, shapes):
+        return tf.function(half, jit_compile=True, autograph=False)
+
+    def run(half, *args):
+        shapes = tuple((x.dtype, *x.shape) for x in tf.nest.flatten(args))
+        return compiled(half, shapes)(*args)
 
     @tf.custom_gradient
     def function(*inputs):
         # Run eagerly, an outer tape would differentiate the program itself and not find how.
-        outputs, residuals = forward(*map(tf.stop_gradient, inputs))
+        outputs, residuals = run(forward, *map(tf.stop_gradient, inputs))
 
         def pull_back(*cotangents):
-            return list(backward(residuals, *cotangents))
+            return list(run(backward, residuals, *cotangents))
 
         return outputs, pull_back
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from ..autodiff import custom_gradient
+from ..autodiff import custom_gradient, full_precision
 from ..checks import require_shape
 from ..sequence import segment_index
 from . import chunked, recurrent
@@ -128,7 +128,8 @@ def gated_delta_rule(
 
 def _recurrent(query, key, value, log_decay, beta, state):
     xs = (query, key, value, ops.exp(log_decay), beta)
-    output, state = recurrent.run(*(ops.moveaxis(x, 1, 0) for x in xs), state)
+    with full_precision():
+        output, state = recurrent.run(*(ops.moveaxis(x, 1, 0) for x in xs), state)
     return ops.moveaxis(output, 0, 1), state
 
 
@@ -149,12 +150,14 @@ def _chunked(query, key, value, log_decay, beta, segment, state, chunk_size):
 def _differentiable():
     def forward(query, key, value, log_decay, beta, segment, state):
         chunks = chunked.Chunk(query, key, value, log_decay, beta, segment)
-        output, final, starts = chunked.forward(chunks, state)
+        with full_precision():
+            output, final, starts = chunked.forward(chunks, state)
         return (output, final), (tuple(chunks), starts)
 
     def backward(residuals, d_output, d_final):
         chunks, starts = residuals
-        grads, d_state = chunked.backward(chunked.Chunk(*chunks), *starts, d_output, d_final)
+        with full_precision():
+            grads, d_state = chunked.backward(chunked.Chunk(*chunks), *starts, d_output, d_final)
         return (*grads, None, d_state)
 
     return custom_gradient(forward, backward)
