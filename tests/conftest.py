@@ -8,14 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 import pytest  # noqa: E402
-from running import BACKEND, MODES  # noqa: E402
-
-
-def pytest_collection_modifyitems(config, items):
-    if BACKEND == "torch":
-        portable = [item for item in items if item.get_closest_marker("portable")]
-        config.hook.pytest_deselected([item for item in items if item not in portable])
-        items[:] = portable
+from running import MODES  # noqa: E402
 
 
 @pytest.fixture(params=MODES)
