@@ -74,7 +74,12 @@ class Generator:
         return Generation(rows, stats)
 
     def stream(self, prompts, max_new_tokens, **options):
-        _, (mode, sampling), carry = self._prefill(prompts, max_new_tokens, options)
+        # Not a generator itself, so that bad arguments raise here and not at the first token.
+        _, sampler, carry = self._prefill(prompts, max_new_tokens, options)
+        return self._steps(sampler, carry, max_new_tokens)
+
+    def _steps(self, sampler, carry, max_new_tokens):
+        mode, sampling = sampler
         advance = self._function("advance", mode)
         over = np.zeros(len(ops.convert_to_numpy(carry.token)), bool)
         for count in range(1, max_new_tokens + 1):

@@ -207,33 +207,17 @@ class Qwen3Next(Task):
             stop_token_ids=stop_token_ids,
         )
 
-    def stream(
-        self,
-        prompts,
-        max_new_tokens=128,
-        *,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        seed=None,
-        stop_token_ids=(),
-    ):
+    def stream(self, prompts, max_new_tokens=128, **sampling):
         """As `generate`, but an iterator that yields each step's tokens as they are made.
 
-        Yields:
-            `(B,)` int32, -1 in rows that have ended.
+        Args:
+            prompts, max_new_tokens: As for `generate`.
+            **sampling: Its other arguments.
+
+        Returns:
+            Iterator of `(B,)` int32, -1 in rows that have ended.
         """
-        return self._generator.stream(
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop_token_ids=stop_token_ids,
-        )
+        return self._generator.stream(prompts, max_new_tokens, **sampling)
 
     def compile(
         self,

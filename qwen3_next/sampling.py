@@ -27,7 +27,9 @@ class Sampling(NamedTuple):
     stop_token_ids: object
 
 
-def make_sampling(vocab_size, temperature, top_k, top_p, min_p, seed, stop_token_ids):
+def make_sampling(
+    vocab_size, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop_token_ids=()
+):
     """Checks the arguments of `generate` and returns `(mode, Sampling)`."""
     checks = (
         ("temperature", temperature, temperature >= 0, "at least 0"),

@@ -180,3 +180,5 @@ def test_steps_and_rows_draw_independently():
 def test_bad_arguments_are_named(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         shared().generate(prompts, **options)
+    with pytest.raises(ValueError, match=message):
+        shared().stream(prompts, **options)
