@@ -57,8 +57,10 @@ class ConfiguredModel(keras.Model):
         """Shape of the output for token ids `(batch, length)`, where either may be `None`."""
         raise NotImplementedError
 
-    def compute_output_spec(self, inputs, *args, **kwargs):
+    def compute_output_spec(self, inputs, training=None, **others):
         # Said outright: JAX cannot trace the routing of an unknown number of tokens.
+        if others:
+            raise ValueError(f"A symbolic call takes inputs alone. Received also: {sorted(others)}")
         token_ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
         shape = self.output_shape_of(*token_ids.shape)
         return keras.KerasTensor(shape, dtype=self.output_dtype)

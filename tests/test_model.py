@@ -205,6 +205,12 @@ def test_a_model_works_inside_a_functional_model():
     )
 
 
+def test_a_symbolic_call_with_labels_is_refused():
+    inputs = keras.Input((16,), dtype="int32")
+    with pytest.raises(ValueError, match="labels"):
+        shared()(inputs, labels=inputs)
+
+
 def test_mixed_bfloat16_keeps_float32_where_it_counts():
     model = small(Qwen3Next, dtype="mixed_bfloat16")
     assert model.compute_dtype == "bfloat16"
