@@ -6,10 +6,14 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
 export TF_CPP_MIN_LOG_LEVEL := 3
 
-.PHONY: demo test lint test-jax test-tensorflow test-torch clean
+BENCH ?=
+.PHONY: demo bench test lint test-jax test-tensorflow test-torch clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python notebooks/standard_library_demo.py
+
+bench: $(VENV)/.bench
+	$(VENV)/bin/python benchmarks/run.py $(BENCH)
 
 test: lint test-jax test-tensorflow test-torch
 
@@ -37,6 +41,12 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[jax,demo,test]" tensorflow-cpu
+	touch $@
+
+# The peers pull in a torch of their own choice unless the CPU build is there first.
+$(VENV)/.bench: $(VENV)/bin/python pyproject.toml
+	$(PIP) torch==2.13.0
+	$(PIP) --editable ".[jax,bench]" tensorflow-cpu
 	touch $@
 
 clean:

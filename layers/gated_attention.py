@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .norms import make_norm
+from .ops import attention
 from .ops.loops import scatter_rows
 from .ops.seeds import DrawnSeed
 from .ops.sequence import segment_index, segment_positions
@@ -147,37 +148,32 @@ class GatedAttention(keras.layers.Layer):
         key = self.rotary(self.k_norm(self.k_proj(x)), positions)
         value = self.v_proj(x)
         if slot is None:
-            mask = _sequence_mask(positions, segment, padding_mask)
+            visible = {"key_mask": padding_mask}
+            if segment is not None:
+                visible |= {"query_segments": segment, "key_segments": segment}
         else:
             slot = _extend(slot, key, value, positions, padding_mask)
             key, value = slot
-            mask = ops.arange(key.shape[1], dtype="int32") <= positions[..., None]  # (B, T, S)
-        output = self._attend(query, key, value, mask, dropout_seed, training)
+            visible = {"limits": positions}
+        if training and self.attention_dropout:
+            output = self._attend_with_dropout(query, key, value, visible, dropout_seed)
+        else:
+            output = attention(query, key, value, **visible)
         if gate is not None:
             gate = ops.sigmoid(ops.cast(gate, "float32"))
             output = ops.cast(ops.cast(output, "float32") * gate, self.compute_dtype)
         output = self.o_proj(output)
         return output if slot is None else (output, slot)
 
-    def _attend(self, query, key, value, mask, dropout_seed, training):
-        scale = self.head_dim**-0.5
-        mask = None if mask is None else mask[:, None]  # (B, 1, T, S)
-        if not (training and self.attention_dropout):
-            if self.num_key_value_heads == 1 and keras.backend.backend() == "tensorflow":
-                # Keras repeats grouped heads there only if there are several to repeat.
-                key, value = (ops.repeat(x, self.num_attention_heads, axis=2) for x in (key, value))
-            return ops.dot_product_attention(
-                query, key, value, mask=mask, scale=scale, is_causal=mask is None
-            )
-        seed = self.seed_generator.next() if dropout_seed is None else dropout_seed
+    def _attend_with_dropout(self, query, key, value, visible, seed):
+        """As `attention`, but with all weights in memory, where some of them are dropped."""
+        seed = self.seed_generator.next() if seed is None else seed
         batch, length, heads, dim = ops.shape(query)
         groups = self.num_key_value_heads
         query = ops.reshape(query, (batch, length, groups, heads // groups, dim))
-        scores = ops.cast(ops.einsum("btgrd,bsgd->bgrts", query, key), "float32") * scale
-        if mask is None:
-            rows = ops.arange(length)
-            mask = (rows[:, None] >= rows)[None, None]
-        scores = ops.where(mask[:, :, None], scores, -1e30)
+        scores = ops.cast(ops.einsum("btgrd,bsgd->bgrts", query, key), "float32") * dim**-0.5
+        mask = _mask(length, ops.shape(key)[1], **visible)
+        scores = ops.where(mask[:, None, None], scores, -1e30)
         weights = keras.random.dropout(
             ops.softmax(scores), self.attention_dropout, seed=DrawnSeed(seed)
         )
@@ -210,16 +206,14 @@ def _positions(x, segment, padding_mask):
     return segment_positions(segment, padding_mask)
 
 
-def _sequence_mask(positions, segment, padding_mask):
-    """`(B, T, T)` bool: what a token may attend to, or `None` for plain causal order."""
-    if segment is None and padding_mask is None:
-        return None
-    index = ops.arange(ops.shape(positions)[1])
-    mask = (index[:, None] >= index)[None]
-    if segment is not None:
-        mask = mask & (segment[:, :, None] == segment[:, None, :])
-    if padding_mask is not None:
-        mask = mask & padding_mask[:, None, :]
+def _mask(length, keys, limits=None, key_mask=None, query_segments=None, key_segments=None):
+    """`(B or 1, T, S)` bool: which keys a token sees, by the rules of `attention`."""
+    limits = ops.arange(length, dtype="int32")[None] if limits is None else limits
+    mask = ops.arange(keys, dtype="int32") <= limits[..., None]
+    if key_mask is not None:
+        mask = mask & key_mask[:, None, :]
+    if query_segments is not None:
+        mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
     return mask
 
 

@@ -4,9 +4,8 @@ import keras
 from keras import ops
 
 from .initializers import Normal
-from .ops import grouped_matmul
-from .ops.rows import take_rows
-from .swiglu import gated_activation
+from .ops import expert_mlp
+from .swiglu import GATED_ACTIVATIONS, gated_activation
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -46,7 +45,7 @@ class RoutedExperts(keras.layers.Layer):
         self.moe_intermediate_size = moe_intermediate_size
         self.ffn_type = ffn_type
         self.initializer_range = initializer_range
-        self.activation = gated_activation(ffn_type)
+        gated_activation(ffn_type)  # raises where it is unknown
 
     def build(self, input_shape, experts_shape=None, weights_shape=None):
         experts, width, inner = self.num_experts, input_shape[-1], self.moe_intermediate_size
@@ -58,25 +57,9 @@ class RoutedExperts(keras.layers.Layer):
 
     def call(self, x, experts, weights):
         x = ops.cast(x, self.compute_dtype)
-        choices = experts.shape[1]
-        flat = ops.reshape(experts, (-1,))
-        order = ops.cast(ops.argsort(flat), "int32")  # pair numbers, by expert
-        places = ops.cast(ops.argsort(order), "int32")
-        bounds = ops.searchsorted(ops.take(flat, order), ops.arange(self.num_experts + 1))
-        bounds = ops.cast(bounds, "int32")
-        load = bounds[1:] - bounds[:-1]
-
-        inverse = ops.reshape(places, (-1, choices))
-        rows = take_rows(x, order // choices, inverse)  # (N K, D)
-        gate, up = ops.split(self._matmul(rows, self.gate_up, load), 2, axis=-1)
-        rows = self._matmul(self.activation(gate) * up, self.down, load)
-        rows = take_rows(rows, places, ops.expand_dims(order, -1))
-        rows = ops.reshape(rows, (-1, choices, x.shape[1]))
-        weights = ops.expand_dims(ops.cast(weights, rows.dtype), -1)
-        return ops.sum(weights * rows, axis=1), load
-
-    def _matmul(self, rows, weights, load):
-        return grouped_matmul(rows, ops.cast(weights, self.compute_dtype), load)
+        gate_up, down = ops.convert_to_tensor(self.gate_up), ops.convert_to_tensor(self.down)
+        activation = GATED_ACTIVATIONS[self.ffn_type]
+        return expert_mlp(x, gate_up, down, experts, weights, activation=activation)
 
     def compute_output_shape(self, input_shape, experts_shape=None, weights_shape=None):
         return input_shape, (self.num_experts,)

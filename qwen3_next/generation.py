@@ -55,6 +55,7 @@ class Generator:
     def generate(self, prompts, max_new_tokens, **options):
         started = time.perf_counter()
         prompts, sampler, carry = self._prefill(prompts, max_new_tokens, options)
+        ops.convert_to_numpy(carry.token)  # waits: JAX returns before it has computed
         prefilled = time.perf_counter()
         mode, sampling = sampler
         limit = ops.convert_to_tensor(np.int32(max_new_tokens))

@@ -5,7 +5,8 @@ from keras import ops
 from running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
 
 from qwen3_next.layers.ops import grouped_matmul
-from qwen3_next.layers.ops.grouped_matmul import blocks
+from qwen3_next.layers.ops.grouped_matmul.tiles import Tiles, tile_sizes
+from qwen3_next.layers.ops.loops import get_rows, set_rows
 
 TOLERANCE = 2e-6
 ROWS, DIM, WIDTH = 50, 12, 7
@@ -62,6 +63,20 @@ def test_any_number_of_groups_and_rows(groups, rows):
     assert_close(run(grouped_matmul, *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="an operation of JAX")
+def test_implementations_agree():
+    def ragged(*arrays):
+        return grouped_matmul(*arrays, implementation="ragged_dot")
+
+    arrays = inputs(SIZES["uneven"], rows=53)
+    assert_close(run(ragged, *arrays), run(grouped_matmul, *arrays), TOLERANCE)
+
+
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match=r"implementation.*Received"):
+        grouped_matmul(*inputs(SIZES["even"]), implementation="quick")
+
+
 def test_rows_behind_the_last_group_yield_zeros():
     arrays = inputs(SIZES["uneven"], rows=53)
     output = run(grouped_matmul, *arrays)
@@ -96,14 +111,19 @@ def test_an_unused_group_is_never_read():
 def test_work_follows_the_rows_and_the_groups_in_use(groups):
     rows = 200
     sizes = scattered(groups, rows)
-    size = blocks.block_size(rows, groups)
-    plan = blocks._plan(rows, ops.convert_to_tensor(sizes.astype("int32")), size)
-    assert int(plan.blocks) <= rows // size + (sizes > 0).sum()
+    choices = tile_sizes(rows, groups)
+    tiles = Tiles(rows, ops.convert_to_tensor(sizes.astype("int32")), choices)
 
-    walked = [to_numpy(plan(block)) for block in range(int(plan.blocks))]
-    covered = [row for _, start, end in walked for row in range(start, min(start + size, end))]
-    assert covered == list(range(rows))
-    assert {int(group) for group, _, _ in walked} == set(np.flatnonzero(sizes))
+    def count(tile, carry):
+        covered, number = carry
+        own = ops.cast(tile.own, "int32")
+        covered = set_rows(covered, tile.start, get_rows(covered, tile.start, tile.size) + own)
+        return covered, number + 1
+
+    covered = ops.zeros((rows + choices[-1],), "int32")
+    covered, number = to_numpy(tiles.loop(count, (covered, ops.zeros((), "int32"))))
+    assert (covered[:rows] == 1).all()
+    assert int(number) <= rows // choices[-1] + (sizes > 0).sum()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")

@@ -2,6 +2,7 @@
 
     forward(*inputs)                 -> (outputs, residuals)
     backward(residuals, *cotangents) -> one gradient per input, `None` for integer inputs
+    primal(*inputs)                  -> outputs, where nothing is differentiated (optional)
 
 Inputs are a flat list of tensors, `outputs` is a tensor or a tuple of tensors, residuals are any
 nest of tensors. Static options belong in closures, built once and cached, so that backends that
@@ -16,9 +17,14 @@ import keras
 BACKEND = keras.backend.backend()
 
 
-def custom_gradient(forward, backward):
-    """Returns `f(*inputs) -> outputs`, differentiated by `backward` instead of by tracing."""
-    return {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}[BACKEND](forward, backward)
+def custom_gradient(forward, backward, primal=None):
+    """Returns `f(*inputs) -> outputs`, differentiated by `backward` instead of by tracing.
+
+    `primal` is for residuals that cost something; only JAX can tell when they are not needed.
+    """
+    if BACKEND == "jax":
+        return _jax(forward, backward, primal)
+    return {"tensorflow": _tensorflow, "torch": _torch}[BACKEND](forward, backward)
 
 
 @contextlib.contextmanager
@@ -38,12 +44,12 @@ def full_precision():
         yield
 
 
-def _jax(forward, backward):
+def _jax(forward, backward, primal):
     import jax
 
     @jax.custom_vjp
     def function(*inputs):
-        return forward(*inputs)[0]
+        return forward(*inputs)[0] if primal is None else primal(*inputs)
 
     def pull_back(residuals, cotangents):
         return tuple(backward(residuals, *_as_tuple(cotangents)))

@@ -53,9 +53,11 @@ def set_row(buffer, index, row):
     return set_rows(buffer, index, ops.expand_dims(row, 0))
 
 
-def set_rows(buffer, start, rows):
-    """`buffer[start : start + len(rows)] = rows` for a scalar integer tensor `start`."""
-    return ops.slice_update(buffer, [start] + [0] * (len(buffer.shape) - 1), rows)
+def set_rows(buffer, start, rows, axis=0):
+    """`buffer[start : start + len(rows)] = rows` along `axis`, for a scalar integer tensor."""
+    starts = [0] * len(buffer.shape)
+    starts[axis] = start
+    return ops.slice_update(buffer, starts, rows)
 
 
 def get_row(buffer, index):
@@ -67,12 +69,18 @@ def get_row(buffer, index):
     return buffer[index]
 
 
-def get_rows(buffer, start, count):
-    """`buffer[start : start + count]` for a scalar integer tensor `start` and a static `count`."""
+def get_rows(buffer, start, count, axis=0):
+    """`buffer[start : start + count]` along `axis`, for a scalar integer tensor `start`."""
     if BACKEND == "tensorflow":
-        return ops.take(buffer, start + ops.arange(count, dtype=start.dtype), axis=0)
-    starts = [start] + [0] * (len(buffer.shape) - 1)
-    return ops.slice(buffer, starts, (count, *ops.shape(buffer)[1:]))
+        return ops.take(buffer, start + ops.arange(count, dtype=start.dtype), axis=axis)
+    starts, shape = [0] * len(buffer.shape), list(ops.shape(buffer))
+    starts[axis], shape[axis] = start, count
+    return ops.slice(buffer, starts, shape)
+
+
+def add_to_row(buffer, index, row):
+    """`buffer[index] += row` for a scalar integer tensor `index`."""
+    return set_row(buffer, index, get_row(buffer, index) + ops.cast(row, buffer.dtype))
 
 
 def scatter_rows(buffer, index, rows):

@@ -7,11 +7,13 @@ row itself runs out, and 0 where there is none. W taps are W shifted products: f
 a short convolution that is faster than a convolution primitive on every backend.
 """
 
+import functools
 from typing import NamedTuple
 
 import keras
 from keras import ops
 
+from ..autodiff import custom_gradient
 from ..checks import require_shape
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
@@ -69,13 +71,7 @@ def causal_conv1d(
     if segment is not None:
         # Numbers start at 0 with the segment that continues the state.
         segment = ops.pad(segment, [[0, 0], [taps - 1, 0]])
-    output = 0.0
-    for tap in range(taps):
-        term = extended[:, tap : tap + length] * kernel[tap]
-        if segment is not None and tap < taps - 1:
-            same = segment[:, tap : tap + length] == segment[:, taps - 1 :]
-            term = ops.where(same[..., None], term, 0.0)
-        output = output + term
+    output = _differentiable()(extended, kernel, *([] if segment is None else [segment]))
     output = keras.activations.get(activation)(output)
 
     if padding_mask is None:
@@ -93,3 +89,38 @@ def causal_conv1d(
     if kept is not None:
         new_state = ops.where(kept[..., None], new_state, 0.0)
     return CausalConv1DOutput(output, new_state)
+
+
+@functools.cache
+def _differentiable():
+    """Shifted products of `extended (B, W-1+T, C)`; autodiff would pad and add up every term."""
+
+    def terms(extended, taps, segment=None):
+        """The inputs under every tap, `(B, T, C)`, and where they belong to the segment."""
+        length = ops.shape(extended)[1] - taps + 1
+        for tap in range(taps):
+            same = None
+            if segment is not None and tap < taps - 1:
+                same = segment[:, tap : tap + length] == segment[:, taps - 1 :]
+                same = ops.expand_dims(same, -1)
+            yield tap, extended[:, tap : tap + length], same
+
+    def forward(extended, kernel, *segment):
+        output = 0.0
+        for tap, rows, same in terms(extended, kernel.shape[0], *segment):
+            term = rows * kernel[tap]
+            output = output + (term if same is None else ops.where(same, term, 0.0))
+        return output, (extended, kernel, *segment)
+
+    def backward(residuals, d_output):
+        extended, kernel, *segment = residuals
+        taps = kernel.shape[0]
+        d_extended, d_kernel = 0.0, []
+        for tap, rows, same in terms(extended, taps, *segment):
+            d_term = d_output if same is None else ops.where(same, d_output, 0.0)
+            d_kernel.append(ops.sum(d_term * rows, axis=(0, 1)))
+            place = [[0, 0], [tap, taps - 1 - tap], [0, 0]]
+            d_extended = d_extended + ops.pad(d_term * kernel[tap], place)
+        return d_extended, ops.stack(d_kernel), *(None for _ in segment)
+
+    return custom_gradient(forward, backward)

@@ -127,21 +127,27 @@ def gated_delta_rule(
 
 
 def _recurrent(query, key, value, log_decay, beta, state):
-    xs = (query, key, value, ops.exp(log_decay), beta)
+    def by_token(x):
+        return ops.moveaxis(ops.reshape(x, (*ops.shape(x)[:2], -1, *x.shape[4:])), 1, 0)
+
+    # One query and key a value head: shared ones would make XLA transpose the state to share them.
+    repeats = value.shape[3]
+    query, key = (ops.repeat(x, repeats, axis=3) for x in (query, key))
+    xs = [by_token(x) for x in (query, key, value, ops.exp(log_decay), beta)]
+    batch, groups, _, *dims = ops.shape(state)
+    state = ops.reshape(state, (batch, groups * repeats, *dims))
     with full_precision():
-        output, state = recurrent.run(*(ops.moveaxis(x, 1, 0) for x in xs), state)
+        output, state = recurrent.run(*xs, state)
     return ops.moveaxis(output, 0, 1), state
 
 
 def _chunked(query, key, value, log_decay, beta, segment, state, chunk_size):
     length = ops.shape(value)[1]
-    xs = (query, key, value, log_decay, beta)
-    xs = [_to_chunks(x, chunk_size, head_axes=2) for x in xs]
+    xs = [_to_chunks(x, chunk_size) for x in (query, key, value, log_decay, beta)]
     # Padding the tail with the last segment's number keeps its state.
-    segment = _pad_to_chunks(segment, chunk_size, repeat_last=True)
-    segment = ops.moveaxis(_split(segment, chunk_size), 1, 0)
+    segment = _to_chunks(segment, chunk_size, repeat_last=True)
     output, state = _differentiable()(*xs, segment, state)
-    output = ops.moveaxis(ops.moveaxis(output, 0, 1), -2, 2)  # (B, N, C, G, R, V)
+    output = ops.moveaxis(output, 0, 1)  # (B, N, C, G, R, V)
     output = ops.reshape(output, (ops.shape(value)[0], -1, *value.shape[2:]))
     return output[:, :length], state
 
@@ -163,25 +169,14 @@ def _differentiable():
     return custom_gradient(forward, backward)
 
 
-def _to_chunks(x, size, head_axes):
-    """`(B, T, G, R, ...)` -> `(N, B, G, R, C, ...)`, the tail padded with zeros."""
-    x = _split(_pad_to_chunks(x, size), size)  # (B, N, C, G, R, ...)
-    return ops.moveaxis(ops.moveaxis(x, 2, 2 + head_axes), 1, 0)
-
-
-def _split(x, size):
-    batch, _, *rest = ops.shape(x)
-    return ops.reshape(x, (batch, -1, size, *rest))
-
-
-def _pad_to_chunks(x, size, repeat_last=False):
-    """Pads axis 1 to a multiple of `size`; zeros are tokens that neither decay nor write."""
+def _to_chunks(x, size, repeat_last=False):
+    """`(B, T, ...)` -> `(N, B, C, ...)`; zeros at the end neither decay nor write."""
     batch, length, *rest = ops.shape(x)
     missing = -length % size
-    if isinstance(missing, int) and missing == 0:
-        return x
-    tail = ops.zeros((batch, missing, *rest), x.dtype)
-    return ops.concatenate([x, tail + x[:, -1:] if repeat_last else tail], axis=1)
+    if not (isinstance(missing, int) and missing == 0):
+        tail = ops.zeros((batch, missing, *rest), x.dtype)
+        x = ops.concatenate([x, tail + x[:, -1:] if repeat_last else tail], axis=1)
+    return ops.moveaxis(ops.reshape(x, (batch, -1, size, *rest)), 1, 0)
 
 
 def _check(query, key, value, log_decay, beta, state, padding_mask, segment_ids):

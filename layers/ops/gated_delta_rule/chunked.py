@@ -17,7 +17,9 @@ fewer and has no U, W buffers. Chunks: Gated Delta Networks, arXiv 2412.06464, s
 The backward pass keeps the inputs and the state at the start of every chunk, walks the chunks in
 reverse and recomputes the rest. X is never differentiated: dA = -stril((X^T dV) V^T).
 
-Shapes: B batch, G key heads, R value heads a key head, C chunk, N chunks.
+Shapes: B batch, G key heads, R value heads a key head, C chunk, N chunks. Chunks come and go token
+by token, `(B, C, G, R, ...)`, and are turned head by head inside the loop, while they are in the
+cache.
 """
 
 from typing import NamedTuple
@@ -30,7 +32,7 @@ MIN_BLOCK = 16
 
 
 class Chunk(NamedTuple):
-    """One chunk of inputs, or with a leading axis N all of them."""
+    """One chunk of inputs, head by head."""
 
     query: object  # (B, G, 1, C, K)
     key: object  # (B, G, 1, C, K)
@@ -53,16 +55,16 @@ class Intra(NamedTuple):
 
 
 def forward(chunks, state):
-    """`Chunk` with axis N, state `(B, G, R, K, V)` -> outputs, final state, chunk starts."""
+    """Chunks `(N, B, C, G, R, ...)`, state `(B, G, R, K, V)` -> outputs, final state, starts."""
 
     def step(carry, xs):
         state, state_segment = carry
-        chunk = Chunk(*xs)
+        chunk = _by_head(xs)
         intra = _intra(chunk, state_segment)
         delta = _delta(chunk, intra, state)
         output = (intra.read * chunk.query) @ state + intra.attention @ delta
         new_state = intra.keep * state + _transpose(intra.write * chunk.key) @ delta
-        return (new_state, chunk.segment[:, -1]), (output, state, state_segment)
+        return (new_state, chunk.segment[:, -1]), (_by_token(output), state, state_segment)
 
     count = ops.shape(chunks.value)[0]
     # The state that comes in belongs to the first segment of the row.
@@ -82,7 +84,10 @@ def backward(chunks, starts, start_segments, d_outputs, d_final):
     def step(carry, xs):
         (d_state,) = carry
         *chunk, state, state_segment, d_output = xs
-        grads, d_state = _backward_step(Chunk(*chunk), state, state_segment, d_output, d_state)
+        d_output = ops.moveaxis(d_output, 1, -2)
+        grads, d_state = _backward_step(_by_head(chunk), state, state_segment, d_output, d_state)
+        *wide, d_decay, d_beta = grads
+        grads = (*map(_by_token, wide), *(ops.moveaxis(x, -1, 1) for x in (d_decay, d_beta)))
         return (d_state,), grads
 
     # Queries and keys are shared by the R value heads of a group: their gradients are summed there.
@@ -90,6 +95,17 @@ def backward(chunks, starts, start_segments, d_outputs, d_final):
     xs = (*chunks, starts, start_segments, d_outputs)
     (d_state,), grads = scan(step, (d_final,), xs, into, reverse=True)
     return grads, d_state
+
+
+def _by_head(xs):
+    query, key, value, log_decay, beta, segment = xs
+    wide = (ops.moveaxis(x, 1, -2) for x in (query, key, value))
+    return Chunk(*wide, *(ops.moveaxis(x, 1, -1) for x in (log_decay, beta)), segment)
+
+
+def _by_token(x):
+    """`(B, G, R, C, ...)` -> `(B, C, G, R, ...)`."""
+    return ops.moveaxis(x, -2, 1)
 
 
 def _intra(chunk, state_segment):

@@ -12,38 +12,62 @@ from keras import ops
 
 from ..autodiff import custom_gradient
 from ..checks import require_shape
-from . import blocks
+from ..platform import BACKEND, choose, platform
+from . import tiled
+from .tiles import tile_sizes
+
+IMPLEMENTATIONS = ("tiled", "ragged_dot")
 
 
-def grouped_matmul(rows, weights, group_sizes):
+def grouped_matmul(rows, weights, group_sizes, *, implementation=None):
     """Multiplies every row with the weights of its group.
 
     Args:
         rows: `(R, D)`, sorted by group.
         weights: `(E, D, F)`.
         group_sizes: `(E,)` integers that sum to R at most; rows behind the last group yield 0.
+        implementation: `"tiled"` (a loop over tiles of rows, on every backend), `"ragged_dot"`
+            (JAX's own operation: a kernel on TPU, on GPU with the option
+            `jax_ragged_dot_use_gpu_pallas_triton_lowering`, else all groups for every row), or
+            `None` for `"ragged_dot"` on TPU and `"tiled"` elsewhere.
 
     Returns:
         `(R, F)` in the dtype of `rows`.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or an unknown implementation.
     """
     require_shape("rows", rows, (None, None))
     require_shape("weights", weights, (None, rows.shape[1], None))
     require_shape("group_sizes", group_sizes, (weights.shape[0],))
     weights = ops.cast(weights, rows.dtype)
-    size = blocks.block_size(rows.shape[0], weights.shape[0])
-    return _differentiable(size)(rows, weights, ops.cast(group_sizes, "int32"))
+    group_sizes = ops.cast(group_sizes, "int32")
+    if pick(implementation) == "ragged_dot":
+        import jax
+
+        return jax.lax.ragged_dot(rows, weights, group_sizes)
+    sizes = tile_sizes(rows.shape[0], weights.shape[0])
+    return _differentiable(sizes)(rows, weights, group_sizes)
+
+
+def pick(implementation):
+    """The implementation to run for the `implementation` asked for."""
+    default = "ragged_dot" if BACKEND == "jax" and platform() == "tpu" else "tiled"
+    implementation = choose(implementation, IMPLEMENTATIONS, default)
+    if implementation == "ragged_dot" and BACKEND != "jax":
+        raise ValueError(
+            f"implementation='ragged_dot' needs the JAX backend. Received: backend={BACKEND!r}"
+        )
+    return implementation
 
 
 @functools.cache
-def _differentiable(size):
+def _differentiable(sizes):
     def forward(rows, weights, group_sizes):
-        outputs = blocks.forward(rows, weights, group_sizes, size)
+        outputs = tiled.forward(rows, weights, group_sizes, sizes)
         return outputs, (rows, weights, group_sizes)
 
     def backward(residuals, d_outputs):
-        return (*blocks.backward(*residuals, d_outputs, size), None)
+        return (*tiled.backward(*residuals, d_outputs, sizes), None)
 
     return custom_gradient(forward, backward)

@@ -1,0 +1,60 @@
+"""The libraries that are measured; each module offers the same tasks as functions.
+
+    prefill(config, batch, length)        all logits of a forward pass
+    train(config, batch, length)          loss, gradients and an AdamW step
+    decode(config, batch, length, new)    greedy generation behind a short prompt
+    delta_rule(length, heads, dim), delta_rule_grad(...), moe(...), moe_grad(...), loss(...)
+
+Each returns a `Work`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Work(NamedTuple):
+    """`run()` does the work once and waits for it; `units` it counts for (tokens, in decoding).
+
+    `temp_bytes()` is what the compiler says the program needs besides inputs and outputs, and
+    `error()` how far its result is from the float64 oracle, relative to the largest entry.
+    """
+
+    run: Callable
+    units: int = 1
+    temp_bytes: Callable | None = None
+    error: Callable | None = None
+
+
+def token_ids(config, batch, length):
+    return np.random.default_rng(0).integers(0, config["vocab_size"], (batch, length), "int32")
+
+
+def delta_rule_inputs(length, heads, dim):
+    """Query, key, value `(1, T, H, dim)`, log decay and beta `(1, T, H)`, float32."""
+    rng = np.random.default_rng(0)
+    query, key = (_unit(rng.standard_normal((1, length, heads, dim))) for _ in range(2))
+    value = rng.standard_normal((1, length, heads, dim))
+    log_decay = -0.1 * rng.random((1, length, heads))
+    beta = rng.random((1, length, heads))
+    return [x.astype("float32") for x in (query, key, value, log_decay, beta)]
+
+
+def _unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def moe_inputs(tokens, width, experts, chosen, inner):
+    """Rows, router, stacked gate and up, stacked down, float32."""
+    rng = np.random.default_rng(0)
+    shapes = (tokens, width), (width, experts), (experts, width, 2 * inner), (experts, inner, width)
+    return [
+        (rng.standard_normal(s) * scale).astype("float32")
+        for s, scale in zip(shapes, (1, 0.1, 0.04, 0.04))
+    ]
+
+
+def relative_error(value, reference):
+    value = np.asarray(value, np.float64)
+    return float(np.abs(value - reference).max() / np.abs(reference).max())

@@ -1,0 +1,92 @@
+"""This project."""
+
+import keras
+import numpy as np
+import oracles
+from keras import ops
+
+from contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
+from contenders.keras_work import forward, gradient
+from contenders.keras_work import train as train_work
+from qwen3_next import Qwen3Next, Qwen3NextConfig
+from qwen3_next.layers import SparseMoE
+from qwen3_next.layers.ops import gated_delta_rule, linear_cross_entropy
+
+
+def build(config):
+    return Qwen3Next(Qwen3NextConfig.from_dict(config))
+
+
+def prefill(config, batch, length):
+    model = build(config)
+    return forward(model, model.variables, token_ids(config, batch, length))
+
+
+def train(config, batch, length):
+    model = build(config)
+    model.compile(keras.optimizers.AdamW(1e-4))
+    return train_work(model, token_ids(config, batch, length + 1))
+
+
+def decode(config, batch, length, new):
+    model = build(config)
+    prompts = token_ids(config, batch, length)
+    return Work(lambda: model.generate(prompts, new), units=batch * new)
+
+
+def _rule(*inputs):
+    return gated_delta_rule(*inputs).output
+
+
+def delta_rule(length, heads, dim):
+    inputs = delta_rule_inputs(length, heads, dim)
+    work = forward(_rule, [], *inputs)
+
+    def error():
+        return relative_error(work.run(), oracles.gated_delta_rule(*inputs)[0])
+
+    return work._replace(error=error)
+
+
+def delta_rule_grad(length, heads, dim):
+    return gradient(_rule, [], *delta_rule_inputs(length, heads, dim))
+
+
+def _moe(work_of, tokens, width, experts, chosen, inner):
+    rows, *weights = moe_inputs(tokens, width, experts, chosen, inner)
+    layer = SparseMoE(experts, chosen, inner)
+    layer.build((None, None, width))
+    for variable, value in zip(
+        (layer.gate.kernel, layer.experts.gate_up, layer.experts.down), weights
+    ):
+        variable.assign(value)
+    work = work_of(layer, layer.variables, rows[None])
+
+    def error():
+        reference = oracles.sparse_moe(rows, *weights, chosen, True)[0]
+        return relative_error(work.run()[0], reference)
+
+    return work._replace(error=error if work_of is forward else None)
+
+
+def moe(**size):
+    return _moe(forward, **size)
+
+
+def moe_grad(**size):
+    return _moe(gradient, **size)
+
+
+def loss(tokens, width, vocab):
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((tokens, width)).astype("float32")
+    kernel = (rng.standard_normal((width, vocab)) * 0.02).astype("float32")
+    labels = rng.integers(0, vocab, tokens)
+    work = gradient(linear_cross_entropy, [], hidden, kernel, labels.astype("int32"))
+
+    def error():
+        reference = oracles.cross_entropy(hidden.astype("float64") @ kernel, labels)
+        value = linear_cross_entropy(*map(ops.convert_to_tensor, (hidden, kernel, labels)))
+        return relative_error(value, reference)
+
+    return work._replace(error=error)

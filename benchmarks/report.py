@@ -1,0 +1,112 @@
+"""The table and the curves of a run."""
+
+from workloads import EVERYONE, MODEL
+
+OURS = "ours-jax"
+
+
+def table(results):
+    """Markdown: seconds of every contender, ours against each peer, compilation and memory."""
+    found = {}
+    for result in results["rows"]:
+        if result["curve"] is None:
+            found.setdefault(result["name"], {})[result["contender"]] = result
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    lines = [
+        f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB; "
+        f"Python {machine['python']}; {versions}. float32.",
+        "",
+        "Median milliseconds a run (decoding: tokens a second), in brackets how many times as fast "
+        "ours on JAX is.",
+        "",
+        "| | " + " | ".join(EVERYONE) + " |",
+        "|---" * (1 + len(EVERYONE)) + "|",
+    ]
+    for name, by in found.items():
+        cells = [_time(by.get(contender), by.get(OURS)) for contender in EVERYONE]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "First call in seconds (with compilation) / peak memory of the process in MiB / temporary "
+        "memory of the program in MiB, from XLA / error against float64.",
+        "",
+        "| | " + " | ".join(EVERYONE) + " |",
+        "|---" * (1 + len(EVERYONE)) + "|",
+    ]
+    for name, by in found.items():
+        cells = [_cost(by.get(contender)) for contender in EVERYONE]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _time(result, ours):
+    if result is None:
+        return ""
+    if "failed" in result:
+        return "failed"
+    if result["task"] == "decode":
+        text = f"{result['units_per_second']:.0f} tokens/s"
+    else:
+        text = f"{result['seconds'] * 1e3:.3g}"
+    if ours is None or "failed" in ours or result["contender"] == OURS:
+        return text
+    return f"{text} ({result['seconds'] / ours['seconds']:.2f}x)"
+
+
+def _cost(result):
+    if result is None:
+        return ""
+    if "failed" in result:
+        return result["failed"].replace("|", "/")
+    temp = f"{result['temp_mib']:.0f}" if "temp_mib" in result else "-"
+    error = f"{result['error']:.1e}" if "error" in result else "-"
+    return f"{result['first_call_seconds']:.1f} / {result['peak_mib']:.0f} / {temp} / {error}"
+
+
+def draw(results, path):
+    """Time against T, time against E, state bytes against context."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    lines = {}
+    for result in results["rows"]:
+        if result["curve"] and "failed" not in result:
+            lines.setdefault((result["curve"], result["contender"]), []).append(result)
+    for (curve, contender), points in lines.items():
+        over_experts = curve == "time against E"
+        axis = axes[1] if over_experts else axes[0]
+        key = "experts" if over_experts else "length"
+        label = contender + (", no attention layers" if "no attention" in curve else "")
+        x = [point["size"][key] for point in points]
+        axis.loglog(x, [point["seconds"] for point in points], "o-", label=label)
+    axes[0].set(title="Prefill, batch 1", xlabel="tokens", ylabel="seconds")
+    axes[1].set(title="MoE block, 1024 tokens, top 8", xlabel="experts", ylabel="seconds")
+    contexts = [2**n for n in range(8, 19)]
+    for label, values in state_bytes(contexts).items():
+        axes[2].loglog(contexts, values, "o-", label=label)
+    axes[2].set(title="State of one sequence, float32", xlabel="tokens", ylabel="bytes")
+    for axis in axes:
+        axis.grid(True, which="both", alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def state_bytes(contexts):
+    """Bytes of the state a sequence needs, for the benchmark model and for attention alone."""
+    layers, interval = MODEL["num_layers"], MODEL["full_attention_interval"]
+    attention = layers // interval
+    pair = 2 * 4 * MODEL["num_key_value_heads"] * MODEL["head_dim"]
+    heads, value = MODEL["linear_num_value_heads"], MODEL["linear_value_head_dim"]
+    groups, key = MODEL["linear_num_key_heads"], MODEL["linear_key_head_dim"]
+    tail = (MODEL["linear_conv_kernel_dim"] - 1) * (2 * groups * key + heads * value)
+    delta = 4 * (heads * key * value + tail)
+    return {
+        f"{layers - attention} DeltaNet + {attention} attention": [
+            (layers - attention) * delta + attention * pair * n for n in contexts
+        ],
+        f"{layers} attention": [layers * pair * n for n in contexts],
+    }

@@ -1,0 +1,107 @@
+"""Measures this project and its peers on the same work, in turn, and writes what it found.
+
+    python benchmarks/run.py [--quick] [--only TEXT] [--out benchmarks/results]
+
+Every row runs for every contender in a process of its own, one after the other. Results go to
+`results.json`, `results.md` and `scaling.png`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from report import draw, table  # noqa: E402
+from workloads import MODELS, curves, rows  # noqa: E402
+
+PACKAGES = ("jax", "tensorflow", "keras", "keras-hub", "torch", "transformers", "numpy")
+PATIENCE = 600  # seconds for one row of one contender
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a few rows, under two minutes")
+    parser.add_argument("--only", default="", help="rows whose name contains this text")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+
+    wanted = [row for row in (*rows(), *curves()) if args.only in row.name]
+    if args.quick:
+        wanted = [row for row in wanted if row.quick]
+    found = []
+    total = sum(len(row.contenders) for row in wanted)
+    started = time.perf_counter()
+    for row in wanted:
+        for contender in row.contenders:
+            figures = measure(row, contender)
+            found.append({**row._asdict(), "contender": contender, **figures})
+            spent = time.perf_counter() - started
+            print(f"[{len(found)}/{total}, {spent:.0f} s] {describe(found[-1])}", flush=True)
+    results = {"machine": machine(), "models": MODELS, "rows": found}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "results.md").write_text(table(results))
+    if not args.quick and not args.only:
+        draw(results, args.out / "scaling.png")
+    print("\n" + table(results))
+
+
+def measure(row, contender):
+    """The figures of one row for one contender, or `{"failed": why}`."""
+    work = json.dumps({"task": row.task, "model": row.model, "size": row.size})
+    command = [sys.executable, str(HERE / "worker.py"), contender, work]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done after {PATIENCE} s"}
+    for line in reversed(done.stdout.splitlines()):
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+    return {"failed": f"exit {done.returncode}: {''.join(last)[:200]}"}
+
+
+def describe(result):
+    what = f"{result['name']}, {result['contender']}: "
+    if "failed" in result:
+        return what + result["failed"]
+    return (
+        what + f"{result['seconds'] * 1e3:.1f} ms, first call {result['first_call_seconds']:.1f} s"
+    )
+
+
+def machine():
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()

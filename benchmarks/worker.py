@@ -1,0 +1,70 @@
+"""Runs one row for one contender in a process of its own and prints the figures as JSON.
+
+python worker.py CONTENDER '{"task": ..., "model": ..., "size": {...}}'
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests")]
+BUDGET = 10.0  # seconds of repeated runs
+MOST_RUNS = 15
+
+
+def main():
+    contender, row = sys.argv[1], json.loads(sys.argv[2])
+    library, _, backend = contender.partition("-")
+    os.environ["KERAS_BACKEND"] = backend or "jax"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+    import importlib
+
+    from workloads import MODELS
+
+    module = importlib.import_module(f"contenders.{library}")
+    size = row["size"]
+    if row["task"] in ("prefill", "train", "decode"):
+        size = {"config": MODELS[row["model"]], **size}
+    work = getattr(module, row["task"])(**size)
+    before = _peak()
+    first = _timed(work.run)
+    runs, spent = [], 0.0
+    while len(runs) < 3 or (spent < BUDGET and len(runs) < MOST_RUNS):
+        runs.append(_timed(work.run))
+        spent += runs[-1]
+    # The second run still warms caches and allocators up.
+    seconds = median(runs[1:])
+    figures = {
+        "seconds": seconds,
+        "fastest": min(runs),
+        "slowest": max(runs[1:]),
+        "units_per_second": work.units / seconds,
+        "first_call_seconds": first,
+        "peak_mib": _peak(),
+        "peak_mib_before": before,
+    }
+    if work.temp_bytes is not None:
+        figures["temp_mib"] = work.temp_bytes() / 2**20
+    if work.error is not None:
+        figures["error"] = work.error()
+    print("RESULT " + json.dumps(figures))
+
+
+def _timed(run):
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

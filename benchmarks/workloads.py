@@ -1,0 +1,110 @@
+"""What is measured: the models, the rows of the table and the points of the scaling curves."""
+
+from typing import NamedTuple
+
+MODEL = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "num_layers": 4,
+    "full_attention_interval": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 256,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25,
+    "rms_norm_eps": 1e-6,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.001,
+    "tie_word_embeddings": False,
+}
+MANY_EXPERTS = {
+    **MODEL,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
+NO_ATTENTION = {**MODEL, "full_attention_interval": None, "layer_types": ["linear_attention"] * 4}
+MODELS = {"model": MODEL, "many_experts": MANY_EXPERTS, "no_attention": NO_ATTENTION}
+
+OURS, KERAS_HUB, TRANSFORMERS = "ours", "keras_hub", "transformers"
+EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow", "transformers")
+KERAS = EVERYONE[:4]
+
+
+class Row(NamedTuple):
+    """`task` on `model` (or a single op), by some contenders; `size` says how large."""
+
+    name: str
+    task: str
+    size: dict
+    contenders: tuple = EVERYONE
+    model: str = "model"
+    quick: bool = False
+    curve: str | None = None
+
+
+def rows():
+    yield Row("prefill 1 x 1024", "prefill", {"batch": 1, "length": 1024}, quick=True)
+    # KerasHub unrolls its chunks: at 4096 tokens its program takes minutes to compile.
+    few = ("ours-jax", "ours-tensorflow", "transformers")
+    yield Row("prefill 1 x 4096", "prefill", {"batch": 1, "length": 4096}, few)
+    yield Row("train step 1 x 1024", "train", {"batch": 1, "length": 1024})
+    yield Row("decode, batch 1", "decode", {"batch": 1, "length": 16, "new": 128})
+    yield Row("decode, batch 8", "decode", {"batch": 8, "length": 16, "new": 64})
+    many = {"model": "many_experts"}
+    yield Row("512 experts: prefill 1 x 1024", "prefill", {"batch": 1, "length": 1024}, few, **many)
+    yield Row("512 experts: prefill 1 x 256", "prefill", {"batch": 1, "length": 256}, **many)
+    yield Row(
+        "512 experts: train step 1 x 1024", "train", {"batch": 1, "length": 1024}, few, **many
+    )
+    yield Row("512 experts: train step 1 x 256", "train", {"batch": 1, "length": 256}, **many)
+    yield Row(
+        "512 experts: decode, batch 1", "decode", {"batch": 1, "length": 16, "new": 32}, **many
+    )
+    for length in (1024, 2048, 4096, 8192):
+        size = {"length": length, "heads": 16, "dim": 128}
+        # KerasHub unrolls the chunks here, too.
+        who = EVERYONE if length <= 4096 else few
+        for task in ("delta_rule", "delta_rule_grad"):
+            what = "forward" if task == "delta_rule" else "forward + backward"
+            quick = length == 1024
+            yield Row(f"delta rule {what}, T = {length}", task, size, who, quick=quick)
+    size = {"tokens": 1024, "width": 512, "experts": 64, "chosen": 8, "inner": 256}
+    yield Row("MoE block, 1024 tokens, 64 experts", "moe", size, quick=True)
+    yield Row("MoE block forward + backward", "moe_grad", size)
+    yield Row("MoE block, 1 token", "moe", {**size, "tokens": 1})
+    size = {"tokens": 512, "width": 512, "vocab": 151_936}
+    who = ("ours-jax", "ours-tensorflow", "transformers")
+    yield Row("loss forward + backward, vocabulary 151,936", "loss", size, who)
+
+
+def curves():
+    """Points of the scaling curves; `curve` names the line they belong to."""
+    for length in (256, 512, 1024, 2048, 4096, 8192, 16384):
+        size = {"batch": 1, "length": length}
+        who = ("ours-jax", "transformers") if length <= 4096 else ("ours-jax",)
+        yield Row(f"prefill, T = {length}", "prefill", size, who, curve="time against T")
+        yield Row(
+            f"prefill without attention layers, T = {length}",
+            "prefill",
+            size,
+            ("ours-jax",),
+            "no_attention",
+            curve="time against T, no attention layers",
+        )
+    for experts in (8, 16, 32, 64, 128, 256, 512):
+        size = {"tokens": 1024, "width": 512, "experts": experts, "chosen": 8, "inner": 128}
+        who = ("ours-jax", "keras_hub-jax") if experts <= 128 else ("ours-jax",)
+        yield Row(f"MoE block, E = {experts}", "moe", size, who, curve="time against E")

@@ -1,0 +1,3 @@
+from .api import expert_mlp
+
+__all__ = ["expert_mlp"]
