@@ -2,8 +2,9 @@
 
 from .decoder_layer import DecoderLayer
 from .gated_attention import AttentionSlot, GatedAttention
-from .gated_delta_net import DeltaNetSlot, GatedDeltaNet
+from .gated_delta_net import DeltaNetReplay, DeltaNetSlot, GatedDeltaNet
 from .gated_rms_norm import GatedRMSNorm
+from .multi_token_prediction import MultiTokenPrediction
 from .partial_rotary_embedding import PartialRotaryEmbedding
 from .routed_experts import RoutedExperts
 from .sparse_moe import Routing, SparseMoE, load_balancing_loss
@@ -13,10 +14,12 @@ from .zero_centered_rms_norm import ZeroCenteredRMSNorm
 __all__ = [
     "AttentionSlot",
     "DecoderLayer",
+    "DeltaNetReplay",
     "DeltaNetSlot",
     "GatedAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
+    "MultiTokenPrediction",
     "PartialRotaryEmbedding",
     "RoutedExperts",
     "Routing",

@@ -40,6 +40,8 @@ class DecoderLayer(keras.layers.Layer):
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
         slot: The mixer's slot to continue from, or `None`.
         lengths: `(B,)` int32, tokens already in the slot, or `None`.
+        with_replay: Whether the pass may be taken back: the slot that is returned is then one for
+            `commit`, not for the next call.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
@@ -92,6 +94,10 @@ class DecoderLayer(keras.layers.Layer):
     def init_slot(self, batch_size, max_length):
         return self.mixer.init_slot(batch_size, max_length)
 
+    def commit(self, slot, record, counts):
+        """The slot after the first `counts` `(B,)` tokens of a pass with replay."""
+        return self.mixer.commit(slot, record, counts)
+
     def call(
         self,
         x,
@@ -99,6 +105,7 @@ class DecoderLayer(keras.layers.Layer):
         segment_ids=None,
         slot=None,
         lengths=None,
+        with_replay=False,
         training=None,
     ):
         x = ops.cast(x, self.compute_dtype)
@@ -108,6 +115,8 @@ class DecoderLayer(keras.layers.Layer):
             if training and self.mixer.attention_dropout:
                 # Drawn here, because a rematerialised function must not assign the generator.
                 options["dropout_seed"] = self.mixer.seed_generator.next()
+        else:
+            options["with_replay"] = with_replay
 
         def mix(x):
             return self.mixer(self.input_layernorm(x), **options)

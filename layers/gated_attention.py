@@ -165,6 +165,14 @@ class GatedAttention(keras.layers.Layer):
         output = self.o_proj(output)
         return output if slot is None else (output, slot)
 
+    def commit(self, slot, extended, counts):
+        """The slot after a pass of which only some tokens stay.
+
+        That is the extended one: what is behind a row's length is not read, and overwritten.
+        """
+        del slot, counts
+        return extended
+
     def _attend_with_dropout(self, query, key, value, visible, seed):
         """As `attention`, but with all weights in memory, where some of them are dropped."""
         seed = self.seed_generator.next() if seed is None else seed

@@ -7,7 +7,7 @@ from keras import ops
 
 from .gated_rms_norm import GatedRMSNorm
 from .initializers import LogUniform, Normal
-from .ops import causal_conv1d, gated_delta_rule
+from .ops import causal_conv1d, gated_delta_rule, gated_delta_rule_with_replay, replay
 from .projection import from_heads, to_heads
 
 L2_EPSILON = 1e-6
@@ -21,6 +21,14 @@ class DeltaNetSlot(NamedTuple):
 
     conv: object
     recurrent: object
+
+
+class DeltaNetReplay(NamedTuple):
+    """What a pass that may be taken back would leave: `conv` `(B, W-1+T, C)`, the inputs of the
+    convolution with those before, and `rule`, the record of the delta rule."""
+
+    conv: object
+    rule: object
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -52,9 +60,11 @@ class GatedDeltaNet(keras.layers.Layer):
         padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
         slot: `DeltaNetSlot` to continue from, or `None`.
+        with_replay: Whether to leave the slot as it is and to return what `commit` needs to go
+            on from it. Real tokens must stand at the front of a row then.
 
     Returns:
-        `(B, T, width)`, with a slot `(output, slot)`.
+        `(B, T, width)`, with a slot `(output, slot)`, with a replay `(output, DeltaNetReplay)`.
 
     Reference: Gated Delta Networks, arXiv 2412.06464.
     """
@@ -128,7 +138,7 @@ class GatedDeltaNet(keras.layers.Layer):
         recurrent = (batch_size, heads, self.linear_key_head_dim, self.linear_value_head_dim)
         return DeltaNetSlot(ops.zeros(conv, self.compute_dtype), ops.zeros(recurrent, "float32"))
 
-    def call(self, x, padding_mask=None, segment_ids=None, slot=None):
+    def call(self, x, padding_mask=None, segment_ids=None, slot=None, with_replay=False):
         x = ops.cast(x, self.compute_dtype)
         batch, length = ops.shape(x)[:2]
         groups, heads = self.linear_num_key_heads, self.linear_num_value_heads
@@ -149,18 +159,38 @@ class GatedDeltaNet(keras.layers.Layer):
         value = ops.reshape(mixed[..., 2 * key_dim :], (batch, length, heads, value_dim))
         gate = ops.reshape(qkvz[..., self.group_channels :], (batch, length, heads, value_dim))
         beta, log_decay = self._gates(self.in_proj_ba(x))
-        rule = gated_delta_rule(
+        inputs = (
             _l2_normalize(mixed[..., :key_dim]),
             _l2_normalize(mixed[..., key_dim : 2 * key_dim]),
             value,
             log_decay,
             beta,
-            state=None if slot is None else slot.recurrent,
-            padding_mask=padding_mask,
-            segment_ids=segment_ids,
         )
-        output = self.out_proj(self.norm(rule.output, gate))
-        return output if slot is None else (output, DeltaNetSlot(conv.state, rule.state))
+        if with_replay:
+            output, record = gated_delta_rule_with_replay(
+                *inputs, state=slot.recurrent, padding_mask=padding_mask
+            )
+            before = ops.cast(slot.conv, channels.dtype)
+            slot = DeltaNetReplay(ops.concatenate([before, channels], axis=1), record)
+        else:
+            output, state = gated_delta_rule(
+                *inputs,
+                state=None if slot is None else slot.recurrent,
+                padding_mask=padding_mask,
+                segment_ids=segment_ids,
+            )
+            slot = None if slot is None else DeltaNetSlot(conv.state, state)
+        output = self.out_proj(self.norm(output, gate))
+        return output if slot is None else (output, slot)
+
+    def commit(self, slot, record, counts):
+        """The slot after the first `counts` `(B,)` tokens of the pass that left `record`."""
+        taps = ops.arange(self.linear_conv_kernel_dim - 1, dtype="int32")
+        places = (counts[:, None] + taps)[..., None]
+        conv = ops.take_along_axis(record.conv, places, axis=1)
+        return DeltaNetSlot(
+            ops.cast(conv, slot.conv.dtype), replay(slot.recurrent, record.rule, counts)
+        )
 
     def _gates(self, ba):
         """`(B, T, G, [b of its heads | a of its heads])` -> beta and g, `(B, T, H)` float32."""

@@ -4,8 +4,7 @@ import keras
 from keras import ops
 
 from qwen3_next.backbone import Qwen3NextBackbone
-from qwen3_next.generation import last_hidden
-from qwen3_next.inputs import unpack
+from qwen3_next.inputs import last_hidden, unpack
 from qwen3_next.layers.initializers import Normal
 from qwen3_next.task import Task
 
@@ -46,6 +45,7 @@ class Qwen3NextClassifier(Task):
         **fields,
     ):
         super().__init__(config, name=name, dtype=dtype, **fields)
+        self.refuse_mtp()
         if not isinstance(num_labels, int) or num_labels < 1:
             raise ValueError(
                 f"`num_labels` must be an integer of at least 1. Received: {num_labels=}"

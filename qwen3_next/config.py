@@ -7,6 +7,7 @@ from qwen3_next import variants
 from qwen3_next.layers.norms import NORMALIZATIONS
 from qwen3_next.layers.partial_rotary_embedding import rotary_dim
 from qwen3_next.layers.swiglu import GATED_ACTIVATIONS
+from qwen3_next.mtp_config import MTPConfig
 
 LINEAR, FULL = "linear_attention", "full_attention"
 ATTENTION_TYPES = ("gated_attention", "group_query_attention")
@@ -49,6 +50,8 @@ class Qwen3NextConfig:
         normalization_type: `"zero_centered_rms_norm"` or `"rms_norm"`.
         attention_type: `"gated_attention"` or `"group_query_attention"` (no output gate).
         ffn_type: `"swiglu"` or `"geglu"`.
+        mtp: `MTPConfig` (or its fields as a dict) of a language model that predicts several tokens
+            ahead, or `None`.
 
     Raises:
         ValueError: a value out of range, alone or together with another, or an unknown name.
@@ -87,6 +90,7 @@ class Qwen3NextConfig:
     normalization_type: str = "zero_centered_rms_norm"
     attention_type: str = "gated_attention"
     ffn_type: str = "swiglu"
+    mtp: MTPConfig | None = None
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -94,6 +98,8 @@ class Qwen3NextConfig:
         for name in ("layer_types", "mlp_only_layers"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.mtp, dict):
+            object.__setattr__(self, "mtp", MTPConfig.from_dict(self.mtp))
         self._check_ranges()
         self._check_together()
         if self.layer_types is None:
@@ -174,6 +180,8 @@ class Qwen3NextConfig:
         for name in ("dropout", "attention_dropout"):
             value = getattr(self, name)
             self._require(name, "in [0, 1)", _is_number(value, 0.0) and value < 1)
+        fine = self.mtp is None or isinstance(self.mtp, MTPConfig)
+        self._require("mtp", "None, an MTPConfig or a dict of its fields", fine)
         for name in ("tie_word_embeddings", "norm_topk_prob"):
             self._require(name, "a bool", isinstance(getattr(self, name), bool))
         for name, known in (

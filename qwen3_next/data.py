@@ -1,5 +1,6 @@
-"""From sequences of different lengths to the arrays a model takes."""
+"""From sequences to the arrays a model takes, and from prompts to what a model says after them."""
 
+import keras
 import numpy as np
 
 
@@ -57,6 +58,41 @@ def pack(sequences, length):
     segments = [np.repeat(np.arange(1, len(b) + 1), [len(row) for row in b]) for b in packed]
     batch["segment_ids"] = pad(segments, length)["token_ids"]
     return batch
+
+
+def self_distillation_data(
+    model, prompts, max_new_tokens=128, *, batch_size=8, progress=True, **sampling
+):
+    """Prompts and what the model itself says after them, to train its modules on.
+
+    Modules that learn the model's own continuations agree with it more often than modules that
+    learn someone else's text. Decoding is plain, so it does not depend on the modules.
+
+    Args:
+        model: `Qwen3Next`.
+        prompts: List of token-id sequences.
+        max_new_tokens: Most tokens to add to a prompt.
+        batch_size: Prompts that are continued at a time.
+        progress: Whether to show a progress bar.
+        **sampling: Other arguments of `generate`; greedy by default.
+
+    Returns:
+        Dict with `"token_ids"` and `"padding_mask"`, padded on the right, as `fit` takes it.
+
+    Reference: FastMTP, arXiv 2509.18362, section 3.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be an integer of at least 1. Received: {batch_size=}")
+    prompts = [np.asarray(prompt, "int32") for prompt in prompts]
+    bar = keras.utils.Progbar(len(prompts), unit_name="prompt") if progress else None
+    rows = []
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        tokens, _ = model.generate(batch, max_new_tokens, use_speculative=False, **sampling)
+        rows += [np.concatenate(pair) for pair in zip(batch, tokens)]
+        if bar is not None:
+            bar.add(len(batch))
+    return pad(rows)
 
 
 def _rows(sequences, length):

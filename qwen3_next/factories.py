@@ -3,6 +3,7 @@
 from qwen3_next.classifier import Qwen3NextClassifier
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.language_model import Qwen3Next
+from qwen3_next.mtp_config import MTPConfig
 
 
 def create_qwen3_next(variant, task_type="generation", num_labels=None, **options):
@@ -55,3 +56,42 @@ def create_qwen3_next_with_advanced_features(
     }
     changes = {key: value for key, value in changes.items() if value is not None}
     return Qwen3NextConfig.from_variant(variant, **changes).to_dict()
+
+
+def wrap_model_with_mtp(model, config=None, *, freeze_backbone=False, name=None):
+    """A model with new modules for multi-token prediction that shares the trunk of another.
+
+    The embedding, the layers and the language-model head are those of `model`, not copies: what
+    trains one model trains the other.
+
+    Args:
+        model: `Qwen3Next` without such modules.
+        config: `MTPConfig`. Defaults to `MTPConfig()`.
+        freeze_backbone: Whether to freeze what is shared, in `model`, too.
+        name: Name of the new model.
+
+    Returns:
+        `Qwen3Next`.
+
+    Raises:
+        ValueError: `model` is no language model, or has modules already.
+    """
+    if not isinstance(model, Qwen3Next):
+        raise ValueError(
+            "Multi-token prediction needs a language model, a `Qwen3Next`. "
+            f"Received: model of type {type(model).__name__}"
+        )
+    if model.config.mtp is not None:
+        raise ValueError(
+            "`model` has modules for multi-token prediction already. "
+            f"Received: model.config.mtp={model.config.mtp}"
+        )
+    config = MTPConfig() if config is None else config
+    return Qwen3Next(
+        model.config.replace(mtp=config),
+        gradient_checkpointing=model.gradient_checkpointing,
+        freeze_backbone=freeze_backbone,
+        trunk=model,
+        name=name,
+        dtype=model.dtype_policy,
+    )

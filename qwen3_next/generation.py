@@ -1,8 +1,9 @@
 """Generation with a state: the prompt is absorbed once, then one token after the other.
 
-Three compiled functions do all of it: one absorbs a piece of the prompts, one picks the first
-token, one runs the decoding loop. Their shapes come from buckets, so that they compile once for a
-range of prompt lengths, and everything else (sampling, stop tokens, limits) is data.
+A few compiled functions do all of it: one absorbs a piece of the prompts, one picks the first
+token, one runs the decoding loop, plain or speculative. Their shapes come from buckets, so that
+they compile once for a range of prompt lengths, and everything else (sampling, stop tokens, limits)
+is data.
 """
 
 import time
@@ -12,9 +13,19 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.compiled import compile_with_weights
-from qwen3_next.inputs import check_token_ids
-from qwen3_next.layers.ops.sequence import token_ranks, valid_lengths
-from qwen3_next.sampling import make_sampling, sample
+from qwen3_next.inputs import check_token_ids, last_hidden
+from qwen3_next.layers.ops.sequence import valid_lengths
+from qwen3_next.sampling import is_stop, make_sampling, sample
+from qwen3_next.speculation import (
+    Counters,
+    DraftVocabulary,
+    Pending,
+    Plan,
+    Speculating,
+    absorb_pairs,
+    init_slots,
+    speculate,
+)
 
 PREFILL_PIECE = 512  # tokens of a prompt absorbed at a time
 SMALLEST_PIECE = 16
@@ -38,6 +49,24 @@ class Decoding(NamedTuple):
     count: object  # () int32, columns of `new_tokens` written
 
 
+class Prefilled(NamedTuple):
+    """The carry of the prefill: every row's newest hidden state `last` `(B, D)`, and for models
+    with multi-token prediction what their modules absorbed and read next."""
+
+    state: object
+    last: object
+    slots: tuple = ()
+    mtp_last: object = None
+
+
+class Speculative(NamedTuple):
+    """How to speculate: `plan`, the `vocabulary` of drafts or `None`, the lossy `threshold`."""
+
+    plan: Plan
+    vocabulary: object
+    threshold: object
+
+
 class Prompts(NamedTuple):
     """Prompts on the host: `token_ids` `(B, T)` int32, padded on the right, and `lengths`."""
 
@@ -52,21 +81,60 @@ class Generator:
         self.model = model
         self._functions = {}
 
-    def generate(self, prompts, max_new_tokens, **options):
+    def generate(
+        self,
+        prompts,
+        max_new_tokens,
+        *,
+        use_speculative=None,
+        speculation_lookahead=None,
+        draft_vocabulary=None,
+        acceptance_threshold=None,
+        measure_baseline=False,
+        **options,
+    ):
+        speculative = self._speculative(
+            use_speculative, speculation_lookahead, draft_vocabulary, acceptance_threshold
+        )
+        if measure_baseline and speculative is None:
+            raise ValueError(
+                "`measure_baseline` compares speculative decoding with plain decoding. "
+                f"Received: {measure_baseline=}, {use_speculative=}"
+            )
+        generation = self._generate(prompts, max_new_tokens, options, speculative)
+        if measure_baseline:
+            # The first runs may compile, the second ones are timed.
+            plain = [self._generate(prompts, max_new_tokens, options) for _ in range(2)][1]
+            generation = self._generate(prompts, max_new_tokens, options, speculative)
+            ratio = _seconds(plain.stats) / _seconds(generation.stats)
+            generation.stats["wall_clock_speedup"] = ratio
+        return generation
+
+    def _generate(self, prompts, max_new_tokens, options, speculative=None):
         started = time.perf_counter()
-        prompts, sampler, carry = self._prefill(prompts, max_new_tokens, options)
+        prompts, (mode, sampling), carry = self._prefill(
+            prompts, max_new_tokens, options, speculative
+        )
         ops.convert_to_numpy(carry.token)  # waits: JAX returns before it has computed
         prefilled = time.perf_counter()
-        mode, sampling = sampler
         limit = ops.convert_to_tensor(np.int32(max_new_tokens))
-        carry = self._function("advance", mode)(carry, limit, sampling)
-        rows, reasons = _cut(carry, sampling)
+        if speculative is None:
+            carry = self._function("advance", mode)(carry, limit, sampling)
+            counts = np.full(len(prompts.lengths), int(carry.count))
+            stats = {"steps": int(carry.count)}
+        else:
+            plan, vocabulary, threshold = speculative
+            speculate = self._function("speculate", plan._replace(mode=mode))
+            carry = speculate(carry, limit, sampling, vocabulary, threshold)
+            counts = ops.convert_to_numpy(carry.count)
+            stats = _speculation_stats(carry, plan)
+        rows, reasons = _cut(ops.convert_to_numpy(carry.new_tokens), counts, sampling)
         seconds = time.perf_counter() - prefilled
         new = sum(len(row) for row in rows)
         stats = {
             "prompt_tokens": int(prompts.lengths.sum()),
             "new_tokens": new,
-            "steps": int(carry.count),
+            **stats,
             "finish_reasons": reasons,
             "prefill_seconds": prefilled - started,
             "decode_seconds": seconds,
@@ -90,7 +158,54 @@ class Generator:
                 return
             carry = advance(carry, ops.convert_to_tensor(np.int32(count + 1)), sampling)
 
-    def _prefill(self, prompts, max_new_tokens, options):
+    def _speculative(self, use, lookahead, vocabulary, threshold):
+        """The `Speculative` that is asked for, or `None` for plain decoding."""
+        mtp, size = self.model.config.mtp, self.model.config.vocab_size
+        if use not in (None, True, False):
+            raise ValueError(f"`use_speculative` must be None, True or False. Received: {use!r}")
+        if use and mtp is None:
+            raise ValueError(
+                "`use_speculative=True` needs a model with multi-token prediction, "
+                "`Qwen3Next(..., mtp=MTPConfig())`. Received: mtp=None"
+            )
+        if use is False or mtp is None:
+            given = {
+                "speculation_lookahead": lookahead,
+                "draft_vocabulary": vocabulary,
+                "acceptance_threshold": threshold,
+            }
+            given = {name: value for name, value in given.items() if value is not None}
+            if given:
+                raise ValueError(f"Plain decoding does not use {sorted(given)}. Received: {given}")
+            return None
+        lookahead = mtp.speculation_lookahead if lookahead is None else lookahead
+        if not isinstance(lookahead, int) or not 1 <= lookahead <= mtp.num_predict_tokens:
+            raise ValueError(
+                "`speculation_lookahead` must be an integer from 1 to `num_predict_tokens`="
+                f"{mtp.num_predict_tokens}. Received: speculation_lookahead={lookahead!r}"
+            )
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(
+                "`acceptance_threshold` must be in (0, 1]. "
+                f"Received: acceptance_threshold={threshold}"
+            )
+        if vocabulary is not None:
+            token_ids = np.unique(np.asarray(vocabulary))
+            if token_ids.ndim != 1 or token_ids.size == 0:
+                raise ValueError(
+                    "`draft_vocabulary` must be a non-empty list of token ids. "
+                    f"Received: shape {np.shape(vocabulary)}"
+                )
+            check_token_ids(token_ids, size)
+            places = np.full(size, len(token_ids), "int32")
+            places[token_ids] = np.arange(len(token_ids))
+            vocabulary = DraftVocabulary(
+                *(ops.convert_to_tensor(x.astype("int32")) for x in (token_ids, places))
+            )
+        plan = Plan(lookahead, None, threshold is not None)
+        return Speculative(plan, vocabulary, ops.convert_to_tensor(np.float32(threshold or 1.0)))
+
+    def _prefill(self, prompts, max_new_tokens, options, speculative=None):
         """Absorbs the prompts and picks the first token: `(prompts, (mode, sampling), carry)`."""
         config = self.model.config
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -106,16 +221,23 @@ class Generator:
                 f"{config.max_position_embeddings}. Received: {longest} prompt tokens, "
                 f"{max_new_tokens=}"
             )
-        capacity = _bucket(longest + max_new_tokens, SMALLEST_CAPACITY)
+        ahead = 0 if speculative is None else speculative.plan.lookahead
+        capacity = _bucket(longest + max_new_tokens + ahead, SMALLEST_CAPACITY)
         capacity = min(capacity, config.max_position_embeddings)
         batch = len(prompts.lengths)
-        state = self.model.init_state(batch, capacity)
         last = ops.zeros((batch, config.hidden_size), self.model.compute_dtype)
-        for token_ids, mask in _pieces(prompts):
-            state, last = self._function("absorb")(state, last, token_ids, mask)
+        carry = Prefilled(self.model.init_state(batch, capacity), last)
+        if speculative is not None:
+            slots = init_slots(self.model, batch, capacity)
+            carry = carry._replace(slots=slots, mtp_last=ops.zeros_like(last))
+        for piece in _pieces(prompts):
+            carry = self._function("absorb", speculative is not None)(carry, *piece)
         width = _bucket(max_new_tokens, SMALLEST_PIECE)
         new_tokens = ops.zeros((batch, width), "int32")
-        carry = self._function("begin", mode)(state, last, new_tokens, sampling)
+        begin = self._function("begin", mode, ahead)
+        limit = ops.convert_to_tensor(np.int32(max_new_tokens))
+        lasts = carry.last, carry.mtp_last
+        carry = begin((carry.state, carry.slots), lasts, new_tokens, sampling, limit)
         return prompts, (mode, sampling), carry
 
     def _function(self, name, *static):
@@ -127,18 +249,48 @@ class Generator:
             )
         return self._functions[key]
 
-    def _absorb(self, state, last, token_ids, mask):
-        """One piece of the prompts; `last` holds every row's newest hidden state."""
-        inputs = {"token_ids": token_ids, "padding_mask": mask}
-        output = self.model.backbone(inputs, state=state)
-        newest = last_hidden(output.hidden, mask)
-        return output.state, ops.where(valid_lengths(mask)[:, None] > 0, newest, last)
+    def _absorb(self, carry, token_ids, next_ids, mask, next_mask, with_modules):
+        """One piece of the prompts, and with modules the pairs of its tokens and the next ones."""
+        model, state = self.model, carry.state
+        output = model.backbone({"token_ids": token_ids, "padding_mask": mask}, state=state)
+        some = valid_lengths(mask)[:, None] > 0
+        last = ops.where(some, last_hidden(output.hidden, mask), carry.last)
+        if not with_modules:
+            return Prefilled(output.state, last)
+        hidden = model.mtp_input(output)
+        # All tokens before the piece have been paired: a token waits for the next one.
+        pending = Pending(hidden, next_ids, next_mask)
+        _, slots, _ = absorb_pairs(model, carry.slots, state.lengths, pending)
+        mtp_last = ops.where(some, last_hidden(hidden, mask), carry.mtp_last)
+        return Prefilled(output.state, last, slots, mtp_last)
 
-    def _begin(self, state, last, new_tokens, sampling, mode):
+    def _begin(self, memory, lasts, new_tokens, sampling, limit, mode, lookahead):
+        """Picks the first token and sets up the carry of a loop, speculative if there is one."""
+        (state, slots), (last, mtp_last) = memory, lasts
         token = sample(self.model.logits(last), sampling, 0, mode)
         new_tokens = ops.slice_update(new_tokens, (0, 0), token[:, None])
-        finished = _is_stop(token, sampling)
-        return Decoding(state, token, finished, new_tokens, ops.ones((), "int32"))
+        finished = is_stop(token, sampling)
+        one = ops.ones((), "int32")
+        if not lookahead:
+            return Decoding(state, token, finished, new_tokens, one)
+        ahead = [[0, 0], [0, lookahead]]
+        pending = Pending(
+            hidden=ops.pad(mtp_last[:, None], [*ahead, [0, 0]]),
+            token_ids=ops.pad(token[:, None], ahead),
+            mask=ops.pad(ops.ones_like(token, "bool")[:, None], ahead),
+        )
+        zero = ops.zeros((), "int32")
+        return Speculating(
+            state=state,
+            slots=slots,
+            pairs=state.lengths - 1,
+            pending=pending,
+            token=token,
+            finished=finished | (limit <= 1),
+            new_tokens=new_tokens,
+            count=ops.ones_like(token),
+            counters=Counters(zero, zero, ops.zeros((lookahead,), "int32")),
+        )
 
     def _advance(self, carry, limit, sampling, mode):
         """Decodes until `limit` tokens stand in every row or all rows have met a stop token."""
@@ -156,21 +308,13 @@ class Generator:
             output = self.model.backbone(inputs, state=state)
             token = sample(self.model.logits(output.hidden[:, 0]), sampling, count, mode)
             new_tokens = ops.slice_update(new_tokens, (0, count), token[:, None])
-            finished = finished | _is_stop(token, sampling)
+            finished = finished | is_stop(token, sampling)
             return output.state, token, finished, new_tokens, count + 1
 
         return Decoding(*ops.while_loop(unfinished, step, tuple(carry)))
 
-
-def last_hidden(hidden, mask):
-    """Hidden state `(B, D)` of every row's last real token; of any token where there is none."""
-    if mask is None:
-        return hidden[:, -1]
-    # The first place that has the last rank is the last real token.
-    ranks = token_ranks(mask)
-    place = ops.argmax(ops.cast(ranks == ranks[:, -1:], "int32"), axis=-1)
-    place = ops.cast(place, "int32")[:, None, None]
-    return ops.take_along_axis(hidden, place, axis=1)[:, 0]
+    def _speculate(self, carry, limit, sampling, vocabulary, threshold, plan):
+        return speculate(self.model, carry, limit, sampling, vocabulary, threshold, plan)
 
 
 def read_prompts(prompts, vocab_size):
@@ -222,14 +366,16 @@ def _as_rows(prompts):
 
 
 def _pieces(prompts):
-    """Cuts the prompts into pieces of bucketed widths, with their masks."""
+    """Cuts the prompts into pieces of bucketed widths: ids, those of the next tokens, and masks."""
     length = prompts.token_ids.shape[1]
     for start in range(0, length, PREFILL_PIECE):
-        piece = prompts.token_ids[:, start : start + PREFILL_PIECE]
-        width = _bucket(piece.shape[1], SMALLEST_PIECE)
-        piece = np.pad(piece, [(0, 0), (0, width - piece.shape[1])])
-        mask = start + np.arange(width) < prompts.lengths[:, None]
-        yield ops.convert_to_tensor(piece), ops.convert_to_tensor(mask)
+        width = _bucket(min(length - start, PREFILL_PIECE), SMALLEST_PIECE)
+        ids = np.zeros((len(prompts.lengths), width + 1), "int32")
+        piece = prompts.token_ids[:, start : start + width + 1]
+        ids[:, : piece.shape[1]] = piece
+        mask = start + np.arange(width + 1) < prompts.lengths[:, None]
+        arrays = ids[:, :-1], ids[:, 1:], mask[:, :-1], mask[:, 1:]
+        yield tuple(ops.convert_to_tensor(array) for array in arrays)
 
 
 def _bucket(size, smallest):
@@ -241,18 +387,38 @@ def _bucket(size, smallest):
     return three_quarters if three_quarters >= max(size, smallest) else bucket
 
 
-def _is_stop(token, sampling):
-    return ops.any(token[:, None] == sampling.stop_token_ids, axis=-1)
-
-
-def _cut(carry, sampling):
+def _cut(new_tokens, counts, sampling):
     """Rows of new tokens up to and including the first stop token, and why each of them ended."""
-    count = int(carry.count)
-    new_tokens = ops.convert_to_numpy(carry.new_tokens)[:, :count]
     stops = ops.convert_to_numpy(sampling.stop_token_ids)
     rows, reasons = [], []
-    for row in new_tokens:
+    for row, count in zip(new_tokens, counts):
+        row = row[:count]
         hits = np.flatnonzero(np.isin(row, stops))
         rows.append(row[: hits[0] + 1] if hits.size else row)
         reasons.append("stop" if hits.size else "length")
     return rows, reasons
+
+
+def _speculation_stats(carry, plan):
+    counters = carry.counters
+    row_steps = int(counters.row_steps)
+    accepted = ops.convert_to_numpy(counters.accepted)
+    # The first token of a row comes from its prompt.
+    decoded = int(ops.convert_to_numpy(carry.count).sum()) - len(carry.count)
+    rates = [float(n) / row_steps if row_steps else 0.0 for n in accepted]
+    speed = decoded / row_steps if row_steps else 0.0
+    return {
+        "steps": int(counters.steps),
+        "verify_steps": int(counters.steps),
+        "drafted": row_steps * plan.lookahead,
+        "accepted": int(accepted.sum()),
+        "acceptance_rate_by_position": rates,
+        "avg_acceptance_rate": sum(rates) / len(rates),
+        "tokens_per_step": speed,
+        "speedup": speed,
+        "lossy": plan.lossy,
+    }
+
+
+def _seconds(stats):
+    return stats["prefill_seconds"] + stats["decode_seconds"]

@@ -79,6 +79,7 @@ _RULED = {
     "attention_type",
     "ffn_type",
     "dropout",
+    "mtp",
 }
 _PLAIN = {
     "attention_type": "group_query_attention",

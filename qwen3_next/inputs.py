@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from qwen3_next.layers.ops.sequence import token_ranks
+
 IGNORE = -100
 KEYS = ("token_ids", "padding_mask", "segment_ids")
 
@@ -77,6 +79,17 @@ def next_token_labels(inputs, labels=None):
         same = inputs.segment_ids[:, :-1] == inputs.segment_ids[:, 1:]
         shifted = ops.where(same, shifted, IGNORE)
     return ops.pad(shifted, [[0, 0], [0, 1]], constant_values=IGNORE)
+
+
+def last_hidden(hidden, mask):
+    """Hidden state `(B, D)` of every row's last real token; of any token where there is none."""
+    if mask is None:
+        return hidden[:, -1]
+    # The first place that has the last rank is the last real token.
+    ranks = token_ranks(mask)
+    place = ops.argmax(ops.cast(ranks == ranks[:, -1:], "int32"), axis=-1)
+    place = ops.cast(place, "int32")[:, None, None]
+    return ops.take_along_axis(hidden, place, axis=1)[:, 0]
 
 
 def check_token_ids(inputs, vocab_size):

@@ -173,7 +173,8 @@ def _table(model):
 
 
 def _variables(model):
-    return {variable.path: variable for variable in model.weights}
+    """All weights by path, but for counters, which no checkpoint has."""
+    return {v.path: v for v in model.weights if "int" not in v.dtype}
 
 
 def _classifier_fields(fields, num_labels):
@@ -203,7 +204,7 @@ def _reason(name, is_classifier):
     """Why a tensor that nothing asks for may be left over; `None` if there is no good reason."""
     name = name.replace("/", ".")
     if name.startswith("mtp."):
-        return "multi-token prediction head, not used"
+        return "multi-token prediction head, used with `mtp=MTPConfig()`"
     if name.endswith(".rotary_emb.inv_freq"):
         return "rotary frequencies, computed"
     if name in ("lm_head.weight", "lm_head.kernel"):

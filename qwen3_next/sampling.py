@@ -96,3 +96,8 @@ def warp(logits, sampling, mode):
     last = ops.maximum(ops.sum(ops.cast(keep, "int32"), axis=-1, keepdims=True) - 1, 0)
     threshold = ops.take_along_axis(ordered, last, axis=-1)
     return ops.where(logits >= threshold, logits, -float("inf"))
+
+
+def is_stop(token_ids, sampling):
+    """`(...)` bool: which token ids end a row."""
+    return ops.any(token_ids[..., None] == sampling.stop_token_ids, axis=-1)

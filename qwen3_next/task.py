@@ -31,6 +31,14 @@ class ConfiguredModel(keras.Model):
         super().__init__(name=name, dtype=dtype, autocast=False)
         self.config = config
 
+    def refuse_mtp(self):
+        """Raises `ValueError` for a configuration with multi-token prediction."""
+        if self.config.mtp is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no use for multi-token prediction: it belongs to a "
+                f"`Qwen3Next`. Give `mtp=None`. Received: mtp={self.config.mtp}"
+            )
+
     @classmethod
     def from_variant(cls, variant, *, name=None, dtype=None, **options):
         """Builds the model called `variant` with random weights.

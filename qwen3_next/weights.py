@@ -19,6 +19,7 @@ PARTS = (
     "mlp",
     "norm",
     "head",
+    "mtp",
 )
 
 
@@ -66,20 +67,50 @@ def weight_table(config, num_labels=None):
         rows.append(_dense("score", width, num_labels, "head"))
     elif not config.tie_word_embeddings:
         rows.append(_dense("lm_head", width, vocab, "head"))
+    if num_labels is None and config.mtp is not None:
+        for number in range(config.mtp.modules):
+            rows += _mtp(config, mtp_name(number))
     return rows
 
 
+def mtp_name(number):
+    """Name of a module for multi-token prediction; the first has the published one."""
+    return "mtp" if number == 0 else f"mtp_{number}"
+
+
 def _layer(config, index):
-    base, width = f"model/layers_{index}", config.hidden_size
+    kind, is_mixture = config.layer_types[index], config.is_mixture(index)
+    return _decoder_layer(config, f"model/layers_{index}", kind, is_mixture)
+
+
+def _decoder_layer(config, base, kind, is_mixture):
+    width = config.hidden_size
     rows = [_norm(config, f"{base}/input_layernorm", width)]
-    if config.layer_types[index] == "linear_attention":
+    if kind == "linear_attention":
         rows += _deltanet(config, f"{base}/linear_attn")
     else:
         rows += _attention(config, f"{base}/self_attn")
     rows.append(_norm(config, f"{base}/post_attention_layernorm", width))
-    if config.is_mixture(index):
+    if is_mixture:
         return rows + _mixture(config, f"{base}/mlp")
     return rows + _feed_forward(f"{base}/mlp", width, config.intermediate_size, "mlp")
+
+
+def _mtp(config, base):
+    width, kind = config.hidden_size, config.mtp.mtp_head_type
+    rows = [
+        _dense(f"{base}/fc", 2 * width, width, "mtp"),
+        _norm(config, f"{base}/pre_fc_norm_embedding", width),
+        _norm(config, f"{base}/pre_fc_norm_hidden", width),
+        _norm(config, f"{base}/norm", width),
+    ]
+    if kind == "transformer":
+        is_mixture = config.num_experts > 0
+        rows += _decoder_layer(config, f"{base}/layers_0", "full_attention", is_mixture)
+    elif kind == "mlp":
+        rows += _feed_forward(f"{base}/mlp", width, config.intermediate_size, "mlp")
+        rows.append(_norm(config, f"{base}/mlp_norm", width))
+    return rows
 
 
 def _deltanet(config, base):

@@ -77,6 +77,11 @@ def attention(
         query_segments, key_segments = ops.zeros_like(limits), ops.zeros((batch, keys), "int32")
     rows = min(QUERIES, length) if isinstance(length, int) else QUERIES
     columns = min(KEYS, keys) if isinstance(keys, int) else KEYS
+    if not isinstance(keys, int):  # a block must not be longer than the keys
+        missing = ops.maximum(columns - keys, 0)
+        key, value, key_mask, key_segments = (
+            _extend(x, missing) for x in (key, value, key_mask, key_segments)
+        )
     # Rows that fill the last block see nothing.
     blocks = [_blocks(x, rows, fill) for x, fill in ((query, 0), (limits, -1), (query_segments, 0))]
     blocks[0] = ops.reshape(blocks[0], (-1, batch, rows, groups, heads // groups, dim))
@@ -105,9 +110,14 @@ def _blocks(x, size, fill):
     batch, length, *rest = ops.shape(x)
     missing = -length % size
     if not (isinstance(missing, int) and missing == 0):
-        tail = ops.full((batch, missing, *rest), fill, x.dtype)
-        x = ops.concatenate([x, tail], axis=1)
+        x = _extend(x, missing, fill)
     return ops.moveaxis(ops.reshape(x, (batch, -1, size, *rest)), 1, 0)
+
+
+def _extend(x, count, fill=0):
+    batch, _, *rest = ops.shape(x)
+    tail = ops.cast(ops.full((batch, count, *rest), fill), x.dtype)
+    return ops.concatenate([x, tail], axis=1)
 
 
 def _check(query, key, value, limits, key_mask, query_segments, key_segments):

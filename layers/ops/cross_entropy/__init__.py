@@ -1,3 +1,3 @@
-from .api import cross_entropy, linear_cross_entropy
+from .api import correct, cross_entropy, linear_cross_entropy
 
-__all__ = ["cross_entropy", "linear_cross_entropy"]
+__all__ = ["correct", "cross_entropy", "linear_cross_entropy"]

@@ -35,7 +35,7 @@ def cross_entropy(logits, labels):
     return ops.where(labels == IGNORE, 0.0, losses)
 
 
-def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None):
+def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None, return_correct=False):
     """Loss of every row from its hidden state and the kernel of the language-model head.
 
     Args:
@@ -43,9 +43,11 @@ def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None):
         kernel: `(D, V)`.
         labels: `(N,)` integers; -100 is ignored.
         chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
+        return_correct: whether to say as well where the largest logit is the label's.
 
     Returns:
-        `(N,)` float32, 0 at ignored labels.
+        `(N,)` float32, 0 at ignored labels; with `return_correct` two of them, the second one
+        1 where the label was predicted.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -65,21 +67,29 @@ def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None):
     hidden = ops.reshape(hidden, (-1, chunk_rows, hidden.shape[1]))
     labels = ops.reshape(labels, (-1, chunk_rows))
     kernel = ops.cast(kernel, hidden.dtype)
-    return ops.reshape(_differentiable()(hidden, kernel, labels), (-1,))[:count]
+    found = _differentiable(return_correct)(hidden, kernel, labels)
+    if return_correct:
+        return tuple(ops.reshape(x, (-1,))[:count] for x in found)
+    return ops.reshape(found, (-1,))[:count]
 
 
 @functools.cache
-def _differentiable():
+def _differentiable(return_correct):
     def forward(hidden, kernel, labels):
         def step(carry, xs):
             rows, label = xs
-            return carry, (cross_entropy(rows @ kernel, label),)
+            logits = rows @ kernel
+            found = (cross_entropy(logits, label),)
+            if return_correct:
+                found += (correct(logits, label),)
+            return carry, found
 
-        into = (ops.zeros_like(labels, "float32"),)
-        _, (losses,) = scan(step, (), (hidden, labels), into)
-        return losses, (hidden, kernel, labels)
+        into = (ops.zeros_like(labels, "float32"),) * (1 + return_correct)
+        _, found = scan(step, (), (hidden, labels), into)
+        return found if return_correct else found[0], (hidden, kernel, labels)
 
-    def backward(residuals, d_losses):
+    def backward(residuals, d_losses, d_correct=None):
+        del d_correct  # whole numbers: nothing to differentiate
         hidden, kernel, labels = residuals
 
         def step(carry, xs):
@@ -100,6 +110,11 @@ def _differentiable():
         return d_hidden, ops.cast(d_kernel, kernel.dtype), None
 
     return custom_gradient(forward, backward)
+
+
+def correct(logits, labels):
+    """`(...)` float32, 1 where the largest of the logits `(..., V)` is the label's."""
+    return ops.cast(ops.cast(ops.argmax(logits, axis=-1), "int32") == labels, "float32")
 
 
 def _pick(logits, labels):

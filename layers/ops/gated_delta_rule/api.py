@@ -67,36 +67,18 @@ def gated_delta_rule(
         ValueError: shapes that do not fit together, a chunk size that is no power of two, or an
             unknown implementation.
     """
-    _check(query, key, value, log_decay, beta, state, padding_mask, segment_ids)
+    check(query, key, value, log_decay, beta, state, padding_mask, segment_ids)
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
     if implementation not in (None, "chunked", "recurrent"):
         raise ValueError(
             f"`implementation` must be None, 'chunked' or 'recurrent'. Received: {implementation=}"
         )
-    batch, length, groups, key_dim = ops.shape(query)
-    heads, value_dim = value.shape[2:]
-    repeats = heads // groups
-    dtype = value.dtype
-    scale = key_dim**-0.5 if scale is None else scale
-
-    query, key, value, log_decay, beta = (
-        ops.cast(x, "float32") for x in (query, key, value, log_decay, beta)
+    batch, length, heads, value_dim = ops.shape(value)
+    key_dim, dtype = key.shape[3], value.dtype
+    query, key, value, log_decay, beta, state = by_group(
+        query, key, value, log_decay, beta, state, padding_mask, scale
     )
-    query = ops.reshape(query * scale, (batch, length, groups, 1, key_dim))
-    key = ops.reshape(key, (batch, length, groups, 1, key_dim))
-    value = ops.reshape(value, (batch, length, groups, repeats, value_dim))
-    log_decay = ops.reshape(log_decay, (batch, length, groups, repeats))
-    beta = ops.reshape(beta, (batch, length, groups, repeats))
-    if padding_mask is not None:
-        real = padding_mask[:, :, None, None]
-        log_decay = ops.where(real, log_decay, 0.0)
-        beta = ops.where(real, beta, 0.0)
-    state_shape = (batch, groups, repeats, key_dim, value_dim)
-    if state is None:
-        state = ops.zeros(state_shape, "float32")
-    else:
-        state = ops.reshape(ops.cast(state, "float32"), state_shape)
 
     static_length = length if isinstance(length, int) else None
     if implementation is None:
@@ -126,6 +108,34 @@ def gated_delta_rule(
     return GatedDeltaRuleOutput(ops.cast(output, dtype), state)
 
 
+def by_group(query, key, value, log_decay, beta, state, padding_mask, scale):
+    """Float32 inputs with R value heads behind every key head, still at padding; scaled queries.
+
+    Returns query and key `(B, T, G, 1, K)`, value `(B, T, G, R, V)`, log decay and beta
+    `(B, T, G, R)` and the state `(B, G, R, K, V)`.
+    """
+    batch, length, groups, key_dim = ops.shape(query)
+    heads, value_dim = value.shape[2:]
+    repeats = heads // groups
+    query, key, value, log_decay, beta = (
+        ops.cast(x, "float32") for x in (query, key, value, log_decay, beta)
+    )
+    query = query * (key_dim**-0.5 if scale is None else scale)
+    query, key = (ops.reshape(x, (batch, length, groups, 1, key_dim)) for x in (query, key))
+    value = ops.reshape(value, (batch, length, groups, repeats, value_dim))
+    log_decay, beta = (ops.reshape(x, (batch, length, groups, repeats)) for x in (log_decay, beta))
+    if padding_mask is not None:
+        real = padding_mask[:, :, None, None]
+        log_decay = ops.where(real, log_decay, 0.0)
+        beta = ops.where(real, beta, 0.0)
+    state_shape = (batch, groups, repeats, key_dim, value_dim)
+    if state is None:
+        state = ops.zeros(state_shape, "float32")
+    else:
+        state = ops.reshape(ops.cast(state, "float32"), state_shape)
+    return query, key, value, log_decay, beta, state
+
+
 def _recurrent(query, key, value, log_decay, beta, state):
     def by_token(x):
         return ops.moveaxis(ops.reshape(x, (*ops.shape(x)[:2], -1, *x.shape[4:])), 1, 0)
@@ -143,9 +153,9 @@ def _recurrent(query, key, value, log_decay, beta, state):
 
 def _chunked(query, key, value, log_decay, beta, segment, state, chunk_size):
     length = ops.shape(value)[1]
-    xs = [_to_chunks(x, chunk_size) for x in (query, key, value, log_decay, beta)]
+    xs = [to_chunks(x, chunk_size) for x in (query, key, value, log_decay, beta)]
     # Padding the tail with the last segment's number keeps its state.
-    segment = _to_chunks(segment, chunk_size, repeat_last=True)
+    segment = to_chunks(segment, chunk_size, repeat_last=True)
     output, state = _differentiable()(*xs, segment, state)
     output = ops.moveaxis(output, 0, 1)  # (B, N, C, G, R, V)
     output = ops.reshape(output, (ops.shape(value)[0], -1, *value.shape[2:]))
@@ -169,7 +179,7 @@ def _differentiable():
     return custom_gradient(forward, backward)
 
 
-def _to_chunks(x, size, repeat_last=False):
+def to_chunks(x, size, repeat_last=False):
     """`(B, T, ...)` -> `(N, B, C, ...)`; zeros at the end neither decay nor write."""
     batch, length, *rest = ops.shape(x)
     missing = -length % size
@@ -179,7 +189,7 @@ def _to_chunks(x, size, repeat_last=False):
     return ops.moveaxis(ops.reshape(x, (batch, -1, size, *rest)), 1, 0)
 
 
-def _check(query, key, value, log_decay, beta, state, padding_mask, segment_ids):
+def check(query, key, value, log_decay, beta, state, padding_mask, segment_ids):
     require_shape("value", value, (None, None, None, None))
     batch, length, heads, value_dim = value.shape
     require_shape("key", key, (batch, length, None, None))

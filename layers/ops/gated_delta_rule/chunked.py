@@ -59,12 +59,10 @@ def forward(chunks, state):
 
     def step(carry, xs):
         state, state_segment = carry
-        chunk = _by_head(xs)
-        intra = _intra(chunk, state_segment)
-        delta = _delta(chunk, intra, state)
-        output = (intra.read * chunk.query) @ state + intra.attention @ delta
+        chunk = by_head(xs)
+        intra, delta, output = outputs_of(chunk, state, state_segment)
         new_state = intra.keep * state + _transpose(intra.write * chunk.key) @ delta
-        return (new_state, chunk.segment[:, -1]), (_by_token(output), state, state_segment)
+        return (new_state, chunk.segment[:, -1]), (by_token(output), state, state_segment)
 
     count = ops.shape(chunks.value)[0]
     # The state that comes in belongs to the first segment of the row.
@@ -78,6 +76,14 @@ def forward(chunks, state):
     return outputs, final, (starts, start_segments)
 
 
+def outputs_of(chunk, state, state_segment):
+    """What a chunk reads and writes: its `Intra`, V `(B, G, R, C, V)` and O of that shape."""
+    intra = _intra(chunk, state_segment)
+    delta = _delta(chunk, intra, state)
+    output = (intra.read * chunk.query) @ state + intra.attention @ delta
+    return intra, delta, output
+
+
 def backward(chunks, starts, start_segments, d_outputs, d_final):
     """Cotangents of outputs and final state -> gradients in the order of `Chunk`, d_state."""
 
@@ -85,9 +91,9 @@ def backward(chunks, starts, start_segments, d_outputs, d_final):
         (d_state,) = carry
         *chunk, state, state_segment, d_output = xs
         d_output = ops.moveaxis(d_output, 1, -2)
-        grads, d_state = _backward_step(_by_head(chunk), state, state_segment, d_output, d_state)
+        grads, d_state = _backward_step(by_head(chunk), state, state_segment, d_output, d_state)
         *wide, d_decay, d_beta = grads
-        grads = (*map(_by_token, wide), *(ops.moveaxis(x, -1, 1) for x in (d_decay, d_beta)))
+        grads = (*map(by_token, wide), *(ops.moveaxis(x, -1, 1) for x in (d_decay, d_beta)))
         return (d_state,), grads
 
     # Queries and keys are shared by the R value heads of a group: their gradients are summed there.
@@ -97,13 +103,13 @@ def backward(chunks, starts, start_segments, d_outputs, d_final):
     return grads, d_state
 
 
-def _by_head(xs):
+def by_head(xs):
     query, key, value, log_decay, beta, segment = xs
     wide = (ops.moveaxis(x, 1, -2) for x in (query, key, value))
     return Chunk(*wide, *(ops.moveaxis(x, 1, -1) for x in (log_decay, beta)), segment)
 
 
-def _by_token(x):
+def by_token(x):
     """`(B, G, R, C, ...)` -> `(B, C, G, R, ...)`."""
     return ops.moveaxis(x, -2, 1)
 
