@@ -38,9 +38,9 @@ MANY_EXPERTS = {
 NO_ATTENTION = {**MODEL, "full_attention_interval": None, "layer_types": ["linear_attention"] * 4}
 MODELS = {"model": MODEL, "many_experts": MANY_EXPERTS, "no_attention": NO_ATTENTION}
 
-OURS, KERAS_HUB, TRANSFORMERS = "ours", "keras_hub", "transformers"
 EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow", "transformers")
-KERAS = EVERYONE[:4]
+ON_JAX = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "transformers")
+WITHOUT_KERAS_HUB = ("ours-jax", "ours-tensorflow", "transformers")
 
 
 class Row(NamedTuple):
@@ -58,36 +58,31 @@ class Row(NamedTuple):
 def rows():
     yield Row("prefill 1 x 1024", "prefill", {"batch": 1, "length": 1024}, quick=True)
     # KerasHub unrolls its chunks: at 4096 tokens its program takes minutes to compile.
-    few = ("ours-jax", "ours-tensorflow", "transformers")
+    few = WITHOUT_KERAS_HUB
     yield Row("prefill 1 x 4096", "prefill", {"batch": 1, "length": 4096}, few)
     yield Row("train step 1 x 1024", "train", {"batch": 1, "length": 1024})
     yield Row("decode, batch 1", "decode", {"batch": 1, "length": 16, "new": 128})
-    yield Row("decode, batch 8", "decode", {"batch": 8, "length": 16, "new": 64})
-    many = {"model": "many_experts"}
-    yield Row("512 experts: prefill 1 x 1024", "prefill", {"batch": 1, "length": 1024}, few, **many)
-    yield Row("512 experts: prefill 1 x 256", "prefill", {"batch": 1, "length": 256}, **many)
-    yield Row(
-        "512 experts: train step 1 x 1024", "train", {"batch": 1, "length": 1024}, few, **many
-    )
-    yield Row("512 experts: train step 1 x 256", "train", {"batch": 1, "length": 256}, **many)
-    yield Row(
-        "512 experts: decode, batch 1", "decode", {"batch": 1, "length": 16, "new": 32}, **many
-    )
+    yield Row("decode, batch 8", "decode", {"batch": 8, "length": 16, "new": 64}, ON_JAX)
+    for task, what in (("prefill", "prefill"), ("train", "train step")):
+        for length, who in ((1024, few), (256, ON_JAX)):
+            name = f"512 experts: {what} 1 x {length}"
+            size = {"batch": 1, "length": length}
+            yield Row(name, task, size, who, "many_experts")
+    size = {"batch": 1, "length": 16, "new": 32}
+    yield Row("512 experts: decode, batch 1", "decode", size, ON_JAX, "many_experts")
     for length in (1024, 4096, 8192):
         size = {"length": length, "heads": 16, "dim": 128}
-        # KerasHub unrolls the chunks here, too.
-        who = EVERYONE if length <= 4096 else few
-        for task in ("delta_rule", "delta_rule_grad"):
-            what = "forward" if task == "delta_rule" else "forward + backward"
-            quick = length == 1024
-            yield Row(f"delta rule {what}, T = {length}", task, size, who, quick=quick)
+        who = ON_JAX if length <= 4096 else few
+        quick = length == 1024
+        yield Row(f"delta rule forward, T = {length}", "delta_rule", size, who, quick=quick)
+        name = f"delta rule forward + backward, T = {length}"
+        yield Row(name, "delta_rule_grad", size, who)
     size = {"tokens": 1024, "width": 512, "experts": 64, "chosen": 8, "inner": 256}
-    yield Row("MoE block, 1024 tokens, 64 experts", "moe", size, quick=True)
-    yield Row("MoE block forward + backward", "moe_grad", size)
-    yield Row("MoE block, 1 token", "moe", {**size, "tokens": 1})
+    yield Row("MoE block, 1024 tokens, 64 experts", "moe", size, ON_JAX, quick=True)
+    yield Row("MoE block forward + backward", "moe_grad", size, ON_JAX)
+    yield Row("MoE block, 1 token", "moe", {**size, "tokens": 1}, ON_JAX)
     size = {"tokens": 512, "width": 512, "vocab": 151_936}
-    who = ("ours-jax", "ours-tensorflow", "transformers")
-    yield Row("loss forward + backward, vocabulary 151,936", "loss", size, who)
+    yield Row("loss forward + backward, vocabulary 151,936", "loss", size, few)
 
 
 def curves():
