@@ -12,6 +12,7 @@ BENCH ?=
 demo: $(VENV)/.demo
 	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python notebooks/standard_library_demo.py
 
+# The rows on speculative decoding need the model that `make demo` leaves.
 bench: $(VENV)/.bench
 	$(VENV)/bin/python benchmarks/run.py $(BENCH)
 
@@ -46,7 +47,7 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 # The peers pull in a torch of their own choice unless the CPU build is there first.
 $(VENV)/.bench: $(VENV)/bin/python pyproject.toml
 	$(PIP) torch==2.13.0
-	$(PIP) --editable ".[jax,bench]" tensorflow-cpu
+	$(PIP) --editable ".[jax,bench,demo]" tensorflow-cpu
 	touch $@
 
 clean:

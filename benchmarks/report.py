@@ -37,7 +37,24 @@ def table(results):
     for name, by in found.items():
         cells = [_cost(by.get(contender)) for contender in EVERYONE]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += _speculation(found)
     return "\n".join(lines) + "\n"
+
+
+def _speculation(found):
+    """The demo model with every number of drafts: tokens a second, a step, and acceptance."""
+    rows = [by[OURS] for by in found.values() if by.get(OURS, {}).get("task") == "speculate"]
+    rows = {row["size"]["lookahead"]: row for row in rows if "failed" not in row}
+    if 0 not in rows:
+        return []
+    lines = ["", "| drafts | tokens/s | against plain | tokens a step | accepted by position |"]
+    lines.append("|---|---|---|---|---|")
+    for drafts, row in sorted(rows.items()):
+        ratio = row["units_per_second"] / rows[0]["units_per_second"]
+        speed = f"{row['units_per_second']:.0f} | {ratio:.2f}x"
+        shares = " ".join(f"{rate:.0%}" for rate in row.get("acceptance_rate_by_position", ()))
+        lines.append(f"| {drafts} | {speed} | {row.get('tokens_per_step', 1.0):.2f} | {shares} |")
+    return lines
 
 
 def _time(result, ours):
@@ -45,7 +62,7 @@ def _time(result, ours):
         return ""
     if "failed" in result:
         return "failed"
-    if result["task"] == "decode":
+    if result["task"] in ("decode", "speculate"):
         text = f"{result['units_per_second']:.0f} tokens/s"
     else:
         text = f"{result['seconds'] * 1e3:.3g}"

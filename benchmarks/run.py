@@ -1,9 +1,10 @@
 """Measures this project and its peers on the same work, in turn, and writes what it found.
 
-    python benchmarks/run.py [--quick] [--only TEXT] [--out benchmarks/results]
+    python benchmarks/run.py [--quick] [--resume] [--only TEXT] [--out benchmarks/results]
 
-Every row runs for every contender in a process of its own, one after the other. Results go to
-`results.json`, `results.md` and `scaling.png`.
+Every row runs for every contender in a process of its own, one after the other; KerasHub, whose
+programs take longest to compile, comes last. Results go to `results.json` after every row, and to
+`results.md` and `scaling.png`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from report import draw, table  # noqa: E402
-from workloads import MODELS, curves, rows  # noqa: E402
+from workloads import MODELS, curves, rows, speculation  # noqa: E402
 
 PACKAGES = ("jax", "tensorflow", "keras", "keras-hub", "torch", "transformers", "numpy")
 PATIENCE = 600  # seconds for one row of one contender
@@ -30,26 +31,36 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few rows, under two minutes")
     parser.add_argument("--only", default="", help="rows whose name contains this text")
+    parser.add_argument("--resume", action="store_true", help="keep what --out already holds")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
 
-    wanted = [row for row in (*rows(), *curves()) if args.only in row.name]
+    wanted = [row for row in (*rows(), *speculation(), *curves()) if args.only in row.name]
     if args.quick:
         wanted = [row for row in wanted if row.quick]
-    found = []
-    total = sum(len(row.contenders) for row in wanted)
-    started = time.perf_counter()
-    for row in wanted:
-        for contender in row.contenders:
-            figures = measure(row, contender)
-            found.append({**row._asdict(), "contender": contender, **figures})
-            spent = time.perf_counter() - started
-            print(f"[{len(found)}/{total}, {spent:.0f} s] {describe(found[-1])}", flush=True)
-    results = {"machine": machine(), "models": MODELS, "rows": found}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = args.out / "results.json"
+    results = {"machine": machine(), "models": MODELS, "rows": []}
+    if args.resume and path.exists():
+        before = json.loads(path.read_text())
+        if before["machine"] != results["machine"] or before["models"] != MODELS:
+            raise SystemExit(f"{path} is from another machine or of other models")
+        results["rows"] = before["rows"]
+    done = {(result["name"], result["contender"]) for result in results["rows"]}
+    pairs = [(row, contender) for row in wanted for contender in row.contenders]
+    pairs = [pair for pair in pairs if (pair[0].name, pair[1]) not in done]
+    if args.quick:  # compiling it alone would take a minute
+        pairs = [p for p in pairs if p[0].task != "prefill" or "keras_hub" not in p[1]]
+    pairs.sort(key=lambda pair: pair[1].startswith("keras_hub"))
+    started = time.perf_counter()
+    for number, (row, contender) in enumerate(pairs, start=1):
+        figures = measure(row, contender)
+        results["rows"].append({**row._asdict(), "contender": contender, **figures})
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        spent = time.perf_counter() - started
+        print(f"[{number}/{len(pairs)}, {spent:.0f} s] {describe(results['rows'][-1])}", flush=True)
     (args.out / "results.md").write_text(table(results))
-    if not args.quick and not args.only:
+    if any(result["curve"] for result in results["rows"]):
         draw(results, args.out / "scaling.png")
     print("\n" + table(results))
 

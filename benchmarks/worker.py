@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests"), str(ROOT / "notebooks")]
 BUDGET = 5.0  # seconds of repeated runs
 MOST_RUNS = 9
 
@@ -53,6 +53,8 @@ def main():
         figures["temp_mib"] = work.temp_bytes() / 2**20
     if work.error is not None:
         figures["error"] = work.error()
+    if work.notes is not None:
+        figures |= work.notes()
     print("RESULT " + json.dumps(figures))
 
 

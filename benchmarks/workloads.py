@@ -85,6 +85,14 @@ def rows():
     yield Row("loss forward + backward, vocabulary 151,936", "loss", size, few)
 
 
+def speculation():
+    """Plain decoding of the trained demo model, and with one to four drafts a step."""
+    for lookahead in range(5):
+        what = f"{lookahead} drafts a step" if lookahead else "plain"
+        size = {"lookahead": lookahead, "new": 128}
+        yield Row(f"trained demo model, {what}", "speculate", size, ("ours-jax",))
+
+
 def curves():
     """Points of the scaling curves; `curve` names the line they belong to."""
     for length in (256, 1024, 4096, 16384):

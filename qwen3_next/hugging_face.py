@@ -260,6 +260,11 @@ def _model_type(config):
         if config.mixture_layers and config.shared_expert_intermediate_size:
             size = config.shared_expert_intermediate_size
             problems.append(f"shared_expert_intermediate_size={size}")
+    mtp = config.mtp
+    if mtp is not None:
+        published = mtp.mtp_head_type == "transformer" and mtp.share_weights_across_steps
+        if kind != "qwen3_next" or not published:
+            problems.append(f"mtp={mtp}")
     if problems:
         raise ValueError(
             f"A model like {kind!r} is nearest, but no published model type can express: "

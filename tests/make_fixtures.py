@@ -17,6 +17,10 @@ A model file, `next_*.npz` and `qwen3_*.npz`:
     case/<case>/aux_loss         () load balancing loss, if there are experts
     grad/<name>                  d loss / d weight in the one case with labels
 
+`next_mtp.npz` is such a file with `mtp.*` weights as well and one case,
+    case/mtp/input_ids           (1, T)
+    case/mtp/logits_k1, _k2      (1, T - k, vocab) what step k of multi-token prediction says
+
 `layers.npz` holds single layers, all with batch first:
     <layer>/config               config.json of the model the layer is part of
     <layer>/weights/<name>       what follows the layer in the names of that model
@@ -242,6 +246,49 @@ def qwen3_moe():
     return model_fixture(Qwen3MoeForCausalLM, config, 6, [1, 40], train=[20, 13])
 
 
+def next_mtp():
+    """Two steps of multi-token prediction over a decoder layer that the library itself has."""
+    rng = np.random.default_rng(8)
+    config = Qwen3NextConfig(**NEXT | LINEAR_THEN_FULL)
+    model = build(Qwen3NextForCausalLM, config, rng)
+    width, norm = config.hidden_size, qwen3_next.Qwen3NextRMSNorm
+    head = torch.nn.ModuleDict({
+        "fc": torch.nn.Linear(2 * width, width, bias=False),
+        "pre_fc_norm_embedding": norm(width),
+        "pre_fc_norm_hidden": norm(width),
+        "norm": norm(width),
+        "layers": torch.nn.ModuleList([qwen3_next.Qwen3NextDecoderLayer(config, 1)]),
+    }).eval()  # fmt: skip
+    head.config = config
+    set_weights(head, rng)
+    text, weights = published(model)
+    for name, tensor in head.state_dict().items():
+        if not name.endswith(("gate_up_proj", "down_proj")) or "shared" in name:
+            weights[f"mtp.{name}"] = tensor.numpy()
+            continue
+        base, kind = name.rsplit(".", 1)
+        for e, expert in enumerate(tensor):
+            parts = expert.chunk(2) if kind == "gate_up_proj" else [expert]
+            names = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else ["down_proj"]
+            for part, tensor in zip(names, parts):
+                weights[f"mtp.{base}.{e}.{part}.weight"] = tensor.numpy()
+
+    length = 30
+    input_ids = torch.from_numpy(rng.integers(0, config.vocab_size, (1, length)))
+    hidden = model.model(input_ids, use_cache=False).last_hidden_state
+    arrays = {"config": np.array(text), "case/mtp/input_ids": input_ids}
+    arrays |= {f"weights/{name}": array.astype(np.float16) for name, array in weights.items()}
+    for step in (1, 2):
+        rest = length - step
+        embedded = model.model.embed_tokens(input_ids[:, step:])
+        x = [head["pre_fc_norm_embedding"](embedded), head["pre_fc_norm_hidden"](hidden[:, :rest])]
+        x = head["fc"](torch.cat(x, dim=-1))
+        rotary = model.model.rotary_emb(x, torch.arange(rest)[None])
+        hidden = head["norm"](head["layers"][0](x, rotary, attention_mask=causal_bias(rest)))
+        arrays[f"case/mtp/logits_k{step}"] = model.lm_head(hidden)
+    return arrays
+
+
 def causal_bias(length):
     return torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
 
@@ -376,7 +423,9 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    fixtures = (next_4layer, next_8layer, next_ratio1, next_grads, qwen3_dense, qwen3_moe, layers)
+    fixtures = (
+        next_4layer, next_8layer, next_ratio1, next_grads, next_mtp, qwen3_dense, qwen3_moe, layers,
+    )  # fmt: skip
     for fixture in fixtures:
         arrays = {key: to_numpy(key, value) for key, value in fixture().items()}
         path = out / f"{fixture.__name__}.npz"

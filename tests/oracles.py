@@ -204,3 +204,33 @@ def load_balancing_loss(probabilities, chosen, mask=None):
             totals += weight * _f64(layer_probabilities)[row]
     rows = mask.sum() * len(probabilities)
     return experts * (counts / rows * totals / rows).sum()
+
+
+def multi_token_prediction(embedding, hidden, weights, heads, groups, theta, rotated, eps):
+    """norm(layer(W [norm_e(embedding); norm_h(hidden)])), a layer of attention and dense SwiGLU.
+
+    embedding, hidden (B, T, D); weights by name, norms zero-centred, q_proj (D, H, 2 dim) with the
+    gate of a head behind its query. Returns (B, T, D).
+    """
+    w = {name: _f64(value) for name, value in weights.items()}
+
+    def norm(x, name):
+        return rms_norm(x, 1.0 + w[name], eps)
+
+    parts = norm(embedding, "pre_fc_norm_embedding"), norm(hidden, "pre_fc_norm_hidden")
+    x = np.concatenate(parts, axis=-1) @ w["fc"]
+    h = norm(x, "layers_0/input_layernorm")
+    both = np.einsum("btd,dhk->bthk", h, w["layers_0/self_attn/q_proj"])
+    q, gate = np.split(both, 2, axis=-1)
+    k, v = (
+        np.einsum("btd,dhk->bthk", h, w[f"layers_0/self_attn/{name}"])
+        for name in ("k_proj", "v_proj")
+    )
+    positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    q = rotary(norm(q, "layers_0/self_attn/q_norm"), positions, theta, rotated)
+    k = rotary(norm(k, "layers_0/self_attn/k_norm"), positions, theta, rotated)
+    o = causal_attention(q, k, v) * _sigmoid(gate)
+    x = x + np.einsum("bthk,hkd->btd", o, w["layers_0/self_attn/o_proj"])
+    h = norm(x, "layers_0/post_attention_layernorm")
+    inner = _silu(h @ w["layers_0/mlp/gate_proj"]) * (h @ w["layers_0/mlp/up_proj"])
+    return norm(x + inner @ w["layers_0/mlp/down_proj"], "norm")

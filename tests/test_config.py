@@ -21,6 +21,7 @@ from qwen3_next.compiled import compile_with_weights
 
 # A value for every field that must change the weights, the output in training, or raise.
 CHANGES = {
+    "mtp": {"num_predict_tokens": 1, "speculation_lookahead": 1},
     "vocab_size": 62,
     "hidden_size": 32,
     "num_layers": 4,

@@ -190,6 +190,17 @@ def test_recurrent_and_chunked_implementations_agree():
         assert_slopes(as_oracle, arrays, pulls, gradients(function, arrays, pulls))
 
 
+def test_parallel_chunks_agree_with_chunks_in_turn():
+    arrays = [*inputs(), MASKS["ragged"], segments()]
+    together = rule(implementation="chunk_parallel")
+    assert_oracle(arrays, run(together, *arrays))
+    pulls = cotangents(arrays)
+    found = gradients(together, arrays, pulls)
+    for one, other in zip(found, gradients(rule(), arrays, pulls), strict=True):
+        if one is not None:
+            assert_close(one, other, 1e-5)
+
+
 def test_correlated_keys_with_full_writes_and_hardly_any_decay():
     query, key, value, log_decay, beta, state = inputs()
     shared = np.random.default_rng(1).normal(size=(1, 1, 2, 16))

@@ -17,14 +17,16 @@ import numpy as np
 class Work(NamedTuple):
     """`run()` does the work once and waits for it; `units` it counts for (tokens, in decoding).
 
-    `temp_bytes()` is what the compiler says the program needs besides inputs and outputs, and
-    `error()` how far its result is from the float64 oracle, relative to the largest entry.
+    `temp_bytes()` is what the compiler says the program needs besides inputs and outputs,
+    `error()` how far its result is from the float64 oracle, relative to the largest entry, and
+    `notes()` a dict of other figures.
     """
 
     run: Callable
     units: int = 1
     temp_bytes: Callable | None = None
     error: Callable | None = None
+    notes: Callable | None = None
 
 
 def token_ids(config, batch, length):

@@ -1,5 +1,7 @@
 """This project."""
 
+from pathlib import Path
+
 import keras
 import numpy as np
 import oracles
@@ -11,6 +13,8 @@ from contenders.keras_work import train as train_work
 from qwen3_next import Qwen3Next, Qwen3NextConfig
 from qwen3_next.layers import SparseMoE
 from qwen3_next.layers.ops import gated_delta_rule, linear_cross_entropy
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 def build(config):
@@ -32,6 +36,37 @@ def decode(config, batch, length, new):
     model = build(config)
     prompts = token_ids(config, batch, length)
     return Work(lambda: model.generate(prompts, new), units=batch * new)
+
+
+def speculate(lookahead, new):
+    """The trained model of `make demo`, plain for no drafts, batch 1, one prompt after another."""
+    from standard_library_demo import read_corpus
+    from tokenizers import Tokenizer
+
+    if not (DEMO / "model_mtp.keras").exists():
+        raise FileNotFoundError(f"{DEMO}/model_mtp.keras is not there: run `make demo` first")
+    model = keras.saving.load_model(DEMO / "model_mtp.keras")
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    prompts = [tokenizer.encode(text[:2000]).ids[:64] for text in read_corpus()[1][:8]]
+    options = {"use_speculative": False}
+    if lookahead:
+        options = {"speculation_lookahead": lookahead}
+    found = []
+
+    def run():
+        found[:] = [model.generate([prompt], new, **options) for prompt in prompts]
+
+    def notes():
+        if not lookahead:
+            return {}
+        rates = [generation.stats["acceptance_rate_by_position"] for generation in found]
+        steps = [generation.stats["tokens_per_step"] for generation in found]
+        return {
+            "acceptance_rate_by_position": np.mean(rates, axis=0).tolist(),
+            "tokens_per_step": float(np.mean(steps)),
+        }
+
+    return Work(run, units=new * len(prompts), notes=notes)
 
 
 def _rule(*inputs):

@@ -13,9 +13,11 @@ from keras import ops
 
 from ..autodiff import custom_gradient, full_precision
 from ..checks import require_shape
+from ..platform import choose, platform
 from ..sequence import segment_index
-from . import chunked, recurrent
+from . import chunk_parallel, chunked, recurrent
 
+IMPLEMENTATIONS = ("chunked", "chunk_parallel", "recurrent")
 RECURRENT_LIMIT = 4
 
 
@@ -56,9 +58,10 @@ def gated_delta_rule(
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
         scale: factor on the query. Defaults to `K ** -0.5`.
         chunk_size: tokens a chunk, a power of two.
-        implementation: `"chunked"` (matrix products over chunks, own backward pass),
-            `"recurrent"` (token by token, a static and small T without segments), or `None` for
-            the recurrent one up to 4 tokens and the chunked one beyond.
+        implementation: `"chunked"` (matrix products over chunks, one after the other),
+            `"chunk_parallel"` (all chunks at once, but for the state), `"recurrent"` (token by
+            token, a static and small T without segments), or `None`: recurrent up to 4 tokens,
+            beyond them chunked on a CPU and parallel on a GPU or TPU.
 
     Returns:
         `GatedDeltaRuleOutput(output, state)`.
@@ -70,10 +73,7 @@ def gated_delta_rule(
     check(query, key, value, log_decay, beta, state, padding_mask, segment_ids)
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
-    if implementation not in (None, "chunked", "recurrent"):
-        raise ValueError(
-            f"`implementation` must be None, 'chunked' or 'recurrent'. Received: {implementation=}"
-        )
+    chunked_default = "chunked" if platform() == "cpu" else "chunk_parallel"
     batch, length, heads, value_dim = ops.shape(value)
     key_dim, dtype = key.shape[3], value.dtype
     query, key, value, log_decay, beta, state = by_group(
@@ -81,9 +81,9 @@ def gated_delta_rule(
     )
 
     static_length = length if isinstance(length, int) else None
-    if implementation is None:
-        few = static_length is not None and static_length <= RECURRENT_LIMIT
-        implementation = "recurrent" if few and segment_ids is None else "chunked"
+    few = static_length is not None and static_length <= RECURRENT_LIMIT
+    default = "recurrent" if few and segment_ids is None else chunked_default
+    implementation = choose(implementation, IMPLEMENTATIONS, default)
     if implementation == "recurrent":
         if static_length is None or segment_ids is not None:
             raise ValueError(
@@ -99,7 +99,7 @@ def gated_delta_rule(
         else:
             segment = segment_index(segment_ids, padding_mask)
         output, state = _chunked(
-            query, key, value, log_decay, beta, segment, state, chunk_size=chunk_size
+            query, key, value, log_decay, beta, segment, state, chunk_size, implementation
         )
     output = ops.reshape(output, (batch, length, heads, value_dim))
     if padding_mask is not None:
@@ -151,29 +151,31 @@ def _recurrent(query, key, value, log_decay, beta, state):
     return ops.moveaxis(output, 0, 1), state
 
 
-def _chunked(query, key, value, log_decay, beta, segment, state, chunk_size):
+def _chunked(query, key, value, log_decay, beta, segment, state, chunk_size, implementation):
     length = ops.shape(value)[1]
     xs = [to_chunks(x, chunk_size) for x in (query, key, value, log_decay, beta)]
     # Padding the tail with the last segment's number keeps its state.
     segment = to_chunks(segment, chunk_size, repeat_last=True)
-    output, state = _differentiable()(*xs, segment, state)
+    output, state = _differentiable(implementation)(*xs, segment, state)
     output = ops.moveaxis(output, 0, 1)  # (B, N, C, G, R, V)
     output = ops.reshape(output, (ops.shape(value)[0], -1, *value.shape[2:]))
     return output[:, :length], state
 
 
 @functools.cache
-def _differentiable():
+def _differentiable(implementation):
+    module = {"chunked": chunked, "chunk_parallel": chunk_parallel}[implementation]
+
     def forward(query, key, value, log_decay, beta, segment, state):
         chunks = chunked.Chunk(query, key, value, log_decay, beta, segment)
         with full_precision():
-            output, final, starts = chunked.forward(chunks, state)
+            output, final, starts = module.forward(chunks, state)
         return (output, final), (tuple(chunks), starts)
 
     def backward(residuals, d_output, d_final):
         chunks, starts = residuals
         with full_precision():
-            grads, d_state = chunked.backward(chunked.Chunk(*chunks), *starts, d_output, d_final)
+            grads, d_state = module.backward(chunked.Chunk(*chunks), *starts, d_output, d_final)
         return (*grads, None, d_state)
 
     return custom_gradient(forward, backward)

@@ -61,7 +61,7 @@ def forward(chunks, state):
         state, state_segment = carry
         chunk = by_head(xs)
         intra, delta, output = outputs_of(chunk, state, state_segment)
-        new_state = intra.keep * state + _transpose(intra.write * chunk.key) @ delta
+        new_state = intra.keep * state + transpose(intra.write * chunk.key) @ delta
         return (new_state, chunk.segment[:, -1]), (by_token(output), state, state_segment)
 
     count = ops.shape(chunks.value)[0]
@@ -78,8 +78,8 @@ def forward(chunks, state):
 
 def outputs_of(chunk, state, state_segment):
     """What a chunk reads and writes: its `Intra`, V `(B, G, R, C, V)` and O of that shape."""
-    intra = _intra(chunk, state_segment)
-    delta = _delta(chunk, intra, state)
+    intra = intra_of(chunk, state_segment)
+    delta = delta_of(chunk, intra, state)
     output = (intra.read * chunk.query) @ state + intra.attention @ delta
     return intra, delta, output
 
@@ -92,9 +92,7 @@ def backward(chunks, starts, start_segments, d_outputs, d_final):
         *chunk, state, state_segment, d_output = xs
         d_output = ops.moveaxis(d_output, 1, -2)
         grads, d_state = _backward_step(by_head(chunk), state, state_segment, d_output, d_state)
-        *wide, d_decay, d_beta = grads
-        grads = (*map(by_token, wide), *(ops.moveaxis(x, -1, 1) for x in (d_decay, d_beta)))
-        return (d_state,), grads
+        return (d_state,), gradients_by_token(grads)
 
     # Queries and keys are shared by the R value heads of a group: their gradients are summed there.
     into = tuple(ops.zeros_like(x) for x in chunks[:5])
@@ -114,7 +112,12 @@ def by_token(x):
     return ops.moveaxis(x, -2, 1)
 
 
-def _intra(chunk, state_segment):
+def gradients_by_token(grads):
+    *wide, d_decay, d_beta = grads
+    return *map(by_token, wide), *(ops.moveaxis(x, -1, 1) for x in (d_decay, d_beta))
+
+
+def intra_of(chunk, state_segment):
     size = chunk.log_decay.shape[-1]
     rows = ops.arange(size)
     lower = rows[:, None] >= rows[None, :]
@@ -130,7 +133,7 @@ def _intra(chunk, state_segment):
     total = ops.cumsum(chunk.log_decay, axis=-1)
     seen = segment == state_segment[:, None, None, None]
     read = ops.where(seen, ops.exp(total), 0.0)
-    overlap = chunk.key @ _transpose(chunk.key)  # (B, G, 1, C, C), once a key head
+    overlap = chunk.key @ transpose(chunk.key)  # (B, G, 1, C, C), once a key head
     overlap = ops.where(strict, chunk.beta[..., None] * overlap * decay, 0.0)
     return Intra(
         decay=decay,
@@ -139,38 +142,48 @@ def _intra(chunk, state_segment):
         keep=read[..., -1, None, None],
         overlap=overlap,
         inverse=unit_lower_inverse(overlap),
-        attention=(chunk.query @ _transpose(chunk.key)) * decay,
+        attention=(chunk.query @ transpose(chunk.key)) * decay,
     )
 
 
-def _delta(chunk, intra, state):
+def delta_of(chunk, intra, state):
     recalled = (intra.read * chunk.key) @ state
     return intra.inverse @ (chunk.beta[..., None] * (chunk.value - recalled))
 
 
 def _backward_step(chunk, state, state_segment, d_output, d_state):
+    intra = intra_of(chunk, state_segment)
+    delta = delta_of(chunk, intra, state)
+    d_delta = transpose(intra.attention) @ d_output + (intra.write * chunk.key) @ d_state
+    d_residual = transpose(intra.inverse) @ d_delta
+    grads = pull_inputs(chunk, intra, delta, state, d_output, d_state, d_residual)
+    d_state = (
+        intra.keep * d_state
+        + transpose(intra.read * chunk.query) @ d_output
+        - transpose(chunk.beta[..., None] * intra.read * chunk.key) @ d_residual
+    )
+    return grads, d_state
+
+
+def pull_inputs(chunk, intra, delta, state, d_output, d_state, d_residual):
+    """Gradients of a chunk's inputs, head by head; `d_residual` is the cotangent of X^-1 V."""
     q, k, v, _, beta, _ = chunk
     beta = beta[..., None]
-    intra = _intra(chunk, state_segment)
-    delta = _delta(chunk, intra, state)
     size = beta.shape[-2]
     strict = ops.arange(size)[:, None] > ops.arange(size)[None, :]
-
-    d_delta = _transpose(intra.attention) @ d_output + (intra.write * k) @ d_state
-    d_residual = _transpose(intra.inverse) @ d_delta
-    d_attention = d_output @ _transpose(delta)
-    d_overlap = ops.where(strict, -(d_residual @ _transpose(delta)), 0.0)
-    d_read_q = d_output @ _transpose(state)  # cotangent of r q
-    d_read_k = -(d_residual @ _transpose(state))  # cotangent of beta r k
-    d_write_k = delta @ _transpose(d_state)  # cotangent of w k
+    d_attention = d_output @ transpose(delta)
+    d_overlap = ops.where(strict, -(d_residual @ transpose(delta)), 0.0)
+    d_read_q = d_output @ transpose(state)  # cotangent of r q
+    d_read_k = -(d_residual @ transpose(state))  # cotangent of beta r k
+    d_write_k = delta @ transpose(d_state)  # cotangent of w k
 
     d_scores = d_attention * intra.decay  # of q k^T
     d_gram = d_overlap * intra.decay  # of (beta k) k^T
     gram_k = d_gram @ k
     d_query = d_scores @ k + intra.read * d_read_q
     d_key = (
-        _transpose(d_gram) @ (beta * k)
-        + _transpose(d_scores) @ q
+        transpose(d_gram) @ (beta * k)
+        + transpose(d_scores) @ q
         + beta * (intra.read * d_read_k + gram_k)
         + intra.write * d_write_k
     )
@@ -189,19 +202,13 @@ def _backward_step(chunk, state, state_segment, d_output, d_state):
     d_end = ops.sum(d_write, axis=-1) + ops.sum(intra.keep * d_state * state, axis=(-2, -1))
     # g_t is in the sums up to t and beyond: a running sum from the end.
     after = ops.sum(d_total, axis=-1, keepdims=True) - ops.cumsum(d_total, axis=-1)
-    grads = (
+    return (
         ops.sum(d_query, axis=2, keepdims=True),
         ops.sum(d_key, axis=2, keepdims=True),
         beta * d_residual,
         after + d_total + d_end[..., None],
         d_beta,
     )
-    d_state = (
-        intra.keep * d_state
-        + _transpose(intra.read * q) @ d_output
-        - _transpose(beta * intra.read * k) @ d_residual
-    )
-    return grads, d_state
 
 
 def unit_lower_inverse(strictly_lower):
@@ -245,7 +252,7 @@ def _ladder(strictly_lower, size):
     return inverse
 
 
-def _transpose(x):
+def transpose(x):
     return ops.swapaxes(x, -1, -2)
 
 
