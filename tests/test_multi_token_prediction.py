@@ -25,6 +25,7 @@ from qwen3_next import (
     wrap_model_with_mtp,
 )
 from qwen3_next.inputs import Inputs, next_token_labels
+from qwen3_next.layers.ops.cross_entropy import api
 from qwen3_next.multi_token_prediction import step_losses
 from qwen3_next.safetensors_files import SINGLE
 
@@ -217,7 +218,7 @@ def test_sequential_steps_hold_the_logits_of_one_chunk(monkeypatch):
     import jax
 
     vocab_size, tokens, memory = 8192, 512, {}
-    monkeypatch.setattr("qwen3_next.layers.ops.cross_entropy.api.CHUNK_LOGITS", 32 * vocab_size)
+    monkeypatch.setattr(api, "CHUNK_LOGITS", 32 * vocab_size)
     for sequential in (True, False):
         call, arrays = steps_alone(sequential, vocab_size=vocab_size)
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
@@ -230,8 +231,8 @@ def test_sequential_steps_hold_the_logits_of_one_chunk(monkeypatch):
 
 
 def test_fit_logs_every_step_and_a_frozen_trunk_stays():
-    model = wrap_model_with_mtp(small(), MTPConfig(num_predict_tokens=2, speculation_lookahead=2),
-                                freeze_backbone=True)  # fmt: skip
+    mtp = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
+    model = wrap_model_with_mtp(small(**LIGHT), mtp, freeze_backbone=True)
     before = weights(model)
     model.compile(keras.optimizers.Adam(1e-2))
     ids = random_ids(4, 16)
