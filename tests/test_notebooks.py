@@ -9,6 +9,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {"TRUNK_STEPS": "2", "MODULE_STEPS": "2", "NEW_TOKENS": "6", "FILES": "6"}
 
 
+@pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "jax", reason="a long way, once is enough")
 @pytest.mark.parametrize("name", ["mtp_speculative_decoding"])
 def test_a_notebook_runs(name, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
@@ -18,7 +19,7 @@ def test_a_notebook_runs(name, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", os.environ["KERAS_BACKEND"])
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     client.NotebookClient(
-        notebook, timeout=400, resources={"metadata": {"path": str(NOTEBOOKS)}}
+        notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOKS)}}
     ).execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
