@@ -1,22 +1,22 @@
 """The notebooks run as they are, only smaller."""
 
-import os
 from pathlib import Path
 
 import pytest
+from running import BACKEND
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {"TRUNK_STEPS": "2", "MODULE_STEPS": "2", "NEW_TOKENS": "6", "FILES": "6"}
 
 
-@pytest.mark.skipif(os.environ["KERAS_BACKEND"] != "jax", reason="a long way, once is enough")
+@pytest.mark.skipif(BACKEND != "jax", reason="a long way, once is enough")
 @pytest.mark.parametrize("name", ["mtp_speculative_decoding"])
 def test_a_notebook_runs(name, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
     for key, value in SMALL.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setenv("KERAS_BACKEND", os.environ["KERAS_BACKEND"])
+    monkeypatch.setenv("KERAS_BACKEND", BACKEND)
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     client.NotebookClient(
         notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOKS)}}
