@@ -1,8 +1,8 @@
 """Keras layers of the Qwen3-Next family. They know nothing of models."""
 
 from .decoder_layer import DecoderLayer
-from .gated_attention import AttentionSlot, GatedAttention
-from .gated_delta_net import DeltaNetReplay, DeltaNetSlot, GatedDeltaNet
+from .gated_attention import AttentionCache, GatedAttention
+from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
 from .gated_rms_norm import GatedRMSNorm
 from .multi_token_prediction import MultiTokenPrediction
 from .partial_rotary_embedding import PartialRotaryEmbedding
@@ -12,10 +12,10 @@ from .swiglu import SwiGLU
 from .zero_centered_rms_norm import ZeroCenteredRMSNorm
 
 __all__ = [
-    "AttentionSlot",
+    "AttentionCache",
     "DecoderLayer",
-    "DeltaNetReplay",
-    "DeltaNetSlot",
+    "DeltaNetUpdate",
+    "DeltaNetCache",
     "GatedAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",

@@ -1,4 +1,4 @@
-"""One layer of the trunk: a token mixer and a feed-forward network, each with its residual."""
+"""One layer of the backbone: a token mixer and a feed-forward network, each with its residual."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from .sparse_moe import Routing, SparseMoE
 
 
 class DecoderLayerOutput(NamedTuple):
-    """`hidden` `(B, T, D)`; `slot` of the mixer or `None`; `routing` of the mixture or `None`."""
+    """`hidden` `(B, T, D)`; `cache` of the mixer or `None`; `routing` of the mixture or `None`."""
 
     hidden: object
-    slot: object
+    cache: object
     routing: object
 
 
@@ -38,14 +38,14 @@ class DecoderLayer(keras.layers.Layer):
         x: `(B, T, D)`.
         padding_mask: `(B, T)` bool, true at real tokens, or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
-        slot: The mixer's slot to continue from, or `None`.
-        lengths: `(B,)` int32, tokens already in the slot, or `None`.
-        with_replay: Whether the pass may be taken back: the slot that is returned is then one for
+        cache: The mixer's cache to continue from, or `None`.
+        lengths: `(B,)` int32, tokens already in the cache, or `None`.
+        replayable: Whether the pass may be taken back: the cache that is returned is then one for
             `commit`, not for the next call.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
-        `DecoderLayerOutput(hidden, slot, routing)`.
+        `DecoderLayerOutput(hidden, cache, routing)`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DecoderLayer(keras.layers.Layer):
         self.is_attention = isinstance(mixer, GatedAttention)
         setattr(self, "self_attn" if self.is_attention else "linear_attn", mixer)
         self.mlp = mlp
-        self.is_mixture = isinstance(mlp, SparseMoE)
+        self.is_moe = isinstance(mlp, SparseMoE)
         self.normalization_type = normalization_type
         self.rms_norm_eps = rms_norm_eps
         self.dropout = dropout
@@ -91,39 +91,39 @@ class DecoderLayer(keras.layers.Layer):
             if not layer.built:  # deserialization builds the two that are given
                 layer.build(shape)
 
-    def init_slot(self, batch_size, max_length):
-        return self.mixer.init_slot(batch_size, max_length)
+    def init_cache(self, batch_size, max_length):
+        return self.mixer.init_cache(batch_size, max_length)
 
-    def commit(self, slot, record, counts):
-        """The slot after the first `counts` `(B,)` tokens of a pass with replay."""
-        return self.mixer.commit(slot, record, counts)
+    def commit(self, cache, record, counts):
+        """The cache after the first `counts` `(B,)` tokens of a pass with replay."""
+        return self.mixer.commit(cache, record, counts)
 
     def call(
         self,
         x,
         padding_mask=None,
         segment_ids=None,
-        slot=None,
+        cache=None,
         lengths=None,
-        with_replay=False,
+        replayable=False,
         training=None,
     ):
         x = ops.cast(x, self.compute_dtype)
-        options = {"padding_mask": padding_mask, "segment_ids": segment_ids, "slot": slot}
+        options = {"padding_mask": padding_mask, "segment_ids": segment_ids, "cache": cache}
         if self.is_attention:
             options |= {"lengths": lengths, "training": training}
             if training and self.mixer.attention_dropout:
                 # Drawn here, because a rematerialised function must not assign the generator.
                 options["dropout_seed"] = self.mixer.seed_generator.next()
         else:
-            options["with_replay"] = with_replay
+            options["replayable"] = replayable
 
         def mix(x):
             return self.mixer(self.input_layernorm(x), **options)
 
         def feed_forward(x):
             x = self.post_attention_layernorm(x)
-            if not self.is_mixture:
+            if not self.is_moe:
                 return self.mlp(x)
             output, routing = self.mlp(x, padding_mask=padding_mask, return_routing=True)
             return output, *routing
@@ -131,15 +131,15 @@ class DecoderLayer(keras.layers.Layer):
         if self.gradient_checkpointing and training:
             mix, feed_forward = keras.remat(mix), keras.remat(feed_forward)
         mixed = mix(x)
-        if slot is not None:
-            mixed, slot = mixed
+        if cache is not None:
+            mixed, cache = mixed
         hidden = x + self.residual_dropout(mixed, training=training)
         fed, routing = feed_forward(hidden), None
-        if self.is_mixture:
+        if self.is_moe:
             fed, *routing = fed
             routing = Routing(*routing)
         hidden = hidden + self.residual_dropout(fed, training=training)
-        return DecoderLayerOutput(hidden, slot, routing)
+        return DecoderLayerOutput(hidden, cache, routing)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object

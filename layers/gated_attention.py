@@ -7,14 +7,14 @@ from keras import ops
 
 from .norms import make_norm
 from .ops import attention
-from .ops.loops import scatter_rows
-from .ops.seeds import DrawnSeed
+from .ops.backend.loops import scatter_rows
+from .ops.backend.seeds import DrawnSeed
 from .ops.sequence import segment_index, segment_positions
 from .partial_rotary_embedding import PartialRotaryEmbedding, rotary_dim
 from .projection import from_heads, to_heads
 
 
-class AttentionSlot(NamedTuple):
+class AttentionCache(NamedTuple):
     """Keys (rotated) and values of the tokens absorbed so far, `(B, S, G, D)` each."""
 
     keys: object
@@ -48,13 +48,13 @@ class GatedAttention(keras.layers.Layer):
         x: `(B, T, width)`.
         padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
-        slot: `AttentionSlot` to read and extend, or `None`.
-        lengths: `(B,)` int32, tokens already in the slot; required with a slot.
+        cache: `AttentionCache` to read and extend, or `None`.
+        lengths: `(B,)` int32, tokens already in the cache; required with a cache.
         dropout_seed: Seed tensor for the dropout where the layer may not draw it itself.
         training: Whether to apply dropout.
 
     Returns:
-        `(B, T, width)`, with a slot `(output, slot)`.
+        `(B, T, width)`, with a cache `(output, cache)`.
 
     Reference: Gated Attention for Large Language Models, arXiv 2505.06708 (gate G1).
     """
@@ -73,7 +73,7 @@ class GatedAttention(keras.layers.Layer):
         initializer_range=0.02,
         **kwargs,
     ):
-        # Inputs are cast by hand: Keras would cast the float tensors of a slot as well.
+        # Inputs are cast by hand: Keras would cast the float tensors of a cache as well.
         super().__init__(autocast=False, **kwargs)
         if num_attention_heads % num_key_value_heads:
             raise ValueError(
@@ -112,10 +112,10 @@ class GatedAttention(keras.layers.Layer):
         self.q_norm.build((None, None, self.num_attention_heads, dim))
         self.k_norm.build((None, None, self.num_key_value_heads, dim))
 
-    def init_slot(self, batch_size, max_length):
-        """An empty slot for `max_length` tokens a row, in the compute dtype."""
+    def init_cache(self, batch_size, max_length):
+        """An empty cache for `max_length` tokens a row, in the compute dtype."""
         shape = (batch_size, max_length, self.num_key_value_heads, self.head_dim)
-        return AttentionSlot(
+        return AttentionCache(
             ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)
         )
 
@@ -124,7 +124,7 @@ class GatedAttention(keras.layers.Layer):
         x,
         padding_mask=None,
         segment_ids=None,
-        slot=None,
+        cache=None,
         lengths=None,
         dropout_seed=None,
         training=None,
@@ -134,12 +134,12 @@ class GatedAttention(keras.layers.Layer):
         gate = None
         if self.output_gate:
             query, gate = ops.split(query, 2, axis=-1)
-        if slot is None:
+        if cache is None:
             segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
             positions = _positions(x, segment, padding_mask)
         elif lengths is None or segment_ids is not None:
             raise ValueError(
-                "With a `slot`, `lengths` is required and `segment_ids` must be None: a slot holds "
+                "With a `cache`, `lengths` is required and `segment_ids` must be None: a cache holds "
                 f"one sequence a row. Received: lengths={lengths}, segment_ids={segment_ids}"
             )
         else:
@@ -147,13 +147,13 @@ class GatedAttention(keras.layers.Layer):
         query = self.rotary(self.q_norm(query), positions)
         key = self.rotary(self.k_norm(self.k_proj(x)), positions)
         value = self.v_proj(x)
-        if slot is None:
+        if cache is None:
             visible = {"key_mask": padding_mask}
             if segment is not None:
                 visible |= {"query_segments": segment, "key_segments": segment}
         else:
-            slot = _extend(slot, key, value, positions, padding_mask)
-            key, value = slot
+            cache = _extend(cache, key, value, positions, padding_mask)
+            key, value = cache
             visible = {"limits": positions}
         if training and self.attention_dropout:
             output = self._attend_with_dropout(query, key, value, visible, dropout_seed)
@@ -163,14 +163,14 @@ class GatedAttention(keras.layers.Layer):
             gate = ops.sigmoid(ops.cast(gate, "float32"))
             output = ops.cast(ops.cast(output, "float32") * gate, self.compute_dtype)
         output = self.o_proj(output)
-        return output if slot is None else (output, slot)
+        return output if cache is None else (output, cache)
 
-    def commit(self, slot, extended, counts):
-        """The slot after a pass of which only some tokens stay.
+    def commit(self, cache, extended, counts):
+        """The cache after a pass of which only some tokens stay.
 
         That is the extended one: what is behind a row's length is not read, and overwritten.
         """
-        del slot, counts
+        del cache, counts
         return extended
 
     def _attend_with_dropout(self, query, key, value, visible, seed):
@@ -225,9 +225,9 @@ def _mask(length, keys, limits=None, key_mask=None, query_segments=None, key_seg
     return mask
 
 
-def _extend(slot, key, value, positions, padding_mask):
+def _extend(cache, key, value, positions, padding_mask):
     """Writes the new keys and values behind those of every row."""
-    batch, capacity, groups, dim = ops.shape(slot.keys)
+    batch, capacity, groups, dim = ops.shape(cache.keys)
     positions = ops.broadcast_to(positions, ops.shape(key)[:2])
     fits = positions < capacity
     if padding_mask is not None:
@@ -242,4 +242,4 @@ def _extend(slot, key, value, positions, padding_mask):
         )
         return ops.reshape(flat, ops.shape(buffer))
 
-    return AttentionSlot(write(slot.keys, key), write(slot.values, value))
+    return AttentionCache(write(cache.keys, key), write(cache.values, value))

@@ -13,7 +13,7 @@ from .projection import from_heads, to_heads
 L2_EPSILON = 1e-6
 
 
-class DeltaNetSlot(NamedTuple):
+class DeltaNetCache(NamedTuple):
     """What a row is to a Gated DeltaNet: its last inputs and one matrix a head.
 
     `conv` `(B, W-1, C)` in the compute dtype, `recurrent` `(B, H, K, V)` float32.
@@ -23,7 +23,7 @@ class DeltaNetSlot(NamedTuple):
     recurrent: object
 
 
-class DeltaNetReplay(NamedTuple):
+class DeltaNetUpdate(NamedTuple):
     """What a pass that may be taken back would leave: `conv` `(B, W-1+T, C)`, the inputs of the
     convolution with those before, and `rule`, the record of the delta rule."""
 
@@ -59,12 +59,12 @@ class GatedDeltaNet(keras.layers.Layer):
         x: `(B, T, width)`.
         padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
-        slot: `DeltaNetSlot` to continue from, or `None`.
-        with_replay: Whether to leave the slot as it is and to return what `commit` needs to go
+        cache: `DeltaNetCache` to continue from, or `None`.
+        replayable: Whether to leave the cache as it is and to return what `commit` needs to go
             on from it. Real tokens must stand at the front of a row then.
 
     Returns:
-        `(B, T, width)`, with a slot `(output, slot)`, with a replay `(output, DeltaNetReplay)`.
+        `(B, T, width)`, with a cache `(output, cache)`, with a replay `(output, DeltaNetUpdate)`.
 
     Reference: Gated Delta Networks, arXiv 2412.06464.
     """
@@ -80,7 +80,7 @@ class GatedDeltaNet(keras.layers.Layer):
         initializer_range=0.02,
         **kwargs,
     ):
-        # Inputs are cast by hand: Keras would cast the float32 state of a slot as well.
+        # Inputs are cast by hand: Keras would cast the float32 state of a cache as well.
         super().__init__(autocast=False, **kwargs)
         if linear_num_value_heads % linear_num_key_heads:
             raise ValueError(
@@ -130,15 +130,15 @@ class GatedDeltaNet(keras.layers.Layer):
         self.out_proj = from_heads(width, std, "out_proj", policy)
         self.out_proj.build((None, None, heads, self.linear_value_head_dim))
 
-    def init_slot(self, batch_size, max_length=None):
-        """The slot of an empty row; its size does not depend on `max_length`."""
+    def init_cache(self, batch_size, max_length=None):
+        """The cache of an empty row; its size does not depend on `max_length`."""
         channels = self.linear_num_key_heads * self.group_channels
         conv = (batch_size, self.linear_conv_kernel_dim - 1, channels)
         heads = self.linear_num_value_heads
         recurrent = (batch_size, heads, self.linear_key_head_dim, self.linear_value_head_dim)
-        return DeltaNetSlot(ops.zeros(conv, self.compute_dtype), ops.zeros(recurrent, "float32"))
+        return DeltaNetCache(ops.zeros(conv, self.compute_dtype), ops.zeros(recurrent, "float32"))
 
-    def call(self, x, padding_mask=None, segment_ids=None, slot=None, with_replay=False):
+    def call(self, x, padding_mask=None, segment_ids=None, cache=None, replayable=False):
         x = ops.cast(x, self.compute_dtype)
         batch, length = ops.shape(x)[:2]
         groups, heads = self.linear_num_key_heads, self.linear_num_value_heads
@@ -151,7 +151,7 @@ class GatedDeltaNet(keras.layers.Layer):
         conv = causal_conv1d(
             channels,
             ops.reshape(self.conv1d, (self.linear_conv_kernel_dim, -1)),
-            state=None if slot is None else slot.conv,
+            state=None if cache is None else cache.conv,
             padding_mask=padding_mask,
             segment_ids=segment_ids,
         )
@@ -166,30 +166,30 @@ class GatedDeltaNet(keras.layers.Layer):
             log_decay,
             beta,
         )
-        if with_replay:
+        if replayable:
             output, record = gated_delta_rule_with_replay(
-                *inputs, state=slot.recurrent, padding_mask=padding_mask
+                *inputs, state=cache.recurrent, padding_mask=padding_mask
             )
-            before = ops.cast(slot.conv, channels.dtype)
-            slot = DeltaNetReplay(ops.concatenate([before, channels], axis=1), record)
+            before = ops.cast(cache.conv, channels.dtype)
+            cache = DeltaNetUpdate(ops.concatenate([before, channels], axis=1), record)
         else:
             output, state = gated_delta_rule(
                 *inputs,
-                state=None if slot is None else slot.recurrent,
+                state=None if cache is None else cache.recurrent,
                 padding_mask=padding_mask,
                 segment_ids=segment_ids,
             )
-            slot = None if slot is None else DeltaNetSlot(conv.state, state)
+            cache = None if cache is None else DeltaNetCache(conv.state, state)
         output = self.out_proj(self.norm(output, gate))
-        return output if slot is None else (output, slot)
+        return output if cache is None else (output, cache)
 
-    def commit(self, slot, record, counts):
-        """The slot after the first `counts` `(B,)` tokens of the pass that left `record`."""
+    def commit(self, cache, record, counts):
+        """The cache after the first `counts` `(B,)` tokens of the pass that left `record`."""
         taps = ops.arange(self.linear_conv_kernel_dim - 1, dtype="int32")
         places = (counts[:, None] + taps)[..., None]
         conv = ops.take_along_axis(record.conv, places, axis=1)
-        return DeltaNetSlot(
-            ops.cast(conv, slot.conv.dtype), replay(slot.recurrent, record.rule, counts)
+        return DeltaNetCache(
+            ops.cast(conv, cache.conv.dtype), replay(cache.recurrent, record.rule, counts)
         )
 
     def _gates(self, ba):

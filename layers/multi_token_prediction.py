@@ -11,10 +11,10 @@ from .norms import make_norm
 
 
 class MTPOutput(NamedTuple):
-    """`hidden` `(B, T, D)`, which the next step and the head read; `slot` or `None`."""
+    """`hidden` `(B, T, D)`, which the next step and the head read; `cache` or `None`."""
 
     hidden: object
-    slot: object
+    cache: object
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -24,7 +24,7 @@ class MultiTokenPrediction(keras.layers.Layer):
         x_i = W [norm_e(embedding_i); norm_h(hidden_i)]      the embedding stands first
         y_i = norm(body(x_i))
 
-    `hidden_i` is the trunk's output at token i, or this layer's own output of the step before, and
+    `hidden_i` is the backbone's output at token i, or this layer's own output of the step before, and
     `embedding_i` that of the token that follows. The language-model head makes of y_i the token
     after that one.
 
@@ -39,12 +39,12 @@ class MultiTokenPrediction(keras.layers.Layer):
         embedding, hidden: `(B, T, D)`.
         padding_mask: `(B, T)` bool, true at real pairs, or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
-        slot: `AttentionSlot` of the body to read and extend, or `None`.
-        lengths: `(B,)` int32, pairs already in the slot; required with a slot.
+        cache: `AttentionCache` of the body to read and extend, or `None`.
+        lengths: `(B,)` int32, pairs already in the cache; required with a cache.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
-        `MTPOutput(hidden, slot)`.
+        `MTPOutput(hidden, cache)`.
 
     Reference: DeepSeek-V3, arXiv 2412.19437, section 2.2, in the form of the published Qwen3-Next.
     """
@@ -97,9 +97,9 @@ class MultiTokenPrediction(keras.layers.Layer):
         if self.has_body and not self.is_attention:
             self.mlp_norm = norm("mlp_norm")
 
-    def init_slot(self, batch_size, max_length):
-        """An empty slot of the body for `max_length` pairs a row, `None` without attention."""
-        return self.body.init_slot(batch_size, max_length) if self.is_attention else None
+    def init_cache(self, batch_size, max_length):
+        """An empty cache of the body for `max_length` pairs a row, `None` without attention."""
+        return self.body.init_cache(batch_size, max_length) if self.is_attention else None
 
     def call(
         self,
@@ -107,24 +107,24 @@ class MultiTokenPrediction(keras.layers.Layer):
         hidden,
         padding_mask=None,
         segment_ids=None,
-        slot=None,
+        cache=None,
         lengths=None,
         training=None,
     ):
         parts = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)]
         x = self.fc(ops.concatenate(parts, axis=-1))
         if self.is_attention:
-            x, slot, _ = self.body(
+            x, cache, _ = self.body(
                 x,
                 padding_mask=padding_mask,
                 segment_ids=segment_ids,
-                slot=slot,
-                lengths=None if slot is None else lengths,
+                cache=cache,
+                lengths=None if cache is None else lengths,
                 training=training,
             )
         elif self.has_body:
             x = x + self.body(self.mlp_norm(x))
-        return MTPOutput(self.norm(x), slot)
+        return MTPOutput(self.norm(x), cache)
 
     def compute_output_spec(self, embedding, hidden, **others):
         return MTPOutput(keras.KerasTensor(hidden.shape, dtype=self.compute_dtype), None)

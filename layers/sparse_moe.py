@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from .initializers import Normal
-from .ops.autodiff import full_precision
+from .ops.backend.autodiff import full_precision
 from .routed_experts import RoutedExperts
 from .swiglu import SwiGLU
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from running import BACKEND
+
+from tests.support.running import BACKEND
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SMALL = {"TRUNK_STEPS": "2", "MODULE_STEPS": "2", "NEW_TOKENS": "6", "FILES": "6"}

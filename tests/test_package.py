@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from running import BACKEND
+
+from tests.support.running import BACKEND
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="once is enough")

@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from running import BACKEND
+
+from tests.support.running import BACKEND
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

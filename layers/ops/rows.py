@@ -8,7 +8,7 @@ import functools
 
 from keras import ops
 
-from .autodiff import custom_gradient
+from .backend.autodiff import custom_gradient
 
 
 def take_rows(rows, index, inverse):

@@ -7,10 +7,10 @@ import functools
 
 from keras import ops
 
-from ..autodiff import custom_gradient
+from ..backend.autodiff import custom_gradient
+from ..backend.platform import choose, platform
 from ..checks import require_shape
-from ..platform import choose, platform
-from . import chunked
+from . import chunked_attention as chunked
 
 IMPLEMENTATIONS = ("chunked", "fused")
 QUERIES, KEYS = 128, 512  # a block of scores

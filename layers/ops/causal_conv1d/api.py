@@ -13,7 +13,7 @@ from typing import NamedTuple
 import keras
 from keras import ops
 
-from ..autodiff import custom_gradient
+from ..backend.autodiff import custom_gradient
 from ..checks import require_shape
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths

@@ -11,9 +11,9 @@ import functools
 
 from keras import ops
 
-from ..autodiff import custom_gradient
+from ..backend.autodiff import custom_gradient
+from ..backend.loops import scan
 from ..checks import require_shape
-from ..loops import scan
 
 IGNORE = -100
 CHUNK_LOGITS = 1 << 24  # 64 MiB of float32

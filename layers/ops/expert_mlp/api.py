@@ -7,13 +7,13 @@ import functools
 
 from keras import ops
 
-from ..autodiff import custom_gradient
+from ..backend.autodiff import custom_gradient
 from ..checks import require_shape
 from ..grouped_matmul import grouped_matmul
 from ..grouped_matmul.api import pick
 from ..grouped_matmul.tiles import tile_sizes
 from ..rows import take_rows
-from . import tiled
+from . import tiled_experts as tiled
 from .activations import ACTIVATIONS
 
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from keras import ops
 
-from ..autodiff import custom_gradient, full_precision
+from ..backend.autodiff import custom_gradient, full_precision
+from ..backend.platform import choose, platform
 from ..checks import require_shape
-from ..platform import choose, platform
 from ..sequence import segment_index
 from . import chunk_parallel, chunked, recurrent
 

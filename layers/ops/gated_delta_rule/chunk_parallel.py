@@ -7,7 +7,7 @@ all chunks.
 
 from keras import ops
 
-from ..loops import scan
+from ..backend.loops import scan
 from .chunked import (
     by_head,
     by_token,

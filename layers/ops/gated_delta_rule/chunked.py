@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from ..loops import scan
+from ..backend.loops import scan
 
 MIN_BLOCK = 16
 

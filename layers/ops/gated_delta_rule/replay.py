@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from keras import ops
 
-from ..autodiff import full_precision
+from ..backend.autodiff import full_precision
 from ..checks import require_shape
 from . import chunked
 from .api import by_group, check, to_chunks

@@ -10,9 +10,9 @@ import functools
 
 from keras import ops
 
-from ..autodiff import custom_gradient
+from ..backend.autodiff import custom_gradient
+from ..backend.platform import BACKEND, choose, platform
 from ..checks import require_shape
-from ..platform import BACKEND, choose, platform
 from . import tiled
 from .tiles import tile_sizes
 

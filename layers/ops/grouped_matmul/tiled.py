@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from ..loops import add_to_row, get_row
+from ..backend.loops import add_to_row, get_row
 from .tiles import Tiles, read, write
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from ..loops import get_row, get_rows, set_rows
+from ..backend.loops import get_row, get_rows, set_rows
 
 FRACTIONS = (0.25, 0.5, 1.0, 1.25)  # of the mean group
 LARGEST_MEAN = 128

@@ -1,0 +1,6 @@
+"""Configurations: frozen dataclasses, every field checked. Nothing here needs Keras."""
+
+from qwen3_next.config.model_config import Qwen3NextConfig
+from qwen3_next.config.mtp_config import MTPConfig
+
+__all__ = ["MTPConfig", "Qwen3NextConfig"]

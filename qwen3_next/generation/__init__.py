@@ -1,0 +1,1 @@
+"""Generating tokens: plain and speculative decoding, sampling, prompts."""

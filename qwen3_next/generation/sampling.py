@@ -1,0 +1,103 @@
+"""Choosing the next token from logits."""
+
+import random
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from qwen3_next.layers.ops.backend.seeds import DrawnSeed
+
+GREEDY, PLAIN, FILTERED = "greedy", "plain", "filtered"
+
+
+class Sampling(NamedTuple):
+    """How to sample, as tensors: changing a value compiles nothing anew.
+
+    `temperature`, `top_p`, `min_p` float32 scalars, `top_k` an int32 scalar (0 for all), `seed` a
+    uint32 scalar, `stop_token_ids` `(S,)` int32 filled up with -1.
+    """
+
+    temperature: object
+    top_k: object
+    top_p: object
+    min_p: object
+    seed: object
+    stop_token_ids: object
+
+
+def make_sampling(
+    vocab_size, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop_token_ids=()
+):
+    """Checks the arguments of `generate` and returns `(mode, Sampling)`."""
+    checks = (
+        ("temperature", temperature, temperature >= 0, "at least 0"),
+        ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "an integer of at least 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+        ("min_p", min_p, 0 <= min_p <= 1, "in [0, 1]"),
+    )
+    for name, value, fine, what in checks:
+        if not fine:
+            raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
+    stops = [int(token) for token in stop_token_ids]
+    if any(not 0 <= token < vocab_size for token in stops):
+        raise ValueError(
+            f"`stop_token_ids` must be in [0, vocab_size={vocab_size}). "
+            f"Received: stop_token_ids={stops}"
+        )
+    if temperature == 0:
+        mode = GREEDY
+    else:
+        mode = PLAIN if (top_k, top_p, min_p) == (0, 1.0, 0.0) else FILTERED
+    seed = random.getrandbits(31) if seed is None else seed
+    stops = stops + [-1] * (-len(stops) % 8 or (0 if stops else 8))
+    values = (
+        np.float32(temperature or 1.0),
+        np.int32(top_k),
+        np.float32(top_p),
+        np.float32(min_p),
+        np.uint32(seed % 2**32),
+        np.asarray(stops, np.int32),
+    )
+    return mode, Sampling(*(ops.convert_to_tensor(value) for value in values))
+
+
+def sample(logits, sampling, step, mode):
+    """Next tokens `(B,)` int32 from logits `(B, V)`.
+
+    The noise of a row depends on the seed, the step and the row's number alone.
+    """
+    logits = ops.cast(logits, "float32")
+    if mode == GREEDY:
+        return ops.cast(ops.argmax(logits, axis=-1), "int32")
+    logits = warp(logits, sampling, mode)
+    seed = ops.stack([sampling.seed, ops.cast(step, "uint32")])
+    return ops.cast(keras.random.categorical(logits, 1, seed=DrawnSeed(seed))[:, 0], "int32")
+
+
+def warp(logits, sampling, mode):
+    """Logits of the distribution that is sampled from, `-inf` at what the filters remove.
+
+    Temperature first; then the `top_k` most likely tokens; then the smallest set of them whose
+    probability reaches `top_p`; then those at least `min_p` times as likely as the likeliest.
+    Tokens tied with the last one kept are kept.
+    """
+    logits = ops.cast(logits, "float32") / sampling.temperature
+    if mode != FILTERED:
+        return logits
+    ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)  # (B, V), likeliest first
+    rank = ops.arange(logits.shape[-1], dtype="int32")
+    keep = (sampling.top_k == 0) | (rank < sampling.top_k)
+    probabilities = ops.softmax(ops.where(keep, ordered, -float("inf")), axis=-1)
+    before = ops.cumsum(probabilities, axis=-1) - probabilities
+    keep = keep & (before < sampling.top_p)
+    keep = keep & (probabilities >= sampling.min_p * probabilities[:, :1])
+    last = ops.maximum(ops.sum(ops.cast(keep, "int32"), axis=-1, keepdims=True) - 1, 0)
+    threshold = ops.take_along_axis(ordered, last, axis=-1)
+    return ops.where(logits >= threshold, logits, -float("inf"))
+
+
+def is_stop(token_ids, sampling):
+    """`(...)` bool: which token ids end a row."""
+    return ops.any(token_ids[..., None] == sampling.stop_token_ids, axis=-1)

@@ -1,0 +1,1 @@
+"""The models below their heads: backbone, cache, inputs, MTP modules, the weight table."""

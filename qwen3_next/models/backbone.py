@@ -1,0 +1,253 @@
+"""The backbone: token ids in, hidden states out."""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from qwen3_next.layers import (
+    DecoderLayer,
+    GatedAttention,
+    GatedDeltaNet,
+    SparseMoE,
+    SwiGLU,
+    load_balancing_loss,
+)
+from qwen3_next.layers.initializers import Normal
+from qwen3_next.layers.norms import make_norm
+from qwen3_next.layers.ops.sequence import valid_lengths
+from qwen3_next.models.cache import Cache, CacheUpdate
+from qwen3_next.models.configured_model import ConfiguredModel
+from qwen3_next.models.inputs import unpack
+
+Tensor = Any
+
+
+class BackboneOutput(NamedTuple):
+    """What a pass through the backbone gives.
+
+    Attributes:
+        hidden: `(B, T, D)` after the final norm.
+        before_norm: `(B, T, D)` before it.
+        cache: `Cache` with the new tokens, or `None` without one and in a replayable pass.
+        update: `CacheUpdate` of a replayable pass, else `None`.
+        aux_loss: `()` float32, the load-balancing loss before its coefficient; `None` for a dense
+            model.
+        expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load; `None`
+            for a dense model.
+    """
+
+    hidden: Tensor
+    before_norm: Tensor
+    cache: Cache | None = None
+    update: CacheUpdate | None = None
+    aux_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class Qwen3NextBackbone(ConfiguredModel):
+    """Embedding, decoder layers and final norm of a Qwen3-Next model.
+
+    Args:
+        config: `Qwen3NextConfig`, or its fields as keyword arguments.
+        gradient_checkpointing: Whether training recomputes the inside of every layer in the
+            backward pass instead of keeping it.
+        dtype: Dtype policy of all layers.
+
+    Call arguments:
+        inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and optionally `"padding_mask"`
+            (true at real tokens, anywhere in the row) and `"segment_ids"` (packed sequences).
+        cache: `Cache` to continue from, or `None`. A cache holds one sequence a row.
+        full_output: Whether to return a `BackboneOutput` without a cache, too.
+        replayable: Whether the pass may be taken back. The cache that is returned is then one for
+            `commit`. Real tokens must stand at the front of a row.
+        training: Whether to apply dropout and checkpointing.
+
+    Returns:
+        Hidden states `(B, T, D)`; with a cache or `full_output` a `BackboneOutput`.
+    """
+
+    def __init__(
+        self, config=None, *, gradient_checkpointing=False, name=None, dtype=None, **fields
+    ):
+        super().__init__(config, name=name, dtype=dtype, **fields)
+        self.refuse_mtp()
+        self.gradient_checkpointing = gradient_checkpointing
+        config, policy = self.config, self.dtype_policy
+        self.embed_tokens = keras.layers.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            embeddings_initializer=Normal(config.initializer_range),
+            name="embed_tokens",
+            dtype=policy,
+        )
+        self.decoder_layers = [
+            make_decoder_layer(
+                config,
+                config.layer_types[i],
+                config.is_moe(i),
+                gradient_checkpointing,
+                name=f"layers_{i}",
+                dtype=policy,
+            )
+            for i in range(config.num_layers)
+        ]
+        self.norm = make_norm(config.normalization_type, config.rms_norm_eps, "norm", policy)
+        self.build()
+
+    def build(self, input_shape=None):
+        if self.built:
+            return
+        shape = (None, None, self.config.hidden_size)
+        self.embed_tokens.build((None, None))
+        for layer in (*self.decoder_layers, self.norm):
+            layer.build(shape)
+        self.built = True
+
+    def init_cache(self, batch_size, max_length):
+        """An empty cache for sequences of up to `max_length` tokens."""
+        if not 1 <= max_length <= self.config.max_position_embeddings:
+            raise ValueError(
+                "`max_length` must be between 1 and `max_position_embeddings`="
+                f"{self.config.max_position_embeddings}. Received: {max_length=}"
+            )
+        layers = ((layer.init_cache(batch_size, max_length),) for layer in self.decoder_layers)
+        return Cache(ops.zeros((batch_size,), "int32"), tuple(layers))
+
+    def call(self, inputs, cache=None, full_output=False, replayable=False, training=None):
+        token_ids, padding_mask, segment_ids = unpack(inputs)
+        length = token_ids.shape[1]
+        if length is not None and length > self.config.max_position_embeddings:
+            raise ValueError(
+                "Sequences must have at most `max_position_embeddings`="
+                f"{self.config.max_position_embeddings} tokens. Received: {length} tokens"
+            )
+        if cache is not None and segment_ids is not None:
+            raise ValueError(
+                "A cache holds one sequence a row: `segment_ids` must be None with a cache. "
+                f"Received: segment_ids={segment_ids}"
+            )
+        if replayable and cache is None:
+            raise ValueError("A replayable pass continues a cache. Received: cache=None")
+        hidden = self.embed_tokens(token_ids)
+        layers, routings = [], []
+        for index, layer in enumerate(self.decoder_layers):
+            hidden, layer_cache, routing = layer(
+                hidden,
+                padding_mask=padding_mask,
+                segment_ids=segment_ids,
+                cache=None if cache is None else cache.layers[index][0],
+                lengths=None if cache is None else cache.lengths,
+                replayable=replayable,
+                training=training,
+            )
+            layers.append((layer_cache,))
+            if routing is not None:
+                routings.append(routing)
+        before_norm, hidden = hidden, self.norm(hidden)
+        if cache is None and not full_output:
+            return hidden
+        update = None
+        if replayable:
+            cache, update = None, CacheUpdate(tuple(layers))
+        elif cache is not None:
+            new = length if padding_mask is None else valid_lengths(padding_mask)
+            cache = Cache(cache.lengths + new, tuple(layers))
+        return BackboneOutput(hidden, before_norm, cache, update, *_balance(routings))
+
+    def commit(self, cache: Cache, update: CacheUpdate, counts: Tensor) -> Cache:
+        """The cache after the first tokens of a replayable pass.
+
+        Args:
+            cache: `Cache` the pass began with.
+            update: `CacheUpdate` that it returned.
+            counts: `(B,)` int32, tokens of every row that stay.
+
+        Returns:
+            `Cache`.
+        """
+        layers = zip(self.decoder_layers, cache.layers, update.layers, strict=True)
+        committed = tuple((layer.commit(old, new, counts),) for layer, (old,), (new,) in layers)
+        return Cache(cache.lengths + counts, committed)
+
+    def output_shape_of(self, batch, length):
+        return (batch, length, self.config.hidden_size)
+
+    def get_config(self):
+        return {**super().get_config(), "gradient_checkpointing": self.gradient_checkpointing}
+
+
+def _balance(routings):
+    if not routings:
+        return None, None
+    loads = ops.stack([routing.load for routing in routings])
+    even = ops.maximum(ops.mean(loads, axis=-1, keepdims=True), 1e-9)
+    return load_balancing_loss(routings), loads / even
+
+
+def make_decoder_layer(
+    config, layer_type, is_moe, gradient_checkpointing=False, name=None, dtype=None
+):
+    """A `DecoderLayer` of the given kind with the dimensions of a configuration."""
+    return DecoderLayer(
+        _mixer(config, layer_type, dtype),
+        _mlp(config, is_moe, dtype),
+        normalization_type=config.normalization_type,
+        rms_norm_eps=config.rms_norm_eps,
+        dropout=config.dropout,
+        gradient_checkpointing=gradient_checkpointing,
+        name=name,
+        dtype=dtype,
+    )
+
+
+def _mixer(config, layer_type, policy):
+    if layer_type == "linear_attention":
+        return GatedDeltaNet(
+            config.linear_num_key_heads,
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+            linear_conv_kernel_dim=config.linear_conv_kernel_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            initializer_range=config.initializer_range,
+            name="linear_attn",
+            dtype=policy,
+        )
+    return GatedAttention(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        output_gate=config.attention_type == "gated_attention",
+        partial_rotary_factor=config.partial_rotary_factor,
+        rope_theta=config.rope_theta,
+        normalization_type=config.normalization_type,
+        rms_norm_eps=config.rms_norm_eps,
+        attention_dropout=config.attention_dropout,
+        initializer_range=config.initializer_range,
+        name="self_attn",
+        dtype=policy,
+    )
+
+
+def _mlp(config, is_moe, policy):
+    if not is_moe:
+        return SwiGLU(
+            config.intermediate_size,
+            config.ffn_type,
+            config.initializer_range,
+            name="mlp",
+            dtype=policy,
+        )
+    return SparseMoE(
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.shared_expert_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        ffn_type=config.ffn_type,
+        initializer_range=config.initializer_range,
+        name="mlp",
+        dtype=policy,
+    )

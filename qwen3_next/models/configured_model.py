@@ -1,0 +1,86 @@
+"""What all models share: construction from a configuration or a variant, and checked inputs."""
+
+from typing import Any, Self
+
+import keras
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.models.inputs import check_token_ids
+
+
+class ConfiguredModel(keras.Model):
+    """A model described by a `Qwen3NextConfig`, whose weights exist once it is constructed."""
+
+    def __init__(self, config=None, *, name=None, dtype=None, **fields):
+        if config is not None and fields:
+            raise ValueError(
+                "Give a `config` or its fields as keyword arguments, not both. "
+                f"Received: config={config}, fields={sorted(fields)}"
+            )
+        if config is None:
+            config = Qwen3NextConfig.from_dict(fields)
+        elif not isinstance(config, Qwen3NextConfig):
+            raise ValueError(f"`config` must be a Qwen3NextConfig. Received: {config=}")
+        # Inputs are cast by hand: Keras would cast the float32 tensors of a cache as well.
+        super().__init__(name=name, dtype=dtype, autocast=False)
+        self.config = config
+
+    def refuse_mtp(self) -> None:
+        """Raises `ValueError` for a configuration with multi-token prediction."""
+        if self.config.mtp is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no use for multi-token prediction: it belongs to a "
+                f"`Qwen3Next`. Give `mtp=None`. Received: mtp={self.config.mtp}"
+            )
+
+    @classmethod
+    def from_variant(cls, variant: str, *, name=None, dtype=None, **options: Any) -> Self:
+        """Builds the model called `variant` with random weights.
+
+        Args:
+            variant: One of `qwen3_next.variants.names()`.
+            name, dtype: As for the constructor.
+            **options: Fields of `Qwen3NextConfig` to replace, or other constructor arguments.
+
+        Raises:
+            ValueError: an unknown variant or field, or a value out of range.
+        """
+        own = {key: options.pop(key) for key in cls.constructor_options() if key in options}
+        config = Qwen3NextConfig.from_variant(variant, **options)
+        return cls(config, name=name, dtype=dtype, **own)
+
+    @staticmethod
+    def constructor_options() -> tuple[str, ...]:
+        """Constructor arguments that are not fields of the configuration."""
+        return ("gradient_checkpointing",)
+
+    def __call__(self, inputs, *args, **kwargs):
+        check_token_ids(inputs, self.config.vocab_size)
+        return super().__call__(inputs, *args, **kwargs)
+
+    def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
+        """Shape of the output for token ids `(batch, length)`, where either may be `None`."""
+        raise NotImplementedError
+
+    def compute_output_spec(self, inputs, training=None, **others):
+        # Said outright: JAX cannot trace the routing of an unknown number of tokens.
+        if others:
+            raise ValueError(f"A symbolic call takes inputs alone. Received also: {sorted(others)}")
+        token_ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
+        shape = self.output_shape_of(*token_ids.shape)
+        return keras.KerasTensor(shape, dtype=self.output_dtype)
+
+    @property
+    def output_dtype(self) -> str:
+        return self.compute_dtype
+
+    def get_config(self) -> dict:
+        base = super().get_config()
+        return {**self.config.to_dict(), "name": base["name"], "dtype": base["dtype"]}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        if isinstance(config.get("dtype"), dict):
+            config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
+        return cls(**config)

@@ -1,0 +1,99 @@
+"""What a model weighs, from its configuration alone."""
+
+from dataclasses import dataclass
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.models.weight_table import PARTS, weight_table
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Description:
+    """Sizes of a model; `print` it for a table.
+
+    `total` and `active` count parameters, the latter those that one token meets: all but the
+    experts it is not routed to. `parts` maps each part to `(total, active)`. `weight_bytes` maps a
+    dtype policy to the bytes of the weights under it. `cache_bytes_per_row` is the fixed size of
+    the DeltaNet caches of a sequence and `cache_bytes_per_token` what every token adds in the
+    attention caches, both by dtype policy.
+    """
+
+    name: str
+    total: int
+    active: int
+    parts: dict
+    weight_bytes: dict
+    cache_bytes_per_row: dict
+    cache_bytes_per_token: dict
+
+    def __str__(self):
+        lines = [f"{self.name}", "", f"{'part':<16}{'parameters':>18}{'active':>18}"]
+        for part, (total, active) in self.parts.items():
+            lines.append(f"{part:<16}{total:>18,}{active:>18,}")
+        lines.append(f"{'total':<16}{self.total:>18,}{self.active:>18,}")
+        embedding = self.parts["embedding"][1]
+        lines.append(f"{'  less embedding':<16}{'':>18}{self.active - embedding:>18,}")
+        lines += ["", f"{'dtype':<16}{'weights':>14}{'cache / row':>16}{'cache / token':>16}"]
+        for dtype, size in self.weight_bytes.items():
+            row, token = self.cache_bytes_per_row[dtype], self.cache_bytes_per_token[dtype]
+            lines.append(f"{dtype:<16}{_bytes(size):>14}{_bytes(row):>16}{_bytes(token):>16}")
+        return "\n".join(lines)
+
+
+def describe(variant, **overrides):
+    """Counts the parameters and bytes of a model without allocating a weight.
+
+    Args:
+        variant: A variant's name or a `Qwen3NextConfig`.
+        **overrides: Fields of the configuration to replace.
+
+    Returns:
+        `Description`.
+
+    Raises:
+        ValueError: an unknown variant or field, or a value out of range.
+    """
+    if isinstance(variant, Qwen3NextConfig):
+        name, config = "model", variant.replace(**overrides)
+    else:
+        name, config = variant, Qwen3NextConfig.from_variant(variant, **overrides)
+    table = weight_table(config)
+    parts = {}
+    for part in PARTS:
+        total = sum(weight.size for weight in table if weight.part == part)
+        active = total
+        if part == "experts":
+            active = total // max(config.num_experts, 1) * config.num_experts_per_tok
+        if total:
+            parts[part] = (total, active)
+    islands = sum(weight.size for weight in table if weight.float32)
+    total = sum(weight.size for weight in table)
+    conv, recurrent, cached = _cache_sizes(config)
+    return Description(
+        name=name,
+        total=total,
+        active=sum(active for _, active in parts.values()),
+        parts=parts,
+        weight_bytes={d: (total - islands) * b + islands * 4 for d, b in DTYPE_BYTES.items()},
+        cache_bytes_per_row={d: conv * b + recurrent * 4 for d, b in DTYPE_BYTES.items()},
+        cache_bytes_per_token={d: cached * b for d, b in DTYPE_BYTES.items()},
+    )
+
+
+def _cache_sizes(config):
+    """Elements of the conv tails and recurrent states of a row, and of keys and values a token."""
+    linear = config.layer_types.count("linear_attention")
+    full = config.num_layers - linear
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    conv = linear * (config.linear_conv_kernel_dim - 1) * (2 * keys + values)
+    recurrent = linear * values * config.linear_key_head_dim
+    return conv, recurrent, full * 2 * config.num_key_value_heads * config.head_dim
+
+
+def _bytes(size):
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:,.1f} {unit}" if unit != "B" else f"{size} B"
+        size /= 1024

@@ -1,0 +1,136 @@
+"""What a model accepts: token ids, alone or with a padding mask and segment ids."""
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from qwen3_next.layers.ops.sequence import token_ranks
+
+IGNORE = -100
+KEYS = ("token_ids", "padding_mask", "segment_ids")
+
+
+class Inputs(NamedTuple):
+    """`token_ids` `(B, T)` int32; `padding_mask` bool and `segment_ids` int32, or `None`."""
+
+    token_ids: object
+    padding_mask: object
+    segment_ids: object
+
+
+def unpack(inputs):
+    """Turns a tensor `(B, T)` or a dict with `KEYS` into `Inputs`, checking shapes and dtypes."""
+    fields = inputs if isinstance(inputs, dict) else {"token_ids": inputs}
+    unknown = sorted(set(fields) - set(KEYS))
+    if unknown or "token_ids" not in fields:
+        raise ValueError(
+            f"Inputs must be token ids or a dict with 'token_ids' and optionally {KEYS[1:]}. "
+            f"Received keys: {sorted(fields)}"
+        )
+    token_ids = ops.convert_to_tensor(fields["token_ids"])
+    if len(token_ids.shape) != 2:
+        raise ValueError(
+            "`token_ids` must have shape (batch, tokens). "
+            f"Received: token_ids.shape={tuple(token_ids.shape)}"
+        )
+    if "int" not in keras.backend.standardize_dtype(token_ids.dtype):
+        raise ValueError(
+            f"`token_ids` must be integers. Received: token_ids.dtype={token_ids.dtype}"
+        )
+    if token_ids.shape[1] == 0:
+        raise ValueError("`token_ids` must hold at least one token a row. Received: 0 tokens")
+    others = []
+    for key in KEYS[1:]:
+        value = fields.get(key)
+        if value is not None:
+            value = ops.convert_to_tensor(value)
+            if not _same_shape(value.shape, token_ids.shape):
+                raise ValueError(
+                    f"`{key}` must have the shape of `token_ids`, {tuple(token_ids.shape)}. "
+                    f"Received: {key}.shape={tuple(value.shape)}"
+                )
+            value = ops.cast(value, "bool" if key == "padding_mask" else "int32")
+        others.append(value)
+    return Inputs(ops.cast(token_ids, "int32"), *others)
+
+
+def next_token_labels(inputs, labels=None):
+    """Labels that line up with the logits: at t the label of the next token, or -100.
+
+    -100 stands at the last token, at padding, before padding and at the end of a segment.
+
+    Args:
+        inputs: `Inputs`.
+        labels: `(B, T)` unshifted, -100 where ignored. Defaults to the token ids.
+    """
+    labels = inputs.token_ids if labels is None else ops.cast(labels, "int32")
+    if not _same_shape(labels.shape, inputs.token_ids.shape):
+        raise ValueError(
+            f"`labels` must have the shape of `token_ids`, {tuple(inputs.token_ids.shape)}. "
+            f"Received: labels.shape={tuple(labels.shape)}"
+        )
+    shifted = labels[:, 1:]
+    if inputs.padding_mask is not None:
+        both = inputs.padding_mask[:, :-1] & inputs.padding_mask[:, 1:]
+        shifted = ops.where(both, shifted, IGNORE)
+    if inputs.segment_ids is not None:
+        same = inputs.segment_ids[:, :-1] == inputs.segment_ids[:, 1:]
+        shifted = ops.where(same, shifted, IGNORE)
+    return ops.pad(shifted, [[0, 0], [0, 1]], constant_values=IGNORE)
+
+
+def last_hidden(hidden, mask):
+    """Hidden cache `(B, D)` of every row's last real token; of any token where there is none."""
+    if mask is None:
+        return hidden[:, -1]
+    # The first place that has the last rank is the last real token.
+    ranks = token_ranks(mask)
+    place = ops.argmax(ops.cast(ranks == ranks[:, -1:], "int32"), axis=-1)
+    place = ops.cast(place, "int32")[:, None, None]
+    return ops.take_along_axis(hidden, place, axis=1)[:, 0]
+
+
+def check_token_ids(inputs, vocab_size):
+    """Raises `ValueError` for a token id outside the vocabulary.
+
+    Looks at arrays that are on the host or were computed already; inside a compiled function
+    there are no values to look at.
+    """
+    token_ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
+    values = _concrete(token_ids)
+    if values is None or values.size == 0:
+        return
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"Token ids must be in [0, vocab_size={vocab_size}). Received ids from {low} to {high}"
+        )
+
+
+def _concrete(x):
+    """`x` as a NumPy array of integers, or `None` where it has no values yet."""
+    if isinstance(x, list | tuple):
+        x = np.asarray(x)
+    if not isinstance(x, np.ndarray):
+        if not keras.ops.is_tensor(x) or isinstance(x, keras.KerasTensor) or _is_traced(x):
+            return None
+        x = ops.convert_to_numpy(x)
+    return x if np.issubdtype(x.dtype, np.integer) else None
+
+
+def _is_traced(x):
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(x, jax.core.Tracer)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.is_symbolic_tensor(x)
+    return False
+
+
+def _same_shape(a, b):
+    return len(a) == len(b) and all(m == n or m is None or n is None for m, n in zip(a, b))

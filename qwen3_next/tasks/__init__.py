@@ -1,0 +1,1 @@
+"""Models with a head, and the functions that build them."""

@@ -1,0 +1,1 @@
+"""Training a model: losses, the train step, optimizers, data."""

@@ -1,0 +1,184 @@
+"""Generation: cached equals uncached, sampling follows its distribution, limits are exact."""
+
+import keras
+import numpy as np
+import pytest
+
+from qwen3_next import pad
+from qwen3_next.generation.sampling import FILTERED, make_sampling, sample, warp
+from tests.support.small_models import logits, random_ids, shared
+
+PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
+NEW = 14
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    return shared().generate(PROMPTS, max_new_tokens=NEW)
+
+
+def test_greedy_is_the_argmax_of_the_uncached_forward_pass(greedy):
+    for prompt, tokens in zip(PROMPTS, greedy.tokens):
+        batch = pad([np.concatenate([prompt, tokens])], length=40)
+        best = logits(shared(), **batch)[0].argmax(-1)
+        start = len(prompt) - 1
+        np.testing.assert_array_equal(best[start : start + NEW], tokens)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_generate_what_lists_do(side, greedy):
+    tokens, _ = shared().generate(pad(PROMPTS, side=side), max_new_tokens=NEW)
+    np.testing.assert_array_equal(tokens, greedy.tokens)
+
+
+def test_rows_generate_what_they_generate_alone(greedy):
+    for prompt, expected in zip(PROMPTS, greedy.tokens):
+        alone, _ = shared().generate([prompt], max_new_tokens=NEW)
+        np.testing.assert_array_equal(alone[0], expected)
+
+
+def test_long_prompts_are_absorbed_in_pieces(monkeypatch, greedy):
+    monkeypatch.setattr("qwen3_next.generation.generator.PREFILL_PIECE", 16)
+    tokens, _ = shared().generate(PROMPTS, max_new_tokens=NEW)
+    np.testing.assert_array_equal(tokens, greedy.tokens)
+
+
+def test_a_row_ends_with_its_first_stop_token(greedy):
+    for offset in (0, 3, NEW - 1):
+        stop = int(greedy.tokens[0][offset])
+        tokens, stats = shared().generate(PROMPTS, max_new_tokens=NEW, stop_token_ids=[stop])
+        for row, full, reason in zip(tokens, greedy.tokens, stats["finish_reasons"]):
+            hits = np.flatnonzero(full == stop)
+            expected = full[: hits[0] + 1] if hits.size else full
+            np.testing.assert_array_equal(row, expected)
+            assert reason == ("stop" if hits.size else "length")
+
+
+def test_generation_stops_once_every_row_has(greedy):
+    stops = [int(tokens[2]) for tokens in greedy.tokens]
+    _, stats = shared().generate(PROMPTS, max_new_tokens=NEW, stop_token_ids=stops)
+    assert stats["steps"] <= 3
+
+
+@pytest.mark.parametrize("count", [1, 2, NEW])
+def test_the_number_of_new_tokens_is_exact(count, greedy):
+    tokens, stats = shared().generate(PROMPTS, max_new_tokens=count)
+    for row, full in zip(tokens, greedy.tokens):
+        np.testing.assert_array_equal(row, full[:count])
+    assert stats["new_tokens"] == 3 * count
+    assert stats["prompt_tokens"] == 29
+
+
+def test_a_stream_yields_what_generate_returns(greedy):
+    stop = int(greedy.tokens[1][4])
+    expected, _ = shared().generate(PROMPTS, max_new_tokens=NEW, stop_token_ids=[stop])
+    steps = list(shared().stream(PROMPTS, max_new_tokens=NEW, stop_token_ids=[stop]))
+    streamed = np.stack(steps, axis=1)
+    for row, tokens in zip(streamed, expected):
+        np.testing.assert_array_equal(row[: len(tokens)], tokens)
+        assert (row[len(tokens) :] == -1).all()
+
+
+def test_a_seed_repeats_and_another_differs():
+    def draw(seed):
+        tokens, _ = shared().generate(PROMPTS, max_new_tokens=NEW, temperature=1.0, seed=seed)
+        return np.stack(tokens)
+
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert (draw(1) != draw(2)).any()
+    keras.utils.set_random_seed(5)
+    first = draw(None)
+    keras.utils.set_random_seed(5)
+    np.testing.assert_array_equal(first, draw(None))
+
+
+def test_prompt_lengths_share_a_compilation(monkeypatch):
+    model = shared()
+    traced = []
+    original = type(model.backbone).call
+
+    def call(self, *args, **kwargs):
+        traced.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.backbone), "call", call)
+    model.generate([random_ids(9)], max_new_tokens=4)
+    traced.clear()
+    for length in (10, 13, 16):
+        model.generate([random_ids(length)], max_new_tokens=length // 2)
+    assert not traced or keras.backend.backend() == "torch"
+
+
+LOGITS = np.log(np.array([[0.4, 0.3, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.3, 0.4]], "float32"))
+
+
+def distribution(**options):
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    _, sampling = make_sampling(5, seed=0, stop_token_ids=(), **options)
+    warped = warp(keras.ops.convert_to_tensor(LOGITS), sampling, FILTERED)
+    return keras.ops.convert_to_numpy(keras.ops.softmax(warped))
+
+
+@pytest.mark.parametrize(
+    "options, kept",
+    [
+        ({"top_k": 2}, [0.4, 0.3]),
+        ({"top_k": 9}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_p": 0.7001}, [0.4, 0.3, 0.15]),
+        ({"top_p": 0.1}, [0.4]),
+        ({"min_p": 0.3}, [0.4, 0.3, 0.15]),
+        ({"top_k": 4, "top_p": 0.5}, [0.4, 0.3]),
+        ({"temperature": 0.5}, [0.16, 0.09, 0.0225, 0.01, 0.0025]),
+    ],
+)
+def test_filters_keep_the_right_tokens(options, kept):
+    expected = np.zeros(5)
+    expected[: len(kept)] = kept
+    expected /= expected.sum()
+    np.testing.assert_allclose(distribution(**options), [expected, expected[::-1]], atol=1e-6)
+
+
+def test_samples_follow_the_distribution():
+    mode, sampling = make_sampling(5, 0.8, 4, 0.95, 0.0, 7, ())
+    rows = keras.ops.convert_to_tensor(np.tile(LOGITS[:1], (20000, 1)))
+    drawn = keras.ops.convert_to_numpy(sample(rows, sampling, 0, mode))
+    expected = distribution(temperature=0.8, top_k=4, top_p=0.95)[0] * 20000
+    counts = np.bincount(drawn, minlength=5)
+    kept = expected > 0
+    assert counts[~kept].sum() == 0
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi_square < 16.3  # 99.9 % of draws with 3 degrees of freedom
+
+
+def test_steps_and_rows_draw_independently():
+    mode, sampling = make_sampling(5, 1.0, 0, 1.0, 0.0, 7, ())
+    rows = keras.ops.convert_to_tensor(np.zeros((64, 5), "float32"))
+    first, second = (keras.ops.convert_to_numpy(sample(rows, sampling, i, mode)) for i in (0, 1))
+    assert len(set(first.tolist())) == 5
+    assert 0.05 < (first == second).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([], {}, "at least one row"),
+        ([[1, 2], []], {}, "prompt 1"),
+        ([[1.5]], {}, "integer"),
+        ([[61]], {}, "vocab_size=61"),
+        (np.zeros((2, 3, 4), int), {}, "prompts"),
+        ({"token_ids": np.ones((1, 3), int), "padding_mask": np.zeros((1, 3))}, {}, "prompt 0"),
+        ({"token_ids": np.ones((1, 3), int), "padding_mask": np.ones((1, 2))}, {}, "padding_mask"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": 256}, "max_position_embeddings"),
+        ([[1]], {"temperature": -1.0}, "temperature"),
+        ([[1]], {"top_k": -1}, "top_k"),
+        ([[1]], {"top_p": 0.0}, "top_p"),
+        ([[1]], {"min_p": 2.0}, "min_p"),
+        ([[1]], {"stop_token_ids": [99]}, "stop_token_ids"),
+    ],
+)
+def test_bad_arguments_are_named(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        shared().generate(prompts, **options)
+    with pytest.raises(ValueError, match=message):
+        shared().stream(prompts, **options)

@@ -1,0 +1,287 @@
+"""Speculative decoding says what plain decoding says, and less often asks the backbone."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from qwen3_next import MTPConfig
+from qwen3_next.layers.ops import gated_delta_rule, gated_delta_rule_with_replay, replay
+from tests.support.running import BACKEND, assert_close, run
+from tests.support.small_models import random_ids, small
+
+PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
+NEW = 13
+VOCAB = 16
+
+
+@functools.cache
+def model(**fields):
+    return small(mtp=MTPConfig(**{"num_predict_tokens": 4, **fields}))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return model().generate(PROMPTS, NEW, use_speculative=False)
+
+
+def assert_same(found, expected):
+    for row, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(row, other)
+
+
+@pytest.mark.parametrize("lookahead", [1, 2, 3, 4])
+def test_greedy_says_what_plain_decoding_says(lookahead, plain):
+    tokens, stats = model().generate(PROMPTS, NEW, speculation_lookahead=lookahead)
+    assert_same(tokens, plain.tokens)
+    assert stats["verify_steps"] <= NEW - 1
+    assert len(stats["acceptance_rate_by_position"]) == lookahead
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mtp_head_type": "mlp"},
+        {"mtp_head_type": "shared_lm_head", "hidden_state": "before_norm"},
+        {"share_weights_across_steps": False},
+    ],
+)
+def test_every_kind_of_module_is_lossless(fields, plain):
+    assert_same(model(**fields).generate(PROMPTS, NEW).tokens, plain.tokens)
+
+
+def test_a_row_ends_with_its_first_stop_token(plain):
+    for offset in range(NEW):
+        stop = [int(plain.tokens[1][offset])]
+        expected = model().generate(PROMPTS, NEW, use_speculative=False, stop_token_ids=stop)
+        found = model().generate(PROMPTS, NEW, stop_token_ids=stop)
+        assert_same(found.tokens, expected.tokens)
+        assert found.stats["finish_reasons"] == expected.stats["finish_reasons"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_limits_are_exact(limit, plain):
+    tokens, _ = model().generate(PROMPTS, limit)
+    assert_same(tokens, [row[:limit] for row in plain.tokens])
+
+
+def test_a_smaller_draft_vocabulary_changes_nothing(plain):
+    found = model().generate(PROMPTS, NEW, draft_vocabulary=range(0, 61, 3))
+    assert_same(found.tokens, plain.tokens)
+
+
+def decode(model, speculative):
+    """The carry after decoding."""
+    generator = model._generator
+    plan = generator._speculative(speculative, None, None, None)
+    _, (mode, sampling), carry = generator._prefill(PROMPTS, NEW, {}, plan)
+    limit = ops.convert_to_tensor(np.int32(NEW))
+    if plan is None:
+        return generator._function("advance", mode)(carry, limit, sampling)
+    run = generator._function("speculate", plan.plan._replace(mode=mode))
+    return run(carry, limit, sampling, None, plan.threshold)
+
+
+def test_the_state_after_is_that_of_plain_decoding():
+    plain, found = decode(model(), False), decode(model(), True)
+    lengths = ops.convert_to_numpy(found.cache.lengths)
+    np.testing.assert_array_equal(lengths, ops.convert_to_numpy(plain.cache.lengths))
+    for (one,), (other,) in zip(plain.cache.layers, found.cache.layers, strict=True):
+        for name, a, b in zip(one._fields, one, other, strict=True):
+            a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+            if name in ("keys", "values"):  # behind its length a row holds drafts
+                real = np.arange(min(a.shape[1], b.shape[1])) < lengths[:, None]
+                a, b = (x[:, : real.shape[1]][real] for x in (a, b))
+            assert_close(b, a, 1e-5)
+
+
+def test_any_number_of_tokens_can_be_replayed():
+    rng = np.random.default_rng(0)
+    batch, length, groups, heads, key_dim, value_dim = 3, 5, 2, 4, 6, 7
+    query, key = (rng.normal(size=(batch, length, groups, key_dim)) / 2 for _ in range(2))
+    value = rng.normal(size=(batch, length, heads, value_dim))
+    decay, beta = -rng.random((batch, length, heads)), rng.random((batch, length, heads))
+    cache = rng.normal(size=(batch, heads, key_dim, value_dim))
+    arrays = [x.astype("float32") for x in (query, key, value, decay, beta, cache)]
+
+    def speculate(*xs):
+        *xs, cache, counts = xs
+        output, record = gated_delta_rule_with_replay(*xs, cache=cache)
+        return output, replay(cache, record, counts)
+
+    def extend(*xs):
+        *xs, cache, mask = xs
+        return tuple(gated_delta_rule(*xs, cache=cache, padding_mask=mask))
+
+    for counts in ([0, 1, 2], [3, 4, 5]):
+        counts = np.array(counts, "int32")
+        output, found = run(speculate, *arrays, counts)
+        expected, cache = run(extend, *arrays, np.arange(length) < counts[:, None])
+        assert_close(found, cache, 2e-6)
+        real = np.arange(length) < counts[:, None]
+        assert_close(output[real], expected[real], 2e-6)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
+def test_memory_of_taking_back_does_not_grow_by_states():
+    import jax
+
+    heads, dim = 4, 128
+    state_bytes = heads * dim * dim * 4
+
+    def temporary(length):
+        wide = jax.ShapeDtypeStruct((1, length, heads, dim), "float32")
+        narrow = jax.ShapeDtypeStruct((1, length, heads), "float32")
+        cache = jax.ShapeDtypeStruct((1, heads, dim, dim), "float32")
+        counts = jax.ShapeDtypeStruct((1,), "int32")
+
+        def speculate(query, key, value, decay, beta, cache, counts):
+            output, record = gated_delta_rule_with_replay(
+                query, key, value, decay, beta, cache=cache
+            )
+            return output, replay(cache, record, counts)
+
+        program = jax.jit(speculate).lower(wide, wide, wide, narrow, narrow, cache, counts)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    # Six tokens more; a cache for each of them would be six times this.
+    assert temporary(8) - temporary(2) < state_bytes
+
+
+@pytest.fixture(scope="module")
+def linear_language():
+    """A model of t' = (3 t + 7) mod V, backbone and module trained together."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    ids = np.zeros((64, 24), "int32")
+    ids[:, 0] = rng.integers(0, VOCAB, 64)
+    for t in range(1, ids.shape[1]):
+        ids[:, t] = (3 * ids[:, t - 1] + 7) % VOCAB
+    model = small(vocab_size=VOCAB, initializer_range=0.05, mtp=MTPConfig(num_predict_tokens=3))
+    model.compile(keras.optimizers.Adam(5e-3))
+    model.fit(ids, batch_size=32, epochs=60, verbose=0)
+    return model
+
+
+def test_a_deterministic_language_is_drafted_without_error(linear_language):
+    prompts = [[1, 10, 5], [4, 3, 0, 7, 12]]
+    for lookahead in (1, 3):
+        new = 1 + 5 * (lookahead + 1)
+        tokens, stats = linear_language.generate(prompts, new, speculation_lookahead=lookahead)
+        for prompt, row in zip(prompts, tokens):
+            follow = np.concatenate([prompt[-1:], row])
+            np.testing.assert_array_equal(follow[1:], (3 * follow[:-1] + 7) % VOCAB)
+        assert stats["acceptance_rate_by_position"] == [1.0] * lookahead
+        assert stats["tokens_per_step"] == lookahead + 1
+        # The backbone ran once for the prompt and once for every lookahead + 1 tokens.
+        assert stats["verify_steps"] == 5
+
+
+def test_drafts_off_by_one_are_refused(linear_language, monkeypatch):
+    from qwen3_next.generation import speculative as speculation
+
+    straight = speculation._verify
+
+    def shifted(model, carry, draft, *args):
+        moved = ops.concatenate([draft.token_ids[:, 1:], draft.token_ids[:, -1:]], axis=1)
+        return straight(model, carry, draft._replace(token_ids=moved), *args)
+
+    monkeypatch.setattr(speculation, "_verify", shifted)
+    monkeypatch.setattr(linear_language._generator, "_functions", {})
+    tokens, stats = linear_language.generate([[1, 10, 5]], 9)
+    follow = np.concatenate([[5], tokens[0]])
+    np.testing.assert_array_equal(follow[1:], (3 * follow[:-1] + 7) % VOCAB)  # slow, but right
+    assert stats["avg_acceptance_rate"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def pair_counts():
+    """Pairs of tokens drawn by speculation, and the probability of each by plain warping."""
+    model = small(vocab_size=8, mtp=MTPConfig(num_predict_tokens=2, speculation_lookahead=2))
+    options = {"temperature": 0.8, "top_p": 0.9}
+    rows, draws = 4096, np.zeros((8, 8))
+    for seed in range(6):
+        prompts = np.tile(np.array([[3, 1, 4]], "int32"), (rows, 1))
+        tokens, stats = model.generate(prompts, 3, seed=seed, **options)
+        np.add.at(draws, tuple(np.stack(tokens)[:, 1:].T), 1)
+    return draws, stats, _pair_probabilities(model, [3, 1, 4], **options)
+
+
+def _pair_probabilities(model, prompt, temperature, top_p):
+    """P(second, third new token), enumerated in NumPy from the logits of whole sequences."""
+
+    def warped(logits):
+        logits = logits.astype("float64") / temperature
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        order = np.argsort(-p, axis=-1)
+        ordered = np.take_along_axis(p, order, axis=-1)
+        kept = np.cumsum(ordered, axis=-1) - ordered < top_p
+        mask = np.zeros_like(kept)
+        np.put_along_axis(mask, order, kept, axis=-1)
+        p = np.where(mask, p, 0.0)
+        return p / p.sum(-1, keepdims=True)
+
+    grid = np.array([[*prompt, a, b] for a in range(8) for b in range(8)], "int32")
+    probabilities = warped(ops.convert_to_numpy(model(grid)))
+    first = probabilities[::8, 2][0]
+    second = probabilities[::8, 3]
+    third = probabilities[:, 4].reshape(8, 8, 8)
+    return np.einsum("a,ab,abc->bc", first, second, third)
+
+
+def chi_square(draws, probabilities):
+    expected = probabilities * draws.sum()
+    kept = expected > 5
+    assert draws[probabilities == 0].sum() == 0
+    return ((draws - expected)[kept] ** 2 / expected[kept]).sum(), kept.sum() - 1
+
+
+def test_sampling_keeps_the_distribution(pair_counts):
+    draws, stats, probabilities = pair_counts
+    assert draws.sum() >= 20_000
+    assert 0.05 < stats["avg_acceptance_rate"] < 0.95  # both roads were taken
+    statistic, freedom = chi_square(draws, probabilities)
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_the_test_of_the_distribution_sees_a_bias_of_five_percent(pair_counts):
+    draws, _, probabilities = pair_counts
+    biased = 0.95 * probabilities
+    biased[np.unravel_index(probabilities.argmax(), probabilities.shape)] += 0.05
+    statistic, freedom = chi_square(draws, biased)
+    assert statistic > freedom + 4 * np.sqrt(2 * freedom)
+
+
+def test_a_lossy_threshold_says_so(plain):
+    tokens, stats = model().generate(PROMPTS, NEW, acceptance_threshold=0.001)
+    assert stats["lossy"] and not model().generate(PROMPTS, NEW).stats["lossy"]
+    assert any((row != other).any() for row, other in zip(tokens, plain.tokens))
+
+
+def test_a_baseline_is_measured_when_asked_for():
+    _, stats = model().generate(PROMPTS, NEW, measure_baseline=True)
+    assert stats["wall_clock_speedup"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("speculation_lookahead", {"speculation_lookahead": 5}),
+        ("acceptance_threshold", {"acceptance_threshold": 0.0}),
+        ("draft_vocabulary", {"draft_vocabulary": []}),
+        ("use_speculative", {"use_speculative": 2}),
+        ("speculation_lookahead", {"use_speculative": False, "speculation_lookahead": 2}),
+        ("measure_baseline", {"use_speculative": False, "measure_baseline": True}),
+    ],
+)
+def test_an_error_names_the_argument(name, options):
+    with pytest.raises(ValueError, match=f"{name}.*Received"):
+        model().generate(PROMPTS, 4, **options)
+
+
+def test_a_model_without_modules_cannot_speculate():
+    with pytest.raises(ValueError, match="mtp=None"):
+        small().generate(PROMPTS, 4, use_speculative=True)

@@ -1,0 +1,144 @@
+import functools
+
+import numpy as np
+import pytest
+from keras import ops
+from keras.backend import standardize_dtype
+
+from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
+from tests.support import oracles
+from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
+
+TOLERANCE = 2e-6
+ROWS, DIM, VOCAB = 37, 12, 50
+
+
+@functools.cache
+def linear(chunk_rows=None):
+    def apply(hidden, kernel, labels):
+        return linear_cross_entropy(hidden, kernel, labels, chunk_rows=chunk_rows)
+
+    return apply
+
+
+def as_oracle(hidden, kernel, labels):
+    return oracles.cross_entropy(np.float64(hidden) @ np.float64(kernel), labels)
+
+
+def inputs(rows=ROWS, seed=0):
+    rng = np.random.default_rng(seed)
+    hidden, kernel = rng.normal(size=(rows, DIM)), rng.normal(size=(DIM, VOCAB))
+    labels = rng.integers(0, VOCAB, rows).astype("int32")
+    labels[1::6] = -100
+    return [hidden.astype("float32"), kernel.astype("float32"), labels]
+
+
+def pull_of(rows=ROWS):
+    return np.random.default_rng(1).normal(size=rows).astype("float32")
+
+
+@pytest.mark.portable
+def test_every_mode_matches_the_oracle(compiled):
+    arrays = inputs()
+    losses = run(linear(8), *arrays, mode=compiled)
+    assert_close(losses, as_oracle(*arrays), TOLERANCE)
+    grads = gradients(linear(8), arrays, pull_of(), mode=compiled)
+    assert_slopes(as_oracle, arrays, pull_of(), grads)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 37, 64])
+def test_any_chunk_of_rows_gives_the_same(chunk_rows):
+    arrays = inputs()
+    assert_close(run(linear(chunk_rows), *arrays), as_oracle(*arrays), TOLERANCE)
+    grads = gradients(linear(chunk_rows), arrays, pull_of())
+    assert_slopes(as_oracle, arrays, pull_of(), grads)
+
+
+@pytest.mark.portable
+def test_loss_of_logits_matches_the_oracle():
+    hidden, kernel, labels = inputs()
+    logits = hidden @ kernel
+    losses = run(cross_entropy, logits, labels)
+    assert_close(losses, oracles.cross_entropy(logits, labels), TOLERANCE)
+    grads = gradients(cross_entropy, (logits, labels), pull_of())
+    assert_slopes(oracles.cross_entropy, (logits, labels), pull_of(), grads)
+
+
+def test_loss_of_logits_takes_any_leading_axes():
+    hidden, kernel, labels = inputs(36)
+    logits = hidden @ kernel
+    losses = run(cross_entropy, logits.reshape(3, 12, VOCAB), labels.reshape(3, 12))
+    assert_close(losses.reshape(-1), oracles.cross_entropy(logits, labels), TOLERANCE)
+
+
+def test_an_ignored_label_has_no_loss_and_no_gradient():
+    hidden, kernel, labels = inputs()
+    ignored = labels == -100
+    assert not run(linear(8), hidden, kernel, labels)[ignored].any()
+    pull = np.where(ignored, 1e3, 0.0).astype("float32")
+    d_hidden, d_kernel, _ = gradients(linear(8), (hidden, kernel, labels), pull)
+    assert not d_hidden.any()
+    assert not d_kernel.any()
+    (d_logits, _) = gradients(cross_entropy, (hidden @ kernel, labels), pull)
+    assert not d_logits.any()
+
+
+def test_all_labels_ignored_is_a_zero_loss():
+    hidden, kernel, labels = inputs()
+    labels = np.full_like(labels, -100)
+    assert not run(linear(8), hidden, kernel, labels).any()
+
+
+def test_large_logits_do_not_overflow():
+    hidden, kernel, labels = inputs()
+    arrays = [hidden * 100, kernel * 10, labels]
+    assert_close(run(linear(8), *arrays), as_oracle(*arrays), 1e-6)
+    assert all(np.isfinite(g).all() for g in gradients(linear(8), arrays, pull_of())[:2])
+
+
+def test_half_precision_logits_give_a_float32_loss():
+    hidden, kernel, labels = inputs()
+    half = [ops.cast(x, "bfloat16") for x in (hidden, kernel)]
+    for losses in (
+        linear_cross_entropy(*half, ops.convert_to_tensor(labels), chunk_rows=8),
+        cross_entropy(half[0] @ half[1], ops.convert_to_tensor(labels)),
+    ):
+        assert standardize_dtype(losses.dtype) == "float32"
+        assert_close(to_numpy(losses), as_oracle(*to_numpy(half), labels), 1e-2)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_logits_are_never_held_whole(backward):
+    import jax
+
+    rows, dim, vocab = 4096, 16, 20000
+    shapes = [((rows, dim), "float32"), ((dim, vocab), "float32"), ((rows,), "int32")]
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def loss(hidden, kernel, labels):
+        return ops.sum(linear(256)(hidden, kernel, labels))
+
+    function = jax.grad(loss, argnums=(0, 1)) if backward else loss
+    memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < rows * vocab * 4 / 3
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_one_percent_error_is_seen(place):
+    arrays = inputs()
+    wrong = list(arrays)
+    wrong[place] = arrays[place] * 1.01
+    with pytest.raises(AssertionError, match="off by"):
+        assert_close(run(linear(8), *wrong), as_oracle(*arrays), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name, place, shape",
+    [("kernel", 0, (37, 11)), ("kernel", 1, (12,)), ("labels", 2, (37, 1)), ("labels", 2, (36,))],
+)
+def test_an_error_names_the_argument(name, place, shape):
+    arrays = inputs()
+    arrays[place] = np.zeros(shape, arrays[place].dtype)
+    with pytest.raises(ValueError, match=f"{name}.*Received"):
+        linear_cross_entropy(*arrays)

@@ -1,0 +1,157 @@
+import functools
+
+import numpy as np
+import pytest
+from keras import ops
+
+from qwen3_next.layers.ops import expert_mlp
+from tests.support.running import BACKEND, assert_close, gradients, run
+
+TOLERANCE = 2e-6
+TOKENS, EXPERTS, CHOSEN, DIM, WIDTH = 40, 6, 2, 12, 5
+
+
+def inputs(tokens=TOKENS, experts=EXPERTS, chosen=CHOSEN, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (tokens, DIM), (experts, DIM, 2 * WIDTH), (experts, WIDTH, DIM), (tokens, chosen)
+    x, gate_up, down, weights = (rng.normal(size=s).astype("float32") for s in shapes)
+    # Uneven: the last expert gets nothing, the first is the favourite.
+    scores = rng.random((tokens, experts)) - 0.1 * np.arange(experts)
+    scores[:, -1] = -1.0 if chosen < experts else 0.0
+    routes = np.argsort(-scores, axis=-1)[:, :chosen].astype("int32")
+    return [x, gate_up, down, routes, weights]
+
+
+def activate(x, activation):
+    if activation == "silu":
+        return x / (1 + np.exp(-x))
+    from math import erf
+
+    return 0.5 * x * (1 + np.vectorize(erf)(x / np.sqrt(2.0)))
+
+
+def oracle(x, gate_up, down, routes, weights, activation="silu"):
+    output = np.zeros(x.shape)
+    for n, k in np.ndindex(routes.shape):
+        expert = routes[n, k]
+        if expert < len(gate_up):
+            gate, up = np.split(np.asarray(x[n], np.float64) @ gate_up[expert], 2)
+            output[n] += weights[n, k] * ((activate(gate, activation) * up) @ down[expert])
+    return output
+
+
+@functools.cache
+def program(**options):
+    return lambda *arrays: expert_mlp(*arrays, **options)[0]
+
+
+def slopes_by_autodiff(arrays, pull):
+    """The plain sum over experts, differentiated by the backend: an independent gradient."""
+
+    def dense(x, gate_up, down, routes, weights):
+        gated = ops.einsum("nd,edf->nef", x, gate_up)
+        gate, up = ops.split(gated, 2, axis=-1)
+        each = ops.einsum("nef,efd->ned", ops.silu(gate) * up, down)
+        chosen = ops.one_hot(routes, gate_up.shape[0], dtype="float32")
+        return ops.einsum("ned,nke,nk->nd", each, chosen, weights)
+
+    return gradients(dense, arrays, pull)
+
+
+def test_every_mode_matches_the_oracle(compiled):
+    arrays = inputs()
+    assert_close(run(program(), *arrays, mode=compiled), oracle(*arrays), TOLERANCE)
+    pull = inputs(seed=1)[0]
+    found = gradients(program(), arrays, pull, mode=compiled)
+    for actual, expected in zip(found, slopes_by_autodiff(arrays, pull), strict=True):
+        if expected is not None:
+            assert_close(actual, expected, 5e-6)
+
+
+@pytest.mark.portable
+def test_the_portable_path_matches_the_oracle():
+    arrays = inputs()
+    assert_close(run(program(), *arrays), oracle(*arrays), TOLERANCE)
+
+
+@pytest.mark.parametrize("tokens, experts, chosen", [(1, 4, 2), (3, 64, 4), (300, 4, 1)])
+def test_any_number_of_tokens_and_experts(tokens, experts, chosen):
+    arrays = inputs(tokens, experts, chosen)
+    assert_close(run(program(), *arrays), oracle(*arrays), TOLERANCE)
+
+
+def test_gelu_has_its_own_derivative():
+    arrays = inputs()
+    step, pull = 1e-5, inputs(seed=1)[0]
+    assert_close(
+        run(program(activation="gelu"), *arrays), oracle(*arrays, activation="gelu"), TOLERANCE
+    )
+    found = gradients(program(activation="gelu"), arrays, pull)[0]
+    direction = np.random.default_rng(2).choice([-1.0, 1.0], arrays[0].shape)
+    x = arrays[0].astype("float64")
+    ends = [
+        (oracle(x + sign * step * direction, *arrays[1:], activation="gelu") * pull).sum()
+        for sign in (1, -1)
+    ]
+    assert abs((found * direction).sum() - (ends[0] - ends[1]) / (2 * step)) < 1e-4
+
+
+def test_load_counts_the_tokens_of_every_expert():
+    arrays = inputs()
+    arrays[3][5] = EXPERTS  # goes nowhere
+    arrays[4][5] = 0.0
+    output, load = run(lambda *xs: tuple(expert_mlp(*xs)), *arrays)
+    assert np.array_equal(load, np.bincount(arrays[3].ravel(), minlength=EXPERTS + 1)[:EXPERTS])
+    assert not output[5].any()
+    assert_close(output, oracle(*arrays), TOLERANCE)
+
+
+def test_an_unused_expert_is_never_read():
+    arrays = inputs()
+    poisoned = [x.copy() for x in arrays]
+    poisoned[1][-1], poisoned[2][-1] = np.nan, np.nan
+    assert np.array_equal(run(program(), *poisoned), run(program(), *arrays))
+    found = gradients(program(), poisoned, inputs(seed=1)[0])
+    assert all(np.isfinite(grad).all() for grad in found if grad is not None)
+    assert not found[1][-1].any()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="an operation of JAX")
+def test_implementations_agree():
+    arrays, pull = inputs(), inputs(seed=1)[0]
+    other = program(implementation="ragged_dot")
+    assert_close(run(other, *arrays), run(program(), *arrays), TOLERANCE)
+    pairs = zip(gradients(other, arrays, pull), gradients(program(), arrays, pull), strict=True)
+    for actual, expected in pairs:
+        if expected is not None:
+            assert_close(actual, expected, 5e-6)
+
+
+def test_a_one_percent_error_in_one_expert_is_seen():
+    arrays = inputs()
+    wrong = [x.copy() for x in arrays]
+    wrong[2][1] *= 1.01
+    with pytest.raises(AssertionError, match="off by"):
+        assert_close(run(program(), *wrong), oracle(*arrays), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        ("gate_up", 1, np.zeros((6, 11, 10), "float32")),
+        ("down", 2, np.zeros((6, 4, 12), "float32")),
+        ("experts", 3, np.zeros((7, 2), "int32")),
+        ("weights", 4, np.zeros((40, 3), "float32")),
+    ],
+)
+def test_an_error_names_the_argument(name, place, value):
+    arrays = inputs()
+    arrays[place] = value
+    with pytest.raises(ValueError, match=f"{name}.*Received"):
+        expert_mlp(*arrays)
+
+
+@pytest.mark.parametrize("option", ["activation", "implementation"])
+def test_an_unknown_choice_is_named(option):
+    with pytest.raises(ValueError, match=f"{option}.*Received"):
+        expert_mlp(*inputs(), **{option: "other"})

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+from keras import ops
+
+from qwen3_next.layers.ops import grouped_matmul
+from qwen3_next.layers.ops.backend.loops import get_rows, set_rows
+from qwen3_next.layers.ops.grouped_matmul.tiles import Tiles, tile_sizes
+from tests.support import oracles
+from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
+
+TOLERANCE = 2e-6
+ROWS, DIM, WIDTH = 50, 12, 7
+SIZES = {
+    "even": [10, 10, 10, 10, 10],
+    "uneven": [1, 30, 4, 12, 3],
+    "empty first": [0, 0, 20, 25, 5],
+    "empty last": [20, 25, 5, 0, 0],
+    "empty between": [20, 0, 25, 0, 5],
+    "all in the first": [50, 0, 0, 0, 0],
+    "all in the last": [0, 0, 0, 0, 50],
+}
+
+
+def inputs(sizes, rows=None, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = np.asarray(sizes, "int32")
+    rows = rng.normal(size=(sizes.sum() if rows is None else rows, DIM))
+    weights = rng.normal(size=(len(sizes), DIM, WIDTH))
+    return [rows.astype("float32"), weights.astype("float32"), sizes]
+
+
+def scattered(groups, rows, seed=3):
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(rows, rng.dirichlet(np.full(groups, 0.2)))
+
+
+def pull_of(arrays):
+    shape = len(arrays[0]), WIDTH
+    return np.random.default_rng(1).normal(size=shape).astype("float32")
+
+
+@pytest.mark.portable
+def test_every_mode_matches_the_oracle(compiled):
+    arrays = inputs(SIZES["uneven"])
+    output = run(grouped_matmul, *arrays, mode=compiled)
+    assert_close(output, oracles.grouped_matmul(*arrays), TOLERANCE)
+    pull = pull_of(arrays)
+    grads = gradients(grouped_matmul, arrays, pull, mode=compiled)
+    assert_slopes(oracles.grouped_matmul, arrays, pull, grads)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_any_group_may_be_empty_or_full(sizes):
+    arrays = inputs(SIZES[sizes])
+    assert_close(run(grouped_matmul, *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
+    pull = pull_of(arrays)
+    assert_slopes(oracles.grouped_matmul, arrays, pull, gradients(grouped_matmul, arrays, pull))
+
+
+@pytest.mark.parametrize("groups, rows", [(1, 1), (1, 200), (64, 200), (512, 20), (512, 1)])
+def test_any_number_of_groups_and_rows(groups, rows):
+    arrays = inputs(scattered(groups, rows))
+    assert_close(run(grouped_matmul, *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="an operation of JAX")
+def test_implementations_agree():
+    def ragged(*arrays):
+        return grouped_matmul(*arrays, implementation="ragged_dot")
+
+    arrays = inputs(SIZES["uneven"], rows=53)
+    assert_close(run(ragged, *arrays), run(grouped_matmul, *arrays), TOLERANCE)
+
+
+def test_an_unknown_implementation_is_named():
+    with pytest.raises(ValueError, match=r"implementation.*Received"):
+        grouped_matmul(*inputs(SIZES["even"]), implementation="quick")
+
+
+def test_rows_behind_the_last_group_yield_zeros():
+    arrays = inputs(SIZES["uneven"], rows=53)
+    output = run(grouped_matmul, *arrays)
+    assert_close(output, oracles.grouped_matmul(*arrays), TOLERANCE)
+
+
+def test_rows_behind_the_last_group_carry_no_gradient():
+    arrays = inputs(SIZES["uneven"], rows=53)
+    pull = pull_of(arrays)
+    assert_slopes(oracles.grouped_matmul, arrays, pull, gradients(grouped_matmul, arrays, pull))
+
+
+def test_gradients_with_more_groups_than_rows():
+    arrays = inputs(scattered(512, 20))
+    pull = pull_of(arrays)
+    assert_slopes(oracles.grouped_matmul, arrays, pull, gradients(grouped_matmul, arrays, pull))
+
+
+def test_an_unused_group_is_never_read():
+    rows, weights, sizes = inputs(SIZES["empty between"])
+    poisoned = weights.copy()
+    poisoned[sizes == 0] = np.nan
+    output = run(grouped_matmul, rows, poisoned, sizes)
+    assert np.array_equal(output, run(grouped_matmul, rows, weights, sizes))
+    pull = pull_of([rows])
+    d_rows, d_weights, _ = gradients(grouped_matmul, (rows, poisoned, sizes), pull)
+    assert np.isfinite(d_rows).all()
+    assert not d_weights[sizes == 0].any()
+
+
+@pytest.mark.parametrize("groups", [1, 8, 64, 512])
+def test_work_follows_the_rows_and_the_groups_in_use(groups):
+    rows = 200
+    sizes = scattered(groups, rows)
+    choices = tile_sizes(rows, groups)
+    tiles = Tiles(rows, ops.convert_to_tensor(sizes.astype("int32")), choices)
+
+    def count(tile, carry):
+        covered, number = carry
+        own = ops.cast(tile.own, "int32")
+        covered = set_rows(covered, tile.start, get_rows(covered, tile.start, tile.size) + own)
+        return covered, number + 1
+
+    covered = ops.zeros((rows + choices[-1],), "int32")
+    covered, number = to_numpy(tiles.loop(count, (covered, ops.zeros((), "int32"))))
+    assert (covered[:rows] == 1).all()
+    assert int(number) <= rows // choices[-1] + (sizes > 0).sum()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
+def test_no_tensor_holds_all_groups_times_all_rows():
+    import jax
+
+    groups, rows, dim, width = 256, 512, 64, 64
+    shapes = [((rows, dim), "float32"), ((groups, dim, width), "float32"), ((groups,), "int32")]
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    memory = jax.jit(grouped_matmul).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < groups * rows * width * 4 / 20
+
+
+def test_half_precision_rows_give_half_precision_outputs():
+    rows, weights, sizes = inputs(SIZES["uneven"])
+    half = ops.cast(rows, "bfloat16")
+    output = grouped_matmul(half, ops.cast(weights, "bfloat16"), ops.convert_to_tensor(sizes))
+    assert output.dtype == half.dtype
+    assert_close(to_numpy(output), oracles.grouped_matmul(rows, weights, sizes), 2e-2)
+
+
+def test_a_one_percent_error_in_one_group_is_seen():
+    rows, weights, sizes = inputs(SIZES["uneven"])
+    wrong = weights.copy()
+    wrong[2] *= 1.01
+    with pytest.raises(AssertionError, match="off by"):
+        output = run(grouped_matmul, rows, wrong, sizes)
+        assert_close(output, oracles.grouped_matmul(rows, weights, sizes), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name, place, shape",
+    [
+        ("weights", 0, (50, 11)),
+        ("rows", 0, (2, 50, 12)),
+        ("weights", 1, (12, 7)),
+        ("group_sizes", 2, (4,)),
+    ],
+)
+def test_an_error_names_the_argument(name, place, shape):
+    arrays = inputs(SIZES["even"])
+    arrays[place] = np.zeros(shape, arrays[place].dtype)
+    with pytest.raises(ValueError, match=f"{name}.*Received"):
+        grouped_matmul(*arrays)

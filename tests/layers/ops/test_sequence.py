@@ -1,0 +1,128 @@
+import numpy as np
+import pytest
+
+from qwen3_next.layers.ops.rows import permute_tokens, take_rows
+from qwen3_next.layers.ops.sequence import (
+    compaction,
+    segment_index,
+    segment_positions,
+    token_ranks,
+    valid_lengths,
+)
+from tests.support.running import gradients, run
+
+LENGTH = 12
+MASKS = np.array(
+    [
+        [1] * LENGTH,
+        [0] * LENGTH,
+        [0, 0, 0] + [1] * 9,
+        [1] * 5 + [0] * 7,
+        [1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0, 1],
+        [0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 0, 1],
+    ],
+    bool,
+)
+IDS = np.array(
+    [
+        [5, 5, 5, 5, 2, 2, 2, 9, 9, 9, 9, 9],
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+        [0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 0, 0],
+        [3, 3, -1, -1, 3, 3, 3, 3, 3, 3, 3, 3],
+        [1, 1, 8, 8, 1, 8, 2, 2, 8, 2, 8, 1],
+        [7, 0, 7, 0, 7, 1, 7, 1, 7, 1, 7, 2],
+    ]
+)
+
+
+def runs_of_real_tokens(ids, mask):
+    """Per row, the run number and the place in its run of every real token, in plain Python."""
+    index, position = np.full(ids.shape, -1), np.full(ids.shape, -1)
+    for b in range(len(ids)):
+        number, place, previous = -1, 0, None
+        for t in np.flatnonzero(mask[b]):
+            starts = previous is None or ids[b, t] != previous
+            number, place, previous = number + starts, 0 if starts else place + 1, ids[b, t]
+            index[b, t], position[b, t] = number, place
+    return index, position
+
+
+@pytest.mark.portable
+def test_lengths_and_ranks_count_real_tokens():
+    assert run(valid_lengths, MASKS).tolist() == MASKS.sum(1).tolist()
+    assert np.array_equal(run(token_ranks, MASKS), MASKS.cumsum(1) - 1)
+
+
+@pytest.mark.portable
+def test_compaction_moves_real_tokens_to_the_front_in_order():
+    order, destination = run(compaction, MASKS)
+    for b, mask in enumerate(MASKS):
+        real = np.flatnonzero(mask)
+        assert order[b, : len(real)].tolist() == real.tolist()
+        assert sorted(order[b]) == list(range(LENGTH))
+        assert order[b][destination[b]].tolist() == list(range(LENGTH))
+
+
+@pytest.mark.portable
+def test_segments_are_runs_of_equal_ids_among_real_tokens():
+    index = run(segment_index, IDS, MASKS)
+    expected, _ = runs_of_real_tokens(IDS, MASKS)
+    assert np.array_equal(index[MASKS], expected[MASKS])
+
+
+def test_segments_without_padding():
+    everything = np.ones_like(MASKS)
+    assert np.array_equal(run(segment_index, IDS), runs_of_real_tokens(IDS, everything)[0])
+
+
+def test_padding_takes_the_segment_of_the_real_token_before_it():
+    index = run(segment_index, IDS, MASKS)
+    assert (np.diff(index, axis=1) >= 0).all()
+    changed = np.diff(index, axis=1) > 0
+    assert MASKS[:, 1:][changed].all()
+    assert not index[:, 0].any()
+
+
+@pytest.mark.portable
+def test_positions_count_from_the_start_of_the_segment():
+    position = run(segment_positions, run(segment_index, IDS, MASKS), MASKS)
+    _, expected = runs_of_real_tokens(IDS, MASKS)
+    assert np.array_equal(position[MASKS], expected[MASKS])
+    assert (position >= 0).all()
+
+
+def test_positions_without_padding():
+    everything = np.ones_like(MASKS)
+    position = run(segment_positions, run(segment_index, IDS))
+    assert np.array_equal(position, runs_of_real_tokens(IDS, everything)[1])
+
+
+def test_positions_without_segments_are_ranks():
+    position = run(segment_positions, None, MASKS)
+    assert np.array_equal(position, np.maximum(MASKS.cumsum(1) - 1, 0))
+
+
+@pytest.mark.portable
+def test_rows_are_taken_forward_and_summed_backward(compiled):
+    rng = np.random.default_rng(0)
+    index = rng.permutation(np.repeat(np.arange(10), 3)).astype("int32")
+    inverse = np.argsort(index, kind="stable").reshape(10, 3).astype("int32")
+    rows = rng.normal(size=(10, 4)).astype("float32")
+    pull = rng.normal(size=(30, 4)).astype("float32")
+    assert np.array_equal(run(take_rows, rows, index, inverse, mode=compiled), rows[index])
+    grad, *_ = gradients(take_rows, (rows, index, inverse), pull, mode=compiled)
+    expected = np.zeros_like(rows)
+    np.add.at(expected, index, pull)
+    assert np.allclose(grad, expected, atol=1e-6)
+
+
+def test_permuted_tokens_come_back_and_so_do_their_gradients():
+    rng = np.random.default_rng(0)
+    order, destination = run(compaction, MASKS)
+    x = rng.normal(size=(*MASKS.shape, 2, 3)).astype("float32")
+    compact = run(permute_tokens, x, order, destination)
+    assert np.array_equal(compact, np.take_along_axis(x, order[..., None, None], axis=1))
+    assert np.array_equal(run(permute_tokens, compact, destination, order), x)
+    pull = rng.normal(size=x.shape).astype("float32")
+    grad, *_ = gradients(permute_tokens, (x, order, destination), pull)
+    assert np.array_equal(grad, np.take_along_axis(pull, destination[..., None, None], axis=1))

@@ -1,0 +1,283 @@
+"""Training: losses and gradients are the published ones, and what Keras offers works."""
+
+import keras
+import numpy as np
+import pytest
+
+from qwen3_next import GroupedAdamW, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig, pack, pad
+from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
+from qwen3_next.models.compiled import compile_with_weights
+from qwen3_next.models.weight_table import weight_table
+from tests.support.published import FIXTURES, published
+from tests.support.running import BACKEND
+from tests.support.small_models import SMALL, random_ids, small
+
+IDS = random_ids(4, 20)
+FEW = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention")}
+
+
+def from_fixture(name, **options):
+    fields, tensors = published(name)
+    model = Qwen3Next(Qwen3NextConfig(**config_from_hugging_face(fields)), **options)
+    variables = {v.path: v for v in model.variables}
+    for row in weight_table(model.config):
+        variables[row.path].assign(row.layout.load([tensors[t] for t in row.tensors]))
+    return model
+
+
+def loss_and_gradients(model, inputs, labels):
+    """`(loss, aux_loss, {path: gradient})` of a compiled training step."""
+    weights = model.trainable_variables
+    inputs = {k: keras.ops.convert_to_tensor(v) for k, v in inputs.items()}
+    labels = keras.ops.convert_to_tensor(labels)
+    if BACKEND == "jax":
+        import jax
+
+        others = [v.value for v in model.non_trainable_variables]
+
+        def loss(values):
+            output, _ = model.stateless_call(values, others, inputs, labels=labels, training=True)
+            return output.loss, output.aux_loss
+
+        step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        (value, aux), grads = step([v.value for v in weights])
+    else:
+        import tensorflow as tf
+
+        @tf.function(jit_compile=True)
+        def step():
+            with tf.GradientTape() as tape:
+                output = model(inputs, labels=labels, training=True)
+            wanted = [v.value for v in weights]
+            return output.loss, output.aux_loss, tape.gradient(output.loss, wanted)
+
+        value, aux, grads = step()
+    grads = {v.path: keras.ops.convert_to_numpy(g) for v, g in zip(weights, grads)}
+    return float(value), None if aux is None else float(aux), grads
+
+
+@pytest.mark.parametrize(
+    "name, checkpointing",
+    [("next_grads", False), ("next_grads", True), ("qwen3_dense", False), ("qwen3_moe", False)],
+)
+def test_loss_and_all_gradients_are_those_of_transformers(name, checkpointing):
+    fixture = np.load(FIXTURES / f"{name}.npz")
+    model = from_fixture(name, gradient_checkpointing=checkpointing)
+    case = {
+        key: fixture[f"case/train/{key}"]
+        for key in ("input_ids", "attention_mask", "labels", "loss")
+    }
+    inputs = {"token_ids": case["input_ids"], "padding_mask": case["attention_mask"] > 0}
+    loss, aux, grads = loss_and_gradients(model, inputs, case["labels"])
+    np.testing.assert_allclose(loss, case["loss"], rtol=1e-6)
+    if aux is not None:
+        np.testing.assert_allclose(aux, fixture["case/train/aux_loss"], rtol=1e-6)
+    for row in weight_table(model.config):
+        expected = row.layout.load([fixture[f"grad/{t}"] for t in row.tensors])
+        error = np.abs(grads[row.path] - expected).max() / np.abs(expected).max()
+        assert error < 1e-4, (row.path, error)
+
+
+def test_packed_gradients_are_the_sum_of_separate_ones():
+    model = small(router_aux_loss_coef=0.0, **FEW)
+    first, second = random_ids(13, seed=1), random_ids(7, seed=2)
+    batch = pack([first, second], length=20)
+    _, _, packed = loss_and_gradients(model, batch, batch["token_ids"])
+    batch = pad([first, second], length=20)
+    labels = np.where(batch["padding_mask"], batch["token_ids"], -100)
+    _, _, separate = loss_and_gradients(model, batch, labels)
+    for path, grad in packed.items():
+        scale = np.abs(separate[path]).max()
+        np.testing.assert_allclose(grad, separate[path], atol=5e-5 * scale, err_msg=path)
+
+
+def compiled_model(**options):
+    model = small(**FEW, **options)
+    model.compile(keras.optimizers.Adam(0.01))
+    return model
+
+
+def test_fit_learns_and_reports_expert_load():
+    model = compiled_model()
+    history = model.fit(IDS, epochs=6, batch_size=2, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0] - 0.5
+    assert all(1.0 <= value <= 5.0 for value in history["expert_load_max"])
+    assert set(history) == {"loss", "expert_load_max", "expert_load_unused"}
+
+
+def test_fit_on_tokens_alone_is_fit_on_shifted_labels():
+    batch = pad([row[:n] for row, n in zip(IDS, (20, 9, 15, 2))], side="left")
+    shifted = np.full((4, 20), -100)
+    both = batch["padding_mask"][:, :-1] & batch["padding_mask"][:, 1:]
+    shifted[:, :-1] = np.where(both, batch["token_ids"][:, 1:], -100)
+    alone, aligned = compiled_model(), compiled_model()
+    a = alone.evaluate(batch, verbose=0, return_dict=True)["loss"]
+    b = aligned.evaluate(batch, shifted, verbose=0, return_dict=True)["loss"]
+    c = float(alone(batch, labels=batch["token_ids"]).loss)
+    aux = float(alone(batch, labels=batch["token_ids"]).aux_loss)
+    np.testing.assert_allclose([a, c - 0.01 * aux], [b, b], rtol=1e-6)
+
+
+def test_a_metric_sees_logits_and_leaves_the_loss_alone():
+    fused, with_logits = compiled_model(), small(**FEW)
+    with_logits.compile("sgd", metrics=["accuracy"], weighted_metrics=["accuracy"])
+    plain = with_logits.evaluate(IDS, verbose=0, return_dict=True)
+    np.testing.assert_allclose(
+        plain["loss"], fused.evaluate(IDS, verbose=0, return_dict=True)["loss"], rtol=1e-6
+    )
+    best = keras.ops.convert_to_numpy(fused(IDS)).argmax(-1)
+    expected = (best[:, :-1] == IDS[:, 1:]).mean()
+    np.testing.assert_allclose(plain["weighted_accuracy"], expected, rtol=1e-6)
+
+
+def test_a_custom_loss_gets_logits():
+    def smoothed(labels, logits):
+        return -keras.ops.mean(keras.ops.log_softmax(logits), axis=-1)
+
+    model = small(**FEW)
+    model.compile("sgd", loss=smoothed)
+    loss = model.evaluate(IDS, IDS, verbose=0, return_dict=True)["loss"]
+    logits = keras.ops.convert_to_numpy(model(IDS)).astype("float64")
+    log_sum = np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(loss, (log_sum - logits.mean(-1)).mean(), rtol=1e-5)
+
+
+def test_sample_weights_weigh_rows():
+    model = compiled_model()
+    weight = np.array([0.0, 1.0, 0.0, 0.0], "float32")
+    labels = random_ids(4, 20, seed=8)
+    weighted = model.evaluate(IDS, labels, sample_weight=weight, verbose=0, return_dict=True)
+    alone = model.evaluate(IDS[1:2], labels[1:2], verbose=0, return_dict=True)["loss"]
+    weighted = weighted["loss"]
+    np.testing.assert_allclose(4 * weighted, alone, rtol=1e-5)
+
+
+def test_checkpointing_and_dropout_train():
+    model = compiled_model(gradient_checkpointing=True, dropout=0.1, attention_dropout=0.1)
+    history = model.fit(IDS, epochs=4, batch_size=2, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+
+
+def test_gradients_accumulate_to_those_of_the_whole_batch():
+    whole, halves = small(router_aux_loss_coef=0.0, **FEW), small(router_aux_loss_coef=0.0, **FEW)
+    whole.compile(keras.optimizers.SGD(0.1))
+    halves.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+    whole.fit(IDS, batch_size=4, shuffle=False, verbose=0)
+    halves.fit(IDS, batch_size=2, shuffle=False, verbose=0)
+    start = small(**FEW)
+    for first, *others in zip(*(m.trainable_variables for m in (start, whole, halves))):
+        a, b = (keras.ops.convert_to_numpy(v - first) for v in others)
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max(), err_msg=first.path)
+
+
+def test_mixed_precision_trains():
+    model = compiled_model(dtype="mixed_bfloat16")
+    history = model.fit(IDS, epochs=5, batch_size=2, verbose=0).history["loss"]
+    assert history[-1] < history[0] - 0.3
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+
+
+def test_groups_learn_at_their_own_rates():
+    model = small(**FEW)
+    before = {v.path: keras.ops.convert_to_numpy(v.value) for v in model.trainable_variables}
+    rates = {"experts": 0.5, "router": 0.0, "self_attn/q_proj": 2.0}
+    optimizer = GroupedAdamW(1e-3, rates, weight_decay=0.0, epsilon=1e-12)
+    model.compile(optimizer)
+    model.fit(IDS, batch_size=4, verbose=0)
+    moved = {
+        v.path: np.abs(keras.ops.convert_to_numpy(v.value) - before[v.path]).max()
+        for v in model.trainable_variables
+    }
+    layer = "model/layers_1"
+    np.testing.assert_allclose(moved["model/layers_0/mlp/experts/down"], 5e-4, rtol=1e-2)
+    assert moved["model/layers_0/mlp/gate/kernel"] == 0
+    np.testing.assert_allclose(moved[f"{layer}/self_attn/q_proj/kernel"], 2e-3, rtol=1e-2)
+    np.testing.assert_allclose(moved[f"{layer}/self_attn/k_proj/kernel"], 1e-3, rtol=1e-2)
+    assert GroupedAdamW.from_config(optimizer.get_config()).multipliers == rates
+
+
+def test_weight_decay_is_that_of_adamw():
+    ours, keras_own = (keras.Variable(np.array([1.0, -2.0], "float32"), name="w") for _ in "ab")
+    gradient = [keras.ops.convert_to_tensor(np.array([0.3, 0.1], "float32"))]
+    for optimizer, variable in (
+        (GroupedAdamW(0.1, weight_decay=0.5), ours),
+        (keras.optimizers.AdamW(0.1, weight_decay=0.5), keras_own),
+    ):
+        optimizer.build([variable])
+        for _ in range(3):
+            optimizer.apply(gradient)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(ours.value), keras.ops.convert_to_numpy(keras_own.value), 1e-6
+    )
+
+
+def test_bad_optimizer_groups_are_named():
+    with pytest.raises(ValueError, match="experts"):
+        GroupedAdamW(1e-3, {"experts": -1.0})
+    with pytest.raises(ValueError, match="no_such_layer"):
+        GroupedAdamW(1e-3, {"no_such_layer": 2.0}).build([keras.Variable([1.0], name="w")])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_classifier_pools_the_last_real_token(side):
+    model = small(Qwen3NextClassifier, num_labels=3, **FEW)
+    rows = [IDS[0, :7], IDS[1, :12]]
+    call = compile_with_weights(model, lambda x: model(x))
+    padded = keras.ops.convert_to_numpy(call(pad(rows, length=20, side=side)))
+    for row, got in zip(rows, padded):
+        alone = keras.ops.convert_to_numpy(call(pad([row], length=len(row))))
+        np.testing.assert_allclose(got, alone[0], atol=1e-5)
+
+
+def test_a_classifier_learns_and_a_regressor_too():
+    labels = np.array([0, 1, 2, 1])
+    model = small(Qwen3NextClassifier, num_labels=3, **FEW)
+    model.compile(keras.optimizers.Adam(0.01), metrics=["accuracy"])
+    history = model.fit(IDS, labels, epochs=8, verbose=0).history
+    assert history["loss"][-1] < 0.5 * history["loss"][0]
+    model = small(Qwen3NextClassifier, num_labels=1, **FEW)
+    model.compile(keras.optimizers.Adam(0.01), loss="mse")
+    history = model.fit(IDS, labels[:, None].astype("float32"), epochs=8, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_losses_on_probabilities_are_refused():
+    model = small(**FEW)
+    with pytest.raises(ValueError, match="from_logits"):
+        model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False))
+
+
+def test_token_ids_outside_the_vocabulary_stop_fit():
+    model = compiled_model()
+    with pytest.raises(ValueError, match="vocab_size=61"):
+        model.fit(np.full((2, 8), SMALL["vocab_size"]), verbose=0)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a property of TensorFlow's graphs")
+def test_rows_of_different_lengths_share_one_graph():
+    import tensorflow as tf
+
+    rows = [IDS[:2, :9], IDS[:2, :20], IDS[:1, :14]]
+    dataset = tf.data.Dataset.from_generator(
+        lambda: iter(rows), output_signature=tf.TensorSpec((None, None), tf.int32)
+    )
+    model = compiled_model()
+    history = model.fit(dataset, epochs=3, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    outputs = model.predict(dataset.take(1), verbose=0)
+    expected = keras.ops.convert_to_numpy(model(rows[0]))
+    np.testing.assert_allclose(outputs, expected, atol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a property of TensorFlow's XLA bridge")
+def test_new_values_do_not_compile_anew():
+    import time
+
+    model = small(num_layers=1, layer_types=None, mlp_only_layers=())
+    model.compile("sgd", jit_compile=True)
+    times = []
+    for seed in range(3):
+        start = time.perf_counter()
+        model.train_on_batch(random_ids(2, 16, seed=seed))
+        times.append(time.perf_counter() - start)
+    assert times[2] < 0.2 * times[0]
