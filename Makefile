@@ -7,20 +7,23 @@ WORKERS ?= 2
 export TF_CPP_MIN_LOG_LEVEL := 3
 
 BENCH ?=
-.PHONY: demo bench test lint test-jax test-tensorflow test-torch clean
+.PHONY: demo bench test lint types test-jax test-tensorflow test-torch clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python notebooks/standard_library_demo.py
 
 # The rows on speculative decoding need the model that `make demo` leaves.
 bench: $(VENV)/.bench
-	$(VENV)/bin/python benchmarks/run.py $(BENCH)
+	$(VENV)/bin/python -m benchmarks.run $(BENCH)
 
-test: lint test-jax test-tensorflow test-torch
+test: lint types test-jax test-tensorflow test-torch
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.test
+	$(VENV)/bin/mypy
 
 test-jax: $(VENV)/.test
 	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS)

@@ -1,6 +1,6 @@
 """The table and the curves of a run."""
 
-from workloads import EVERYONE, MODEL
+from benchmarks.workloads import EVERYONE, MODEL
 
 OURS = "ours-jax"
 
@@ -17,8 +17,8 @@ def table(results):
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB; "
         f"Python {machine['python']}; {versions}. float32.",
         "",
-        "Median milliseconds a run (decoding: tokens a second), in brackets how many times as fast "
-        "ours on JAX is.",
+        "Median milliseconds per run (decoding: tokens per second), in brackets how many times as "
+        "fast ours on JAX is.",
         "",
         "| | " + " | ".join(EVERYONE) + " |",
         "|---" * (1 + len(EVERYONE)) + "|",
@@ -42,12 +42,12 @@ def table(results):
 
 
 def _speculation(found):
-    """The demo model with every number of drafts: tokens a second, a step, and acceptance."""
+    """The demo model with every number of drafts: tokens per second, per step, and acceptance."""
     rows = [by[OURS] for by in found.values() if by.get(OURS, {}).get("task") == "speculate"]
     rows = {row["size"]["lookahead"]: row for row in rows if "failed" not in row}
     if 0 not in rows:
         return []
-    lines = ["", "| drafts | tokens/s | against plain | tokens a step | accepted by position |"]
+    lines = ["", "| drafts | tokens/s | against plain | tokens per step | accepted by position |"]
     lines.append("|---|---|---|---|---|")
     for drafts, row in sorted(rows.items()):
         ratio = row["units_per_second"] / rows[0]["units_per_second"]
@@ -82,7 +82,7 @@ def _cost(result):
 
 
 def draw(results, path):
-    """Time against T, time against E, state bytes against context."""
+    """Time against T, time against E, cache bytes against context."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -103,17 +103,17 @@ def draw(results, path):
     axes[0].set(title="Prefill, batch 1", xlabel="tokens", ylabel="seconds")
     axes[1].set(title="MoE block, 1024 tokens, top 8", xlabel="experts", ylabel="seconds")
     contexts = [2**n for n in range(8, 19)]
-    for label, values in state_bytes(contexts).items():
+    for label, values in cache_bytes(contexts).items():
         axes[2].loglog(contexts, values, "o-", label=label)
-    axes[2].set(title="State of one sequence, float32", xlabel="tokens", ylabel="bytes")
+    axes[2].set(title="Cache of one sequence, float32", xlabel="tokens", ylabel="bytes")
     for axis in axes:
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)
 
 
-def state_bytes(contexts):
-    """Bytes of the state a sequence needs, for the benchmark model and for attention alone."""
+def cache_bytes(contexts):
+    """Bytes of the cache that a sequence needs, for the benchmark model and for attention alone."""
     layers, interval = MODEL["num_layers"], MODEL["full_attention_interval"]
     attention = layers // interval
     pair = 2 * 4 * MODEL["num_key_value_heads"] * MODEL["head_dim"]

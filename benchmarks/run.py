@@ -1,6 +1,6 @@
 """Measures this project and its peers on the same work, in turn, and writes what it found.
 
-    python benchmarks/run.py [--quick] [--resume] [--only TEXT] [--out benchmarks/results]
+    python -m benchmarks.run [--quick] [--resume] [--only TEXT] [--out benchmarks/results]
 
 Every row runs for every contender in a process of its own, one after the other; KerasHub, whose
 programs take longest to compile, comes last. Results go to `results.json` after every row, and to
@@ -17,11 +17,10 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+from benchmarks.report import draw, table
+from benchmarks.workloads import MODELS, curves, rows, speculation
 
-from report import draw, table  # noqa: E402
-from workloads import MODELS, curves, rows, speculation  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 PACKAGES = ("jax", "tensorflow", "keras", "keras-hub", "torch", "transformers", "numpy")
 PATIENCE = 600  # seconds for one row of one contender
@@ -32,7 +31,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="a few rows, under two minutes")
     parser.add_argument("--only", default="", help="rows whose name contains this text")
     parser.add_argument("--resume", action="store_true", help="keep what --out already holds")
-    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
 
     wanted = [row for row in (*rows(), *speculation(), *curves()) if args.only in row.name]
@@ -68,9 +67,9 @@ def main():
 def measure(row, contender):
     """The figures of one row for one contender, or `{"failed": why}`."""
     work = json.dumps({"task": row.task, "model": row.model, "size": row.size})
-    command = [sys.executable, str(HERE / "worker.py"), contender, work]
+    command = [sys.executable, "-m", "benchmarks.worker", contender, work]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {PATIENCE} s"}
     for line in reversed(done.stdout.splitlines()):

@@ -1,18 +1,18 @@
 """Runs one row for one contender in a process of its own and prints the figures as JSON.
 
-python worker.py CONTENDER '{"task": ..., "model": ..., "size": {...}}'
+python -m benchmarks.worker CONTENDER '{"task": ..., "model": ..., "size": {...}}'
 """
 
+import importlib
 import json
 import os
 import resource
 import sys
 import time
-from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT), str(ROOT / "tests"), str(ROOT / "notebooks")]
+from benchmarks.workloads import MODELS
+
 BUDGET = 5.0  # seconds of repeated runs
 MOST_RUNS = 9
 
@@ -23,11 +23,7 @@ def main():
     os.environ["KERAS_BACKEND"] = backend or "jax"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-    import importlib
-
-    from workloads import MODELS
-
-    module = importlib.import_module(f"contenders.{library}")
+    module = importlib.import_module(f"benchmarks.contenders.{library}")
     size = row["size"]
     if row["task"] in ("prefill", "train", "decode"):
         size = {"config": MODELS[row["model"]], **size}

@@ -86,9 +86,9 @@ def rows():
 
 
 def speculation():
-    """Plain decoding of the trained demo model, and with one to four drafts a step."""
+    """Plain decoding of the trained demo model, and with one to four drafts per step."""
     for lookahead in range(5):
-        what = f"{lookahead} drafts a step" if lookahead else "plain"
+        what = f"{lookahead} drafts per step" if lookahead else "plain"
         size = {"lookahead": lookahead, "new": 128}
         yield Row(f"trained demo model, {what}", "speculate", size, ("ours-jax",))
 

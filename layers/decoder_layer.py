@@ -1,21 +1,35 @@
 """One layer of the backbone: a token mixer and a feed-forward network, each with its residual."""
 
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import keras
 from keras import ops
 
-from .gated_attention import GatedAttention
+from .gated_attention import AttentionCache, AttentionUpdate
+from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
+from .mixer_context import MixerContext
 from .norms import make_norm
+from .ops.tensor_types import Tensor
+from .shapes import Shape
 from .sparse_moe import Routing, SparseMoE
+
+LayerCache = AttentionCache | DeltaNetCache
+LayerUpdate = AttentionUpdate | DeltaNetUpdate
 
 
 class DecoderLayerOutput(NamedTuple):
-    """`hidden` `(B, T, D)`; `cache` of the mixer or `None`; `routing` of the mixture or `None`."""
+    """What a pass through a decoder layer gives.
 
-    hidden: object
-    cache: object
-    routing: object
+    Attributes:
+        hidden: `(B, T, D)` in the compute dtype.
+        cache: The mixer's cache with the new tokens, its update in a replayable pass, `None`
+            without a cache.
+        routing: `Routing` statistics of a `SparseMoE`, `None` for another feed-forward network.
+    """
+
+    hidden: Annotated[Tensor, "B T D"]
+    cache: LayerCache | LayerUpdate | None
+    routing: Routing | None
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -26,7 +40,8 @@ class DecoderLayer(keras.layers.Layer):
         y = h + dropout(mlp(norm_2(h)))
 
     Args:
-        mixer: Token mixer, a `GatedDeltaNet` or a `GatedAttention`.
+        mixer: Token mixer, a `GatedDeltaNet` or a `GatedAttention`. Its name stands in the paths
+            of the weights; the published ones are `linear_attn` and `self_attn`.
         mlp: Feed-forward network, a `SparseMoE` or a `SwiGLU`.
         normalization_type: Norm before each of them, see `norms.NORMALIZATIONS`.
         rms_norm_eps: Epsilon of the norms.
@@ -40,30 +55,39 @@ class DecoderLayer(keras.layers.Layer):
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
         cache: The mixer's cache to continue from, or `None`.
         lengths: `(B,)` int32, tokens already in the cache, or `None`.
-        replayable: Whether the pass may be taken back: the cache that is returned is then one for
-            `commit`, not for the next call.
+        replayable: Whether the pass may be taken back: it then returns an update for `commit`
+            in place of the next cache.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
         `DecoderLayerOutput(hidden, cache, routing)`.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import DecoderLayer, GatedAttention, SwiGLU
+
+        mixer = GatedAttention(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+        layer = DecoderLayer(mixer, SwiGLU(intermediate_size=16))
+        output = layer(np.ones((1, 3, 8), "float32"))
+        assert output.hidden.shape == (1, 3, 8)
+        assert output.cache is None and output.routing is None
+        ```
     """
 
     def __init__(
         self,
-        mixer,
-        mlp,
-        normalization_type="zero_centered_rms_norm",
-        rms_norm_eps=1e-6,
-        dropout=0.0,
-        gradient_checkpointing=False,
-        **kwargs,
-    ):
+        mixer: keras.layers.Layer,
+        mlp: keras.layers.Layer,
+        normalization_type: str = "zero_centered_rms_norm",
+        rms_norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
-        # Weights go by the published names, which tell the two kinds of mixer apart.
-        self.is_attention = isinstance(mixer, GatedAttention)
-        setattr(self, "self_attn" if self.is_attention else "linear_attn", mixer)
+        self.mixer = mixer
         self.mlp = mlp
-        self.is_moe = isinstance(mlp, SparseMoE)
         self.normalization_type = normalization_type
         self.rms_norm_eps = rms_norm_eps
         self.dropout = dropout
@@ -73,13 +97,16 @@ class DecoderLayer(keras.layers.Layer):
         self.residual_dropout = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
 
     @property
-    def mixer(self):
-        return self.self_attn if self.is_attention else self.linear_attn
+    def linear_attn(self) -> GatedDeltaNet | None:
+        """The mixer if it is a `GatedDeltaNet`."""
+        # Keras files weights under the first attribute, by letter, that leads to them: files keep
+        # those of a Gated DeltaNet under `linear_attn` and those of an attention under `mixer`.
+        return self.mixer if isinstance(self.mixer, GatedDeltaNet) else None
 
-    def _norm(self, name):
+    def _norm(self, name: str) -> keras.layers.Layer:
         return make_norm(self.normalization_type, self.rms_norm_eps, name, self.dtype_policy)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         shape = (None, None, input_shape[-1])
         for layer in (
             self.input_layernorm,
@@ -91,57 +118,61 @@ class DecoderLayer(keras.layers.Layer):
             if not layer.built:  # deserialization builds the two that are given
                 layer.build(shape)
 
-    def init_cache(self, batch_size, max_length):
+    def init_cache(self, batch_size: int, max_length: int) -> LayerCache:
+        """The mixer's cache for empty rows of up to `max_length` tokens."""
         return self.mixer.init_cache(batch_size, max_length)
 
-    def commit(self, cache, record, counts):
-        """The cache after the first `counts` `(B,)` tokens of a pass with replay."""
-        return self.mixer.commit(cache, record, counts)
+    def commit(
+        self, cache: LayerCache, update: LayerUpdate, counts: Annotated[Tensor, "B"]
+    ) -> LayerCache:
+        """The cache after the first tokens of a replayable pass.
+
+        Args:
+            cache: The mixer's cache that the pass began with.
+            update: `AttentionUpdate` or `DeltaNetUpdate` that it returned.
+            counts: `(B,)` int32, tokens of every row that stay.
+
+        Returns:
+            `AttentionCache` or `DeltaNetCache`.
+        """
+        return self.mixer.commit(cache, update, counts)
 
     def call(
         self,
-        x,
-        padding_mask=None,
-        segment_ids=None,
-        cache=None,
-        lengths=None,
-        replayable=False,
-        training=None,
-    ):
+        x: Annotated[Tensor, "B T D"],
+        padding_mask: Annotated[Tensor, "B T"] | None = None,
+        segment_ids: Annotated[Tensor, "B T"] | None = None,
+        cache: LayerCache | None = None,
+        lengths: Annotated[Tensor, "B"] | None = None,
+        replayable: bool = False,
+        training: bool | None = None,
+    ) -> DecoderLayerOutput:
         x = ops.cast(x, self.compute_dtype)
-        options = {"padding_mask": padding_mask, "segment_ids": segment_ids, "cache": cache}
-        if self.is_attention:
-            options |= {"lengths": lengths, "training": training}
-            if training and self.mixer.attention_dropout:
-                # Drawn here, because a rematerialised function must not assign the generator.
-                options["dropout_seed"] = self.mixer.seed_generator.next()
-        else:
-            options["replayable"] = replayable
+        # The seed is drawn here, because a rematerialised function must not assign the generator.
+        seed = self.mixer.draw_dropout_seed(training)
+        context = MixerContext(
+            padding_mask, segment_ids, cache, lengths, replayable, seed, training
+        )
+        routed = isinstance(self.mlp, SparseMoE)
+        options = {"padding_mask": padding_mask, "return_routing": True} if routed else {}
 
-        def mix(x):
-            return self.mixer(self.input_layernorm(x), **options)
+        def mix(x: Tensor) -> Any:
+            return self.mixer(self.input_layernorm(x), **context._asdict())
 
-        def feed_forward(x):
-            x = self.post_attention_layernorm(x)
-            if not self.is_moe:
-                return self.mlp(x)
-            output, routing = self.mlp(x, padding_mask=padding_mask, return_routing=True)
-            return output, *routing
+        def feed_forward(x: Tensor) -> Any:
+            return self.mlp(self.post_attention_layernorm(x), **options)
 
         if self.gradient_checkpointing and training:
             mix, feed_forward = keras.remat(mix), keras.remat(feed_forward)
         mixed = mix(x)
-        if cache is not None:
-            mixed, cache = mixed
+        mixed, left = (mixed, None) if cache is None else mixed
         hidden = x + self.residual_dropout(mixed, training=training)
-        fed, routing = feed_forward(hidden), None
-        if self.is_moe:
-            fed, *routing = fed
-            routing = Routing(*routing)
+        fed = feed_forward(hidden)
+        fed, routing = fed if routed else (fed, None)
         hidden = hidden + self.residual_dropout(fed, training=training)
-        return DecoderLayerOutput(hidden, cache, routing)
+        return DecoderLayerOutput(hidden, left, routing)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
@@ -154,7 +185,7 @@ class DecoderLayer(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         deserialize = keras.saving.deserialize_keras_object
         mixer, mlp = deserialize(config["mixer"]), deserialize(config["mlp"])
         return cls(**{**config, "mixer": mixer, "mlp": mlp})

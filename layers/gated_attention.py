@@ -1,24 +1,43 @@
 """Gated attention, the softmax mixer of Qwen3-Next."""
 
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import keras
 from keras import ops
 
+from .mixer_context import MixerContext, check_context
 from .norms import make_norm
 from .ops import attention
 from .ops.backend.loops import scatter_rows
-from .ops.backend.seeds import DrawnSeed
 from .ops.sequence import segment_index, segment_positions
+from .ops.tensor_types import Tensor
 from .partial_rotary_embedding import PartialRotaryEmbedding, rotary_dim
 from .projection import from_heads, to_heads
+from .shapes import Shape
 
 
 class AttentionCache(NamedTuple):
-    """Keys (rotated) and values of the tokens absorbed so far, `(B, S, G, D)` each."""
+    """What attention keeps of the tokens it has read, in buffers of fixed size.
 
-    keys: object
-    values: object
+    Attributes:
+        keys: `(B, S, G, D)` in the compute dtype, rotated.
+        values: `(B, S, G, D)` in the compute dtype.
+    """
+
+    keys: Annotated[Tensor, "B S G D"]
+    values: Annotated[Tensor, "B S G D"]
+
+
+class AttentionUpdate(NamedTuple):
+    """What a replayable pass leaves: `GatedAttention.commit` turns it into a cache.
+
+    Attributes:
+        keys: `(B, S, G, D)`, the keys of the cache with those of the pass behind them.
+        values: `(B, S, G, D)`, the values likewise.
+    """
+
+    keys: Annotated[Tensor, "B S G D"]
+    values: Annotated[Tensor, "B S G D"]
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -48,31 +67,50 @@ class GatedAttention(keras.layers.Layer):
         x: `(B, T, width)`.
         padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
-        cache: `AttentionCache` to read and extend, or `None`.
+        cache: `AttentionCache` to read and extend, or `None`. It holds one sequence per row, so
+            `segment_ids` must be `None` with it.
         lengths: `(B,)` int32, tokens already in the cache; required with a cache.
-        dropout_seed: Seed tensor for the dropout where the layer may not draw it itself.
+        replayable: Whether to return an `AttentionUpdate` for `commit` in place of the next cache.
+        dropout_seed: Seed tensor for the dropout where the layer may not draw it itself, or
+            `None`.
         training: Whether to apply dropout.
 
     Returns:
-        `(B, T, width)`, with a cache `(output, cache)`.
+        `(B, T, width)`, with a cache `(output, AttentionCache)`, in a replayable pass
+        `(output, AttentionUpdate)`.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import GatedAttention
+
+        layer = GatedAttention(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+        x = np.random.default_rng(0).normal(size=(1, 5, 8)).astype("float32")
+        y = layer(x)
+        assert y.shape == x.shape
+
+        cache = layer.init_cache(batch_size=1, max_length=5)
+        cached, cache = layer(x, cache=cache, lengths=np.zeros(1, "int32"))
+        assert np.allclose(cached, y, atol=1e-5)
+        ```
 
     Reference: Gated Attention for Large Language Models, arXiv 2505.06708 (gate G1).
     """
 
     def __init__(
         self,
-        num_attention_heads,
-        num_key_value_heads,
-        head_dim,
-        output_gate=True,
-        partial_rotary_factor=0.25,
-        rope_theta=10000.0,
-        normalization_type="zero_centered_rms_norm",
-        rms_norm_eps=1e-6,
-        attention_dropout=0.0,
-        initializer_range=0.02,
-        **kwargs,
-    ):
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        output_gate: bool = True,
+        partial_rotary_factor: float = 0.25,
+        rope_theta: float = 10000.0,
+        normalization_type: str = "zero_centered_rms_norm",
+        rms_norm_eps: float = 1e-6,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
         # Inputs are cast by hand: Keras would cast the float tensors of a cache as well.
         super().__init__(autocast=False, **kwargs)
         if num_attention_heads % num_key_value_heads:
@@ -91,9 +129,9 @@ class GatedAttention(keras.layers.Layer):
         self.rms_norm_eps = rms_norm_eps
         self.attention_dropout = attention_dropout
         self.initializer_range = initializer_range
-        self.seed_generator = keras.random.SeedGenerator() if attention_dropout else None
+        self.seed_generator: Any = keras.random.SeedGenerator() if attention_dropout else None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         width, dim, policy = input_shape[-1], self.head_dim, self.dtype_policy
         std = self.initializer_range
         query_dim = 2 * dim if self.output_gate else dim
@@ -112,86 +150,95 @@ class GatedAttention(keras.layers.Layer):
         self.q_norm.build((None, None, self.num_attention_heads, dim))
         self.k_norm.build((None, None, self.num_key_value_heads, dim))
 
-    def init_cache(self, batch_size, max_length):
-        """An empty cache for `max_length` tokens a row, in the compute dtype."""
+    def init_cache(self, batch_size: int, max_length: int) -> AttentionCache:
+        """An empty cache for `max_length` tokens per row, in the compute dtype."""
         shape = (batch_size, max_length, self.num_key_value_heads, self.head_dim)
         return AttentionCache(
             ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)
         )
 
+    def draw_dropout_seed(self, training: bool | None) -> Tensor | None:
+        """A new seed for `call`, or `None` where nothing is dropped."""
+        return self.seed_generator.next() if training and self.attention_dropout else None
+
     def call(
         self,
-        x,
-        padding_mask=None,
-        segment_ids=None,
-        cache=None,
-        lengths=None,
-        dropout_seed=None,
-        training=None,
-    ):
+        x: Annotated[Tensor, "B T D"],
+        padding_mask: Annotated[Tensor, "B T"] | None = None,
+        segment_ids: Annotated[Tensor, "B T"] | None = None,
+        cache: AttentionCache | None = None,
+        lengths: Annotated[Tensor, "B"] | None = None,
+        replayable: bool = False,
+        dropout_seed: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Annotated[Tensor, "B T D"] | tuple[Tensor, AttentionCache | AttentionUpdate]:
+        context = MixerContext(
+            padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training
+        )
+        check_context(context, needs_lengths=True)
         x = ops.cast(x, self.compute_dtype)
-        query = self.q_proj(x)
-        gate = None
+        query, gate = self.q_proj(x), None  # (B, T, H, D)
         if self.output_gate:
             query, gate = ops.split(query, 2, axis=-1)
-        if cache is None:
-            segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
-            positions = _positions(x, segment, padding_mask)
-        elif lengths is None or segment_ids is not None:
-            raise ValueError(
-                "With a `cache`, `lengths` is required and `segment_ids` must be None: a cache holds "
-                f"one sequence a row. Received: lengths={lengths}, segment_ids={segment_ids}"
-            )
-        else:
-            positions = lengths[:, None] + _positions(x, None, padding_mask)
+        segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
+        positions = _positions(x, segment, padding_mask)
+        if cache is not None:
+            positions = ops.expand_dims(lengths, -1) + positions
         query = self.rotary(self.q_norm(query), positions)
-        key = self.rotary(self.k_norm(self.k_proj(x)), positions)
-        value = self.v_proj(x)
+        key = self.rotary(self.k_norm(self.k_proj(x)), positions)  # (B, T, G, D)
+        value = self.v_proj(x)  # (B, T, G, D)
         if cache is None:
-            visible = {"key_mask": padding_mask}
-            if segment is not None:
-                visible |= {"query_segments": segment, "key_segments": segment}
+            visible = {"key_mask": padding_mask, "query_segments": segment, "key_segments": segment}
         else:
             cache = _extend(cache, key, value, positions, padding_mask)
-            key, value = cache
+            key, value = cache  # (B, S, G, D)
             visible = {"limits": positions}
-        if training and self.attention_dropout:
-            output = self._attend_with_dropout(query, key, value, visible, dropout_seed)
-        else:
-            output = attention(query, key, value, **visible)
+        output = self._attend(query, key, value, visible, dropout_seed, training)
         if gate is not None:
             gate = ops.sigmoid(ops.cast(gate, "float32"))
             output = ops.cast(ops.cast(output, "float32") * gate, self.compute_dtype)
         output = self.o_proj(output)
-        return output if cache is None else (output, cache)
+        if cache is None:
+            return output
+        return output, AttentionUpdate(*cache) if replayable else cache
 
-    def commit(self, cache, extended, counts):
-        """The cache after a pass of which only some tokens stay.
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: dict[str, Tensor],
+        dropout_seed: Tensor | None,
+        training: bool | None,
+    ) -> Tensor:
+        dropout = self.attention_dropout if training else 0.0
+        if dropout and dropout_seed is None:
+            dropout_seed = self.draw_dropout_seed(training)
+        return attention(query, key, value, dropout=dropout, dropout_seed=dropout_seed, **visible)
 
-        That is the extended one: what is behind a row's length is not read, and overwritten.
+    def commit(
+        self, cache: AttentionCache, update: AttentionUpdate, counts: Annotated[Tensor, "B"]
+    ) -> AttentionCache:
+        """The cache after a replayable pass of which only the first tokens stay.
+
+        All keys and values of the pass stay where they are: what is behind a row's length is not
+        read, and overwritten by the next tokens.
+
+        Args:
+            cache: `AttentionCache` the pass began with.
+            update: `AttentionUpdate` that it returned.
+            counts: `(B,)` int32, tokens of every row that stay.
+
+        Returns:
+            `AttentionCache`.
         """
         del cache, counts
-        return extended
+        return AttentionCache(*update)
 
-    def _attend_with_dropout(self, query, key, value, visible, seed):
-        """As `attention`, but with all weights in memory, where some of them are dropped."""
-        seed = self.seed_generator.next() if seed is None else seed
-        batch, length, heads, dim = ops.shape(query)
-        groups = self.num_key_value_heads
-        query = ops.reshape(query, (batch, length, groups, heads // groups, dim))
-        scores = ops.cast(ops.einsum("btgrd,bsgd->bgrts", query, key), "float32") * dim**-0.5
-        mask = _mask(length, ops.shape(key)[1], **visible)
-        scores = ops.where(mask[:, None, None], scores, -1e30)
-        weights = keras.random.dropout(
-            ops.softmax(scores), self.attention_dropout, seed=DrawnSeed(seed)
-        )
-        output = ops.einsum("bgrts,bsgd->btgrd", ops.cast(weights, value.dtype), value)
-        return ops.reshape(output, (batch, length, heads, dim))
-
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "num_attention_heads": self.num_attention_heads,
@@ -207,25 +254,20 @@ class GatedAttention(keras.layers.Layer):
         }
 
 
-def _positions(x, segment, padding_mask):
+def _positions(x: Tensor, segment: Tensor | None, padding_mask: Tensor | None) -> Tensor:
     """`(B, T)` or `(1, T)` int32 positions within a segment, counting real tokens."""
     if segment is None and padding_mask is None:
         return ops.arange(ops.shape(x)[1], dtype="int32")[None]
     return segment_positions(segment, padding_mask)
 
 
-def _mask(length, keys, limits=None, key_mask=None, query_segments=None, key_segments=None):
-    """`(B or 1, T, S)` bool: which keys a token sees, by the rules of `attention`."""
-    limits = ops.arange(length, dtype="int32")[None] if limits is None else limits
-    mask = ops.arange(keys, dtype="int32") <= limits[..., None]
-    if key_mask is not None:
-        mask = mask & key_mask[:, None, :]
-    if query_segments is not None:
-        mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
-    return mask
-
-
-def _extend(cache, key, value, positions, padding_mask):
+def _extend(
+    cache: AttentionCache,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    padding_mask: Tensor | None,
+) -> AttentionCache:
     """Writes the new keys and values behind those of every row."""
     batch, capacity, groups, dim = ops.shape(cache.keys)
     positions = ops.broadcast_to(positions, ops.shape(key)[:2])
@@ -235,7 +277,7 @@ def _extend(cache, key, value, positions, padding_mask):
     rows = ops.expand_dims(ops.arange(batch, dtype="int32") * capacity, -1)
     index = ops.reshape(ops.where(fits, rows + positions, batch * capacity), (-1,))
 
-    def write(buffer, new):
+    def write(buffer: Tensor, new: Tensor) -> Tensor:
         flat = ops.reshape(buffer, (-1, groups, dim))
         flat = scatter_rows(
             flat, index, ops.reshape(ops.cast(new, buffer.dtype), (-1, groups, dim))

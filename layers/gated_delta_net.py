@@ -1,34 +1,44 @@
 """Gated DeltaNet, the linear mixer of Qwen3-Next."""
 
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import keras
 from keras import ops
 
 from .gated_rms_norm import GatedRMSNorm
 from .initializers import LogUniform, Normal
+from .mixer_context import MixerContext, check_context
 from .ops import causal_conv1d, gated_delta_rule, gated_delta_rule_with_replay, replay
+from .ops.gated_delta_rule import Replay
+from .ops.tensor_types import Tensor
 from .projection import from_heads, to_heads
+from .shapes import Shape
 
 L2_EPSILON = 1e-6
 
 
 class DeltaNetCache(NamedTuple):
-    """What a row is to a Gated DeltaNet: its last inputs and one matrix a head.
+    """What a Gated DeltaNet keeps of the tokens it has read.
 
-    `conv` `(B, W-1, C)` in the compute dtype, `recurrent` `(B, H, K, V)` float32.
+    Attributes:
+        conv: `(B, W-1, C)` in the compute dtype, the last inputs of the convolution.
+        recurrent: `(B, H, K, V)` float32, one matrix per head.
     """
 
-    conv: object
-    recurrent: object
+    conv: Annotated[Tensor, "B W-1 C"]
+    recurrent: Annotated[Tensor, "B H K V"]
 
 
 class DeltaNetUpdate(NamedTuple):
-    """What a pass that may be taken back would leave: `conv` `(B, W-1+T, C)`, the inputs of the
-    convolution with those before, and `rule`, the record of the delta rule."""
+    """What a replayable pass leaves: `GatedDeltaNet.commit` turns it into a cache.
 
-    conv: object
-    rule: object
+    Attributes:
+        conv: `(B, W-1+T, C)` in the compute dtype, the inputs of the convolution with those before.
+        rule: `Replay`, the float32 record of what every token writes into the recurrent state.
+    """
+
+    conv: Annotated[Tensor, "B W-1+T C"]
+    rule: Replay
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -59,27 +69,50 @@ class GatedDeltaNet(keras.layers.Layer):
         x: `(B, T, width)`.
         padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
-        cache: `DeltaNetCache` to continue from, or `None`.
-        replayable: Whether to leave the cache as it is and to return what `commit` needs to go
-            on from it. Real tokens must stand at the front of a row then.
+        cache: `DeltaNetCache` to continue from, or `None`. It holds one sequence per row, so
+            `segment_ids` must be `None` with it.
+        replayable: Whether to return a `DeltaNetUpdate` for `commit` in place of the next cache.
+            Real tokens must stand at the front of a row then.
+        lengths, dropout_seed, training: Ignored, there for a mixer's common signature: a state
+            has no positions, and nothing is dropped.
 
     Returns:
-        `(B, T, width)`, with a cache `(output, cache)`, with a replay `(output, DeltaNetUpdate)`.
+        `(B, T, width)`, with a cache `(output, DeltaNetCache)`, in a replayable pass
+        `(output, DeltaNetUpdate)`.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import GatedDeltaNet
+
+        layer = GatedDeltaNet(
+            linear_num_key_heads=1,
+            linear_num_value_heads=2,
+            linear_key_head_dim=4,
+            linear_value_head_dim=4,
+        )
+        x = np.random.default_rng(0).normal(size=(1, 3, 8)).astype("float32")
+        y = layer(x)
+        assert y.shape == x.shape
+
+        cached, cache = layer(x, cache=layer.init_cache(batch_size=1))
+        assert np.allclose(cached, y, atol=1e-5)
+        ```
 
     Reference: Gated Delta Networks, arXiv 2412.06464.
     """
 
     def __init__(
         self,
-        linear_num_key_heads,
-        linear_num_value_heads,
-        linear_key_head_dim,
-        linear_value_head_dim,
-        linear_conv_kernel_dim=4,
-        rms_norm_eps=1e-6,
-        initializer_range=0.02,
-        **kwargs,
-    ):
+        linear_num_key_heads: int,
+        linear_num_value_heads: int,
+        linear_key_head_dim: int,
+        linear_value_head_dim: int,
+        linear_conv_kernel_dim: int = 4,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
         # Inputs are cast by hand: Keras would cast the float32 state of a cache as well.
         super().__init__(autocast=False, **kwargs)
         if linear_num_value_heads % linear_num_key_heads:
@@ -95,11 +128,11 @@ class GatedDeltaNet(keras.layers.Layer):
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.repeats = linear_num_value_heads // linear_num_key_heads
-        # Channels of a key head: its query, its key, and the values of its value heads.
+        # Channels per key head: its query, its key, and the values of its value heads.
         self.group_values = self.repeats * linear_value_head_dim
         self.group_channels = 2 * linear_key_head_dim + self.group_values
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         width, policy, std = input_shape[-1], self.dtype_policy, self.initializer_range
         groups, heads = self.linear_num_key_heads, self.linear_num_value_heads
         qkvz = self.group_channels + self.group_values
@@ -130,69 +163,107 @@ class GatedDeltaNet(keras.layers.Layer):
         self.out_proj = from_heads(width, std, "out_proj", policy)
         self.out_proj.build((None, None, heads, self.linear_value_head_dim))
 
-    def init_cache(self, batch_size, max_length=None):
-        """The cache of an empty row; its size does not depend on `max_length`."""
+    def init_cache(self, batch_size: int, max_length: int | None = None) -> DeltaNetCache:
+        """The cache of empty rows; its size does not depend on `max_length`."""
         channels = self.linear_num_key_heads * self.group_channels
         conv = (batch_size, self.linear_conv_kernel_dim - 1, channels)
         heads = self.linear_num_value_heads
         recurrent = (batch_size, heads, self.linear_key_head_dim, self.linear_value_head_dim)
         return DeltaNetCache(ops.zeros(conv, self.compute_dtype), ops.zeros(recurrent, "float32"))
 
-    def call(self, x, padding_mask=None, segment_ids=None, cache=None, replayable=False):
+    def draw_dropout_seed(self, training: bool | None) -> None:
+        """`None`: nothing inside a Gated DeltaNet is dropped."""
+        return None
+
+    def call(
+        self,
+        x: Annotated[Tensor, "B T D"],
+        padding_mask: Annotated[Tensor, "B T"] | None = None,
+        segment_ids: Annotated[Tensor, "B T"] | None = None,
+        cache: DeltaNetCache | None = None,
+        lengths: Annotated[Tensor, "B"] | None = None,
+        replayable: bool = False,
+        dropout_seed: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Annotated[Tensor, "B T D"] | tuple[Tensor, DeltaNetCache | DeltaNetUpdate]:
+        context = MixerContext(
+            padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training
+        )
+        check_context(context, needs_lengths=False)
         x = ops.cast(x, self.compute_dtype)
         batch, length = ops.shape(x)[:2]
-        groups, heads = self.linear_num_key_heads, self.linear_num_value_heads
-        key_dim, value_dim = self.linear_key_head_dim, self.linear_value_head_dim
-
+        heads = self.linear_num_value_heads
         qkvz = self.in_proj_qkvz(x)  # (B, T, G, 2K + 2RV)
         channels = ops.reshape(
-            qkvz[..., : self.group_channels], (batch, length, groups * self.group_channels)
+            qkvz[..., : self.group_channels],
+            (batch, length, self.linear_num_key_heads * self.group_channels),
+        )
+        gate = ops.reshape(
+            qkvz[..., self.group_channels :], (batch, length, heads, self.linear_value_head_dim)
         )
         conv = causal_conv1d(
-            channels,
+            channels,  # (B, T, C), C = G (2K + RV)
             ops.reshape(self.conv1d, (self.linear_conv_kernel_dim, -1)),
             state=None if cache is None else cache.conv,
             padding_mask=padding_mask,
             segment_ids=segment_ids,
         )
-        mixed = ops.reshape(conv.output, (batch, length, groups, self.group_channels))
-        value = ops.reshape(mixed[..., 2 * key_dim :], (batch, length, heads, value_dim))
-        gate = ops.reshape(qkvz[..., self.group_channels :], (batch, length, heads, value_dim))
         beta, log_decay = self._gates(self.in_proj_ba(x))
-        inputs = (
-            _l2_normalize(mixed[..., :key_dim]),
-            _l2_normalize(mixed[..., key_dim : 2 * key_dim]),
-            value,
-            log_decay,
-            beta,
-        )
-        if replayable:
+        inputs = (*self._heads(conv.output), log_decay, beta)
+        left: DeltaNetCache | DeltaNetUpdate | None = None
+        if cache is None:
+            output, _ = gated_delta_rule(
+                *inputs, padding_mask=padding_mask, segment_ids=segment_ids
+            )
+        elif replayable:
             output, record = gated_delta_rule_with_replay(
                 *inputs, state=cache.recurrent, padding_mask=padding_mask
             )
             before = ops.cast(cache.conv, channels.dtype)
-            cache = DeltaNetUpdate(ops.concatenate([before, channels], axis=1), record)
+            left = DeltaNetUpdate(ops.concatenate([before, channels], axis=1), record)
         else:
             output, state = gated_delta_rule(
-                *inputs,
-                state=None if cache is None else cache.recurrent,
-                padding_mask=padding_mask,
-                segment_ids=segment_ids,
+                *inputs, state=cache.recurrent, padding_mask=padding_mask
             )
-            cache = None if cache is None else DeltaNetCache(conv.state, state)
+            left = DeltaNetCache(conv.state, state)
         output = self.out_proj(self.norm(output, gate))
-        return output if cache is None else (output, cache)
+        return output if left is None else (output, left)
 
-    def commit(self, cache, record, counts):
-        """The cache after the first `counts` `(B,)` tokens of the pass that left `record`."""
+    def commit(
+        self, cache: DeltaNetCache, update: DeltaNetUpdate, counts: Annotated[Tensor, "B"]
+    ) -> DeltaNetCache:
+        """The cache after the first tokens of a replayable pass.
+
+        Args:
+            cache: `DeltaNetCache` the pass began with.
+            update: `DeltaNetUpdate` that it returned.
+            counts: `(B,)` int32, tokens of every row that stay.
+
+        Returns:
+            `DeltaNetCache`.
+        """
         taps = ops.arange(self.linear_conv_kernel_dim - 1, dtype="int32")
         places = (counts[:, None] + taps)[..., None]
-        conv = ops.take_along_axis(record.conv, places, axis=1)
+        conv = ops.take_along_axis(update.conv, places, axis=1)
         return DeltaNetCache(
-            ops.cast(conv, cache.conv.dtype), replay(cache.recurrent, record.rule, counts)
+            ops.cast(conv, cache.conv.dtype), replay(cache.recurrent, update.rule, counts)
         )
 
-    def _gates(self, ba):
+    def _heads(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(B, T, C)` -> unit queries and keys `(B, T, G, K)` and values `(B, T, H, V)`."""
+        batch, length = ops.shape(channels)[:2]
+        key_dim = self.linear_key_head_dim
+        mixed = ops.reshape(
+            channels, (batch, length, self.linear_num_key_heads, self.group_channels)
+        )
+        value = ops.reshape(
+            mixed[..., 2 * key_dim :],
+            (batch, length, self.linear_num_value_heads, self.linear_value_head_dim),
+        )
+        query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
+        return _l2_normalize(query), _l2_normalize(key), value
+
+    def _gates(self, ba: Tensor) -> tuple[Tensor, Tensor]:
         """`(B, T, G, [b of its heads | a of its heads])` -> beta and g, `(B, T, H)` float32."""
         batch, length = ops.shape(ba)[:2]
         shape = (batch, length, self.linear_num_value_heads)
@@ -201,10 +272,10 @@ class GatedDeltaNet(keras.layers.Layer):
         rate = ops.exp(ops.cast(self.A_log, "float32"))
         return ops.sigmoid(b), -rate * ops.softplus(a + ops.cast(self.dt_bias, "float32"))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "linear_num_key_heads": self.linear_num_key_heads,
@@ -217,6 +288,6 @@ class GatedDeltaNet(keras.layers.Layer):
         }
 
 
-def _l2_normalize(x):
+def _l2_normalize(x: Tensor) -> Tensor:
     x = ops.cast(x, "float32")
     return x * ops.rsqrt(ops.sum(ops.square(x), axis=-1, keepdims=True) + L2_EPSILON)

@@ -1,7 +1,12 @@
 """Gated RMSNorm, the output norm of a Gated DeltaNet head."""
 
+from typing import Annotated, Any
+
 import keras
 from keras import ops
+
+from .ops.tensor_types import Tensor
+from .shapes import Shape
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -20,26 +25,41 @@ class GatedRMSNorm(keras.layers.Layer):
         x: `(..., V)`.
         gate: `(..., V)`, before the SiLU.
 
+    Returns:
+        `(..., V)` in the dtype of x.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import GatedRMSNorm
+
+        x = np.ones((1, 3, 2, 8), "float32")
+        assert GatedRMSNorm()(x, gate=x).shape == x.shape
+        assert not np.any(GatedRMSNorm()(x, gate=0.0 * x))
+        ```
+
     Reference: Gated Delta Networks, arXiv 2412.06464, section 3.4.
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.epsilon = epsilon
 
-    def build(self, input_shape, gate_shape=None):
+    def build(self, x_shape: Shape, gate_shape: Shape | None = None) -> None:
         self.weight = self.add_weight(
-            name="weight", shape=(input_shape[-1],), initializer="ones", autocast=False
+            name="weight", shape=(x_shape[-1],), initializer="ones", autocast=False
         )
 
-    def call(self, x, gate):
+    def call(
+        self, x: Annotated[Tensor, "... V"], gate: Annotated[Tensor, "... V"]
+    ) -> Annotated[Tensor, "... V"]:
         normed = ops.rms_normalization(
             ops.cast(x, "float32"), ops.cast(self.weight, "float32"), epsilon=self.epsilon
         )
         return ops.cast(normed * ops.silu(ops.cast(gate, "float32")), self.compute_dtype)
 
-    def compute_output_shape(self, input_shape, gate_shape=None):
-        return input_shape
+    def compute_output_shape(self, x_shape: Shape, gate_shape: Shape | None = None) -> Shape:
+        return x_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "epsilon": self.epsilon}

@@ -6,16 +6,20 @@ compilation of a random-number program for each shape.
 
 import contextlib
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from .ops.tensor_types import Tensor
+
 _loading = False
 
 
 @contextlib.contextmanager
-def weights_to_be_loaded():
+def weights_to_be_loaded() -> Iterator[None]:
     """Within it new weights are zeros: for models whose weights are about to be replaced."""
     global _loading
     before, _loading = _loading, True
@@ -28,25 +32,28 @@ def weights_to_be_loaded():
 class _Drawn(keras.initializers.Initializer):
     """Draws with a generator seeded by Python's `random`, as Keras' own initialisers are."""
 
-    def __call__(self, shape, dtype=None):
+    def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
         dtype = dtype or keras.config.floatx()
         if _loading:
             return ops.zeros(shape, dtype)
         values = self.draw(np.random.default_rng(random.getrandbits(63)), shape)
         return ops.cast(ops.convert_to_tensor(values), dtype)
 
+    def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        raise NotImplementedError
+
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
 class Normal(_Drawn):
     """Normal with mean 0."""
 
-    def __init__(self, stddev):
+    def __init__(self, stddev: float) -> None:
         self.stddev = stddev
 
-    def draw(self, generator, shape):
+    def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         return generator.standard_normal(shape, "float32") * np.float32(self.stddev)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"stddev": self.stddev}
 
 
@@ -54,11 +61,11 @@ class Normal(_Drawn):
 class LogUniform(_Drawn):
     """Logarithm of a uniform draw from `[low, high)`."""
 
-    def __init__(self, low, high):
+    def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
 
-    def draw(self, generator, shape):
+    def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         return np.log(generator.uniform(self.low, self.high, shape)).astype("float32")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"low": self.low, "high": self.high}

@@ -1,20 +1,27 @@
-"""One step of multi-token prediction."""
+"""One step of multi-token prediction (MTP)."""
 
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import keras
 from keras import ops
 
-from .decoder_layer import DecoderLayer
-from .initializers import Normal
+from .decoder_layer import DecoderLayer, LayerCache
 from .norms import make_norm
+from .ops.tensor_types import Tensor
+from .projection import dense
+from .shapes import Shape
 
 
 class MTPOutput(NamedTuple):
-    """`hidden` `(B, T, D)`, which the next step and the head read; `cache` or `None`."""
+    """What one step gives.
 
-    hidden: object
-    cache: object
+    Attributes:
+        hidden: `(B, T, D)` in the compute dtype, which the next step and the head read.
+        cache: `AttentionCache` of the body with the new pairs, or `None` without one.
+    """
+
+    hidden: Annotated[Tensor, "B T D"]
+    cache: LayerCache | None
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -24,9 +31,9 @@ class MultiTokenPrediction(keras.layers.Layer):
         x_i = W [norm_e(embedding_i); norm_h(hidden_i)]      the embedding stands first
         y_i = norm(body(x_i))
 
-    `hidden_i` is the backbone's output at token i, or this layer's own output of the step before, and
-    `embedding_i` that of the token that follows. The language-model head makes of y_i the token
-    after that one.
+    `hidden_i` is the backbone's output at token i, or this layer's own output of the step before,
+    and `embedding_i` that of the token that follows. The language-model head makes of y_i the
+    token after that one.
 
     Args:
         body: A `DecoderLayer` with full attention, a feed-forward layer such as `SwiGLU` (with a
@@ -46,74 +53,72 @@ class MultiTokenPrediction(keras.layers.Layer):
     Returns:
         `MTPOutput(hidden, cache)`.
 
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import MultiTokenPrediction, SwiGLU
+
+        layer = MultiTokenPrediction(body=SwiGLU(intermediate_size=16))
+        x = np.ones((1, 3, 8), "float32")
+        assert layer(x, x).hidden.shape == (1, 3, 8)
+        ```
+
     Reference: DeepSeek-V3, arXiv 2412.19437, section 2.2, in the form of the published Qwen3-Next.
     """
 
     def __init__(
         self,
-        body=None,
-        normalization_type="zero_centered_rms_norm",
-        rms_norm_eps=1e-6,
-        initializer_range=0.02,
-        **kwargs,
-    ):
+        body: keras.layers.Layer | None = None,
+        normalization_type: str = "zero_centered_rms_norm",
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
+        self.body = body
         self.normalization_type = normalization_type
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
-        self.is_attention = isinstance(body, DecoderLayer)
-        self.has_body = body is not None
-        if self.has_body:
-            # By the published name where there is one.
-            setattr(self, "layers_0" if self.is_attention else "mlp", body)
 
-    @property
-    def body(self):
-        if not self.has_body:
-            return None
-        return self.layers_0 if self.is_attention else self.mlp
+    def build(self, embedding_shape: Shape, hidden_shape: Shape | None = None) -> None:
+        width, policy = embedding_shape[-1], self.dtype_policy
 
-    def build(self, input_shape, hidden_shape=None):
-        width, policy = input_shape[-1], self.dtype_policy
-
-        def norm(name):
+        def norm(name: str) -> keras.layers.Layer:
             layer = make_norm(self.normalization_type, self.rms_norm_eps, name, policy)
             layer.build((None, None, width))
             return layer
 
-        self.fc = keras.layers.Dense(
-            width,
-            use_bias=False,
-            kernel_initializer=Normal(self.initializer_range),
-            name="fc",
-            dtype=policy,
-        )
+        self.fc = dense(width, self.initializer_range, "fc", policy)
         self.fc.build((None, None, 2 * width))
         self.pre_fc_norm_embedding = norm("pre_fc_norm_embedding")
         self.pre_fc_norm_hidden = norm("pre_fc_norm_hidden")
         self.norm = norm("norm")
-        if self.has_body and not self.body.built:
+        if self.body is None:
+            return
+        if not self.body.built:
             self.body.build((None, None, width))
-        if self.has_body and not self.is_attention:
+        if not isinstance(self.body, DecoderLayer):
             self.mlp_norm = norm("mlp_norm")
 
-    def init_cache(self, batch_size, max_length):
-        """An empty cache of the body for `max_length` pairs a row, `None` without attention."""
-        return self.body.init_cache(batch_size, max_length) if self.is_attention else None
+    def init_cache(self, batch_size: int, max_length: int) -> LayerCache | None:
+        """An empty cache of the body for `max_length` pairs per row, `None` without attention."""
+        if not isinstance(self.body, DecoderLayer):
+            return None
+        return self.body.init_cache(batch_size, max_length)
 
     def call(
         self,
-        embedding,
-        hidden,
-        padding_mask=None,
-        segment_ids=None,
-        cache=None,
-        lengths=None,
-        training=None,
-    ):
+        embedding: Annotated[Tensor, "B T D"],
+        hidden: Annotated[Tensor, "B T D"],
+        padding_mask: Annotated[Tensor, "B T"] | None = None,
+        segment_ids: Annotated[Tensor, "B T"] | None = None,
+        cache: LayerCache | None = None,
+        lengths: Annotated[Tensor, "B"] | None = None,
+        training: bool | None = None,
+    ) -> MTPOutput:
         parts = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)]
         x = self.fc(ops.concatenate(parts, axis=-1))
-        if self.is_attention:
+        if isinstance(self.body, DecoderLayer):
             x, cache, _ = self.body(
                 x,
                 padding_mask=padding_mask,
@@ -122,14 +127,14 @@ class MultiTokenPrediction(keras.layers.Layer):
                 lengths=None if cache is None else lengths,
                 training=training,
             )
-        elif self.has_body:
+        elif self.body is not None:
             x = x + self.body(self.mlp_norm(x))
         return MTPOutput(self.norm(x), cache)
 
-    def compute_output_spec(self, embedding, hidden, **others):
+    def compute_output_spec(self, embedding: Any, hidden: Any, **others: Any) -> MTPOutput:
         return MTPOutput(keras.KerasTensor(hidden.shape, dtype=self.compute_dtype), None)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         body = None if self.body is None else keras.saving.serialize_keras_object(self.body)
         return {
             **super().get_config(),
@@ -140,7 +145,7 @@ class MultiTokenPrediction(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         body = config["body"]
         if body is not None:
             body = keras.saving.deserialize_keras_object(body)

@@ -10,7 +10,9 @@ NORMALIZATIONS = {
 }
 
 
-def make_norm(normalization_type, epsilon, name, dtype):
+def make_norm(
+    normalization_type: str, epsilon: float, name: str, dtype: object
+) -> keras.layers.Layer:
     """Creates the norm called `normalization_type` in a config."""
     if normalization_type not in NORMALIZATIONS:
         raise ValueError(

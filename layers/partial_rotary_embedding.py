@@ -1,7 +1,12 @@
 """Rotary position embedding of the first part of every head."""
 
+from typing import Annotated, Any
+
 import keras
 from keras import ops
+
+from .ops.tensor_types import Tensor
+from .shapes import Shape
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -23,15 +28,33 @@ class PartialRotaryEmbedding(keras.layers.Layer):
         x: `(B, T, H, D)`.
         positions: `(B, T)` or `(1, T)` integers.
 
+    Returns:
+        `(B, T, H, D)` in the dtype of x.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import PartialRotaryEmbedding
+
+        x = np.ones((1, 3, 2, 8), "float32")
+        y = np.array(PartialRotaryEmbedding(partial_rotary_factor=0.5)(x, np.arange(3)[None]))
+        assert y.shape == x.shape
+        assert (y[..., 4:] == x[..., 4:]).all()
+        ```
+
     Reference: RoFormer, arXiv 2104.09864.
     """
 
-    def __init__(self, rope_theta=10000.0, partial_rotary_factor=1.0, **kwargs):
+    def __init__(
+        self, rope_theta: float = 10000.0, partial_rotary_factor: float = 1.0, **kwargs: Any
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
         self.rope_theta = rope_theta
         self.partial_rotary_factor = partial_rotary_factor
 
-    def call(self, x, positions):
+    def call(
+        self, x: Annotated[Tensor, "B T H D"], positions: Annotated[Tensor, "B T"]
+    ) -> Annotated[Tensor, "B T H D"]:
         rotated = rotary_dim(x.shape[-1], self.partial_rotary_factor)
         half = rotated // 2
         exponents = ops.arange(0, rotated, 2, dtype="float32") / rotated
@@ -43,10 +66,10 @@ class PartialRotaryEmbedding(keras.layers.Layer):
         turned = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
         return ops.concatenate([ops.cast(turned, x.dtype), x[..., rotated:]], axis=-1)
 
-    def compute_output_shape(self, input_shape, positions_shape=None):
-        return input_shape
+    def compute_output_shape(self, x_shape: Shape, positions_shape: Shape | None = None) -> Shape:
+        return x_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "rope_theta": self.rope_theta,
@@ -54,7 +77,7 @@ class PartialRotaryEmbedding(keras.layers.Layer):
         }
 
 
-def rotary_dim(head_dim, partial_rotary_factor):
+def rotary_dim(head_dim: int, partial_rotary_factor: float) -> int:
     """Number of rotated dims of a head, which must be even."""
     rotated = int(head_dim * partial_rotary_factor)
     if rotated % 2 or not 0 < rotated <= head_dim:

@@ -1,11 +1,15 @@
-"""The experts of a mixture, run on the tokens routed to them and on nothing else."""
+"""The routed experts of an MoE layer, run on the tokens routed to them and on nothing else."""
+
+from typing import Annotated, Any
 
 import keras
 from keras import ops
 
 from .initializers import Normal
 from .ops import expert_mlp
-from .swiglu import GATED_ACTIVATIONS, gated_activation
+from .ops.tensor_types import Tensor
+from .shapes import Shape
+from .swiglu import gate_activation
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -29,42 +33,68 @@ class RoutedExperts(keras.layers.Layer):
         weights: `(N, K)`; 0 where there is no expert.
 
     Returns:
-        `(y (N, D), load (E,) int32)`, the load being the number of tokens of every expert.
+        `(y (N, D), tokens_per_expert (E,) int32)`.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import RoutedExperts
+
+        layer = RoutedExperts(num_experts=3, moe_intermediate_size=4)
+        experts, weights = np.array([[0], [2]]), np.ones((2, 1), "float32")
+        y, tokens_per_expert = layer(np.ones((2, 8), "float32"), experts, weights)
+        assert y.shape == (2, 8)
+        assert [int(count) for count in tokens_per_expert] == [1, 0, 1]
+        ```
     """
 
     def __init__(
         self,
-        num_experts,
-        moe_intermediate_size,
-        ffn_type="swiglu",
-        initializer_range=0.02,
-        **kwargs,
-    ):
+        num_experts: int,
+        moe_intermediate_size: int,
+        ffn_type: str = "swiglu",
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(autocast=False, **kwargs)
         self.num_experts = num_experts
         self.moe_intermediate_size = moe_intermediate_size
         self.ffn_type = ffn_type
         self.initializer_range = initializer_range
-        gated_activation(ffn_type)  # raises where it is unknown
+        self.activation = gate_activation(ffn_type)
 
-    def build(self, input_shape, experts_shape=None, weights_shape=None):
-        experts, width, inner = self.num_experts, input_shape[-1], self.moe_intermediate_size
+    def build(
+        self,
+        x_shape: Shape,
+        experts_shape: Shape | None = None,
+        weights_shape: Shape | None = None,
+    ) -> None:
+        experts, width, inner = self.num_experts, x_shape[-1], self.moe_intermediate_size
         self.gate_up = self._stack("gate_up", (experts, width, 2 * inner))
         self.down = self._stack("down", (experts, inner, width))
 
-    def _stack(self, name, shape):
+    def _stack(self, name: str, shape: Shape) -> keras.Variable:
         return self.add_weight(name=name, shape=shape, initializer=Normal(self.initializer_range))
 
-    def call(self, x, experts, weights):
+    def call(
+        self,
+        x: Annotated[Tensor, "N D"],
+        experts: Annotated[Tensor, "N K"],
+        weights: Annotated[Tensor, "N K"],
+    ) -> tuple[Annotated[Tensor, "N D"], Annotated[Tensor, "E"]]:
         x = ops.cast(x, self.compute_dtype)
         gate_up, down = ops.convert_to_tensor(self.gate_up), ops.convert_to_tensor(self.down)
-        activation = GATED_ACTIVATIONS[self.ffn_type]
-        return expert_mlp(x, gate_up, down, experts, weights, activation=activation)
+        return expert_mlp(x, gate_up, down, experts, weights, activation=self.activation)
 
-    def compute_output_shape(self, input_shape, experts_shape=None, weights_shape=None):
-        return input_shape, (self.num_experts,)
+    def compute_output_shape(
+        self,
+        x_shape: Shape,
+        experts_shape: Shape | None = None,
+        weights_shape: Shape | None = None,
+    ) -> tuple[Shape, Shape]:
+        return x_shape, (self.num_experts,)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "num_experts": self.num_experts,

@@ -1,26 +1,24 @@
 """Gated feed-forward network."""
 
+from typing import Annotated, Any
+
 import keras
 
-from .initializers import Normal
+from .ops.activations import ACTIVATIONS
+from .ops.tensor_types import Tensor
+from .projection import dense
+from .shapes import Shape
 
 GATED_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
 
 
-def gated_activation(ffn_type):
-    """The Keras activation on the gate branch of the feed-forward network called `ffn_type`."""
+def gate_activation(ffn_type: str) -> str:
+    """The name in `ACTIVATIONS` of the gate's activation; `ValueError` for an unknown type."""
     if ffn_type not in GATED_ACTIVATIONS:
         raise ValueError(
             f"`ffn_type` must be one of {sorted(GATED_ACTIVATIONS)}. Received: {ffn_type=}"
         )
-    if ffn_type == "geglu":
-        return exact_gelu
-    return keras.activations.get(GATED_ACTIVATIONS[ffn_type])
-
-
-def exact_gelu(x):
-    """GELU by the error function, as the published `hidden_act: "gelu"` means it."""
-    return keras.ops.gelu(x, approximate=False)
+    return GATED_ACTIVATIONS[ffn_type]
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -32,41 +30,55 @@ class SwiGLU(keras.layers.Layer):
         ffn_type: `"swiglu"` (act is SiLU) or `"geglu"` (exact GELU).
         initializer_range: Standard deviation of the normal initial weights.
 
+    Call arguments:
+        x: `(..., D)`.
+
+    Returns:
+        `(..., D)`.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import SwiGLU
+
+        y = SwiGLU(intermediate_size=16)(np.ones((1, 3, 8), "float32"))
+        assert y.shape == (1, 3, 8)
+        ```
+
     Reference: GLU Variants Improve Transformer, arXiv 2002.05202.
     """
 
-    def __init__(self, intermediate_size, ffn_type="swiglu", initializer_range=0.02, **kwargs):
+    def __init__(
+        self,
+        intermediate_size: int,
+        ffn_type: str = "swiglu",
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.intermediate_size = intermediate_size
         self.ffn_type = ffn_type
         self.initializer_range = initializer_range
-        self.activation = gated_activation(ffn_type)
+        self.activation = gate_activation(ffn_type)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         width, inner = input_shape[-1], self.intermediate_size
-        self.gate_proj = self._dense(inner, "gate_proj")
-        self.up_proj = self._dense(inner, "up_proj")
-        self.down_proj = self._dense(width, "down_proj")
+        std, policy = self.initializer_range, self.dtype_policy
+        self.gate_proj = dense(inner, std, "gate_proj", policy)
+        self.up_proj = dense(inner, std, "up_proj", policy)
+        self.down_proj = dense(width, std, "down_proj", policy)
         self.gate_proj.build((None, width))
         self.up_proj.build((None, width))
         self.down_proj.build((None, inner))
 
-    def call(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def call(self, x: Annotated[Tensor, "... D"]) -> Annotated[Tensor, "... D"]:
+        gate = ACTIVATIONS[self.activation].function(self.gate_proj(x))
+        return self.down_proj(gate * self.up_proj(x))
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def _dense(self, units, name):
-        return keras.layers.Dense(
-            units,
-            use_bias=False,
-            kernel_initializer=Normal(self.initializer_range),
-            name=name,
-            dtype=self.dtype_policy,
-        )
-
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "intermediate_size": self.intermediate_size,

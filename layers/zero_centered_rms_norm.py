@@ -1,7 +1,12 @@
 """Zero-centred RMSNorm."""
 
+from typing import Annotated, Any
+
 import keras
 from keras import ops
+
+from .ops.tensor_types import Tensor
+from .shapes import Shape
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -16,24 +21,39 @@ class ZeroCenteredRMSNorm(keras.layers.Layer):
     Args:
         epsilon: Added to the mean square. Defaults to `1e-6`.
 
+    Call arguments:
+        x: `(..., D)`.
+
+    Returns:
+        `(..., D)` in the dtype of x.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import ZeroCenteredRMSNorm
+
+        y = ZeroCenteredRMSNorm()(np.full((1, 3, 8), 5.0, "float32"))
+        assert np.allclose(y, 1.0)
+        ```
+
     Reference: Qwen3-Next (2025), "zero-centered and weight-decayed layernorm".
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
+    def __init__(self, epsilon: float = 1e-6, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.epsilon = epsilon
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.weight = self.add_weight(
             name="weight", shape=(input_shape[-1],), initializer="zeros", autocast=False
         )
 
-    def call(self, x):
+    def call(self, x: Annotated[Tensor, "... D"]) -> Annotated[Tensor, "... D"]:
         scale = 1.0 + ops.cast(self.weight, "float32")
         return ops.rms_normalization(x, scale, axis=-1, epsilon=self.epsilon)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "epsilon": self.epsilon}

@@ -1,4 +1,4 @@
-"""Trains a small hybrid mixture-of-experts model on the source of Python's standard library.
+"""Trains a small hybrid MoE model on the source of Python's standard library.
 
 Every machine with Python has the corpus. A byte-pair tokenizer and the model learn from most of
 its files, the rest measure the result against unigram and bigram baselines; then the model writes
@@ -54,7 +54,7 @@ def encode(tokenizer, texts):
 
 
 def baselines(train, held_out):
-    """Held-out loss in nats a token of a unigram and a bigram model."""
+    """Held-out loss in nats per token of a unigram and a bigram model."""
     ids = train["token_ids"].reshape(-1)
     unigram = np.bincount(ids, minlength=VOCAB_SIZE) + 1.0
     unigram /= unigram.sum()

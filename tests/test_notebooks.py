@@ -1,13 +1,12 @@
 """The notebooks run as they are, only smaller."""
 
-from pathlib import Path
-
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.running import BACKEND
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-SMALL = {"TRUNK_STEPS": "2", "MODULE_STEPS": "2", "NEW_TOKENS": "6", "FILES": "6"}
+NOTEBOOKS = ROOT / "notebooks"
+SMALL = {"BACKBONE_STEPS": "2", "MODULE_STEPS": "2", "NEW_TOKENS": "6", "FILES": "6"}
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="a long way, once is enough")

@@ -5,13 +5,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.running import BACKEND
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="once is enough")
 
 USE = """

@@ -1,13 +1,13 @@
 """The README's Python, as written, from top to bottom."""
 
 import re
-from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.running import BACKEND
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="a long way through, once is enough")

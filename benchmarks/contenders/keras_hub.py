@@ -4,8 +4,8 @@ import importlib
 
 import keras
 
-from contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
-from contenders.keras_work import forward, gradient
+from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
+from benchmarks.contenders.keras_work import forward, gradient
 
 
 def build(config):
@@ -79,7 +79,7 @@ def delta_rule(length, heads, dim):
     work = forward(_rule, [], *inputs)
 
     def error():
-        import oracles
+        from tests.support import oracles
 
         return relative_error(work.run(), oracles.gated_delta_rule(*inputs)[0])
 

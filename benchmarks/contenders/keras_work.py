@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from contenders import Work
+from benchmarks.contenders import Work
 
 BACKEND = keras.backend.backend()
 

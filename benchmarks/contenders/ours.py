@@ -4,15 +4,15 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import oracles
 from keras import ops
 
-from contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
-from contenders.keras_work import forward, gradient
-from contenders.keras_work import train as train_work
+from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
+from benchmarks.contenders.keras_work import forward, gradient
+from benchmarks.contenders.keras_work import train as train_work
 from qwen3_next import Qwen3Next, Qwen3NextConfig
 from qwen3_next.layers import SparseMoE
 from qwen3_next.layers.ops import gated_delta_rule, linear_cross_entropy
+from tests.support import oracles
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -40,8 +40,9 @@ def decode(config, batch, length, new):
 
 def speculate(lookahead, new):
     """The trained model of `make demo`, plain for no drafts, batch 1, one prompt after another."""
-    from standard_library_demo import read_corpus
     from tokenizers import Tokenizer
+
+    from notebooks.standard_library_demo import read_corpus
 
     if not (DEMO / "model_mtp.keras").exists():
         raise FileNotFoundError(f"{DEMO}/model_mtp.keras is not there: run `make demo` first")

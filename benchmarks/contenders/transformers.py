@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
+from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
 
 
 def build(config):
@@ -73,7 +73,7 @@ def delta_rule(length, heads, dim):
     work = _forward(_rule, inputs)
 
     def error():
-        import oracles
+        from tests.support import oracles
 
         return relative_error(work.run(), oracles.gated_delta_rule(*inputs)[0])
 

@@ -1,4 +1,19 @@
-"""The maths of the hot paths: pure functions on tensors, the same on every backend."""
+"""The maths of the hot paths: pure functions on tensors, the same on every backend.
+
+    attention                       causal grouped-query attention without a (T, S) matrix
+    causal_conv1d                   short depthwise convolution over the real tokens of a row
+    cross_entropy                   loss of every row from its logits
+    linear_cross_entropy            the same from hidden states, never with the logits of all rows
+    expert_mlp                      routed experts: every token through the experts it was sent to
+    gated_delta_rule                linear attention with a decaying state and the delta rule
+    gated_delta_rule_with_replay    the same for a few tokens of which only some may stay
+    replay                          the state after those that stay
+    grouped_matmul                  every row times the matrix of its group
+
+One folder per op: `api.py` has the public functions, checks and the choice of implementation, the
+other modules the maths. Beside them stand what several ops share (`activations`, `checks`,
+`padding`, `rows`, `sequence`, `tensor_types`) and `backend/`, what differs between backends.
+"""
 
 from .attention import attention
 from .causal_conv1d import causal_conv1d

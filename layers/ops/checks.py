@@ -1,7 +1,11 @@
 """Checks of shapes, as far as they are known before the values are."""
 
+from collections.abc import Sequence
 
-def require_shape(name, x, expected):
+from .tensor_types import Tensor
+
+
+def require_shape(name: str, x: Tensor | None, expected: Sequence[int | None]) -> None:
     """Raises `ValueError` unless the known dims of `x` are `expected`; `None` there means any."""
     if x is None:
         return

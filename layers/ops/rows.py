@@ -2,16 +2,26 @@
 
 Autodiff turns a gather into a scatter-add, which XLA runs one element at a time on the CPU. Where
 the inverse of the index is known, the gradient is a gather and a small sum.
+
+    take_rows         rows by an index that takes every row K times
+    permute_tokens    the tokens of every row of a batch in another order
 """
 
 import functools
+from collections.abc import Callable
+from typing import Annotated
 
 from keras import ops
 
 from .backend.autodiff import custom_gradient
+from .tensor_types import Tensor
 
 
-def take_rows(rows, index, inverse):
+def take_rows(
+    rows: Annotated[Tensor, "N ..."],
+    index: Annotated[Tensor, "N*K"],
+    inverse: Annotated[Tensor, "N K"],
+) -> Annotated[Tensor, "N*K ..."]:
     """`rows[index]`, where every row is taken exactly K times.
 
     Args:
@@ -25,8 +35,12 @@ def take_rows(rows, index, inverse):
     return _differentiable()(rows, index, inverse)
 
 
-def permute_tokens(x, order, inverse):
-    """`y[b, s] = x[b, order[b, s]]` for `x (B, T, ...)` and permutations `(B, T)` of 0..T-1."""
+def permute_tokens(
+    x: Annotated[Tensor, "B T ..."],
+    order: Annotated[Tensor, "B T"],
+    inverse: Annotated[Tensor, "B T"],
+) -> Annotated[Tensor, "B T ..."]:
+    """`y[b, s] = x[b, order[b, s]]` for permutations of 0..T-1 that are inverse to each other."""
     batch, length = ops.shape(order)
     offsets = ops.expand_dims(ops.arange(batch, dtype="int32") * length, -1)
     rows = ops.reshape(x, (-1, *x.shape[2:]))
@@ -36,11 +50,11 @@ def permute_tokens(x, order, inverse):
 
 
 @functools.cache
-def _differentiable():
+def _differentiable() -> Callable[..., Tensor]:
     def forward(rows, index, inverse):
         return ops.take(rows, index, axis=0), inverse
 
-    def backward(inverse, cotangent):
-        return ops.sum(ops.take(cotangent, inverse, axis=0), axis=1), None, None
+    def backward(inverse, d_taken):
+        return ops.sum(ops.take(d_taken, inverse, axis=0), axis=1), None, None
 
     return custom_gradient(forward, backward)

@@ -1,17 +1,27 @@
 """Where the real tokens of a padded row are, and where its packed segments begin.
 
 Padding may stand anywhere in a row: on the left, on the right, on both sides or between tokens.
+
+    valid_lengths        number of real tokens in each row
+    token_ranks          rank of every token among the real ones
+    compaction           the permutation that moves the real tokens to the front
+    segment_index        the packed segments of a row, numbered
+    segment_positions    position of every token in its segment
 """
+
+from typing import Annotated
 
 from keras import ops
 
+from .tensor_types import Tensor
 
-def valid_lengths(padding_mask):
+
+def valid_lengths(padding_mask: Annotated[Tensor, "B T"]) -> Annotated[Tensor, "B"]:
     """Number of real tokens in each row. `(B, T)` bool -> `(B,)` int32."""
     return ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
 
 
-def token_ranks(padding_mask):
+def token_ranks(padding_mask: Annotated[Tensor, "B T"]) -> Annotated[Tensor, "B T"]:
     """0-based rank of every token among the real tokens of its row, counted up to and including it.
 
     A padded token has the rank of the last real one before it (-1 where there is none).
@@ -19,21 +29,25 @@ def token_ranks(padding_mask):
     return ops.cumsum(ops.cast(padding_mask, "int32"), axis=-1) - 1
 
 
-def compaction(padding_mask):
+def compaction(
+    padding_mask: Annotated[Tensor, "B T"],
+) -> tuple[Annotated[Tensor, "B T"], Annotated[Tensor, "B T"]]:
     """The permutation that moves the real tokens of every row to its front, in order.
 
     Returns:
-        `(order, destination)`, both `(B, T)` int32 and inverse to each other:
-        `compact[b, s] = x[b, order[b, s]]` and `x[b, t] = compact[b, destination[b, t]]`.
+        `(sort_indices, inverse_sort)`, both `(B, T)` int32 and inverse to each other:
+        `compact[b, s] = x[b, sort_indices[b, s]]` and `x[b, t] = compact[b, inverse_sort[b, t]]`.
     """
     mask = ops.cast(padding_mask, "int32")
     padded_ranks = ops.cumsum(1 - mask, axis=-1) - 1
     real = ops.sum(mask, axis=-1, keepdims=True)
-    destination = ops.where(padding_mask, token_ranks(padding_mask), real + padded_ranks)
-    return ops.cast(ops.argsort(destination, axis=-1), "int32"), destination
+    inverse_sort = ops.where(padding_mask, token_ranks(padding_mask), real + padded_ranks)
+    return ops.cast(ops.argsort(inverse_sort, axis=-1), "int32"), inverse_sort
 
 
-def segment_index(segment_ids, padding_mask=None):
+def segment_index(
+    segment_ids: Annotated[Tensor, "B T"], padding_mask: Annotated[Tensor, "B T"] | None = None
+) -> Annotated[Tensor, "B T"]:
     """Numbers the runs of equal segment ids in a row 0, 1, 2, ...; padding belongs to no run.
 
     Two real tokens with no other real token between them share a run when their ids are equal.
@@ -49,8 +63,8 @@ def segment_index(segment_ids, padding_mask=None):
     """
     ids = ops.cast(segment_ids, "int32")
     if padding_mask is not None:
-        order, _ = compaction(padding_mask)
-        ids = ops.take_along_axis(ids, order, axis=-1)
+        sort_indices, _ = compaction(padding_mask)
+        ids = ops.take_along_axis(ids, sort_indices, axis=-1)
     changed = ops.cast(ids[:, 1:] != ids[:, :-1], "int32")
     index = ops.cumsum(ops.pad(changed, [[0, 0], [1, 0]]), axis=-1)
     if padding_mask is not None:
@@ -58,11 +72,13 @@ def segment_index(segment_ids, padding_mask=None):
     return index
 
 
-def segment_positions(index, padding_mask=None):
+def segment_positions(
+    index: Annotated[Tensor, "B T"] | None, padding_mask: Annotated[Tensor, "B T"] | None = None
+) -> Annotated[Tensor, "B T"]:
     """0-based position of every token in its segment, counting real tokens only.
 
     Args:
-        index: `(B, T)` int32 from `segment_index`, or `None` for one segment a row.
+        index: `(B, T)` int32 from `segment_index`, or `None` for one segment per row.
         padding_mask: `(B, T)` bool or `None`.
 
     Returns:

@@ -6,8 +6,10 @@ counterpart, translating it is an error.
 """
 
 import dataclasses
+from typing import Any
 
-from qwen3_next.config.model_config import FULL, LINEAR, Qwen3NextConfig
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.model_config import FULL, LINEAR
 
 # Fields with the same meaning on both sides, and what transformers takes for absent keys. Only the
 # number of layers has another name there.
@@ -91,7 +93,7 @@ _CLASSES = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next"
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
 
-def config_from_hugging_face(fields):
+def config_from_hugging_face(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a `Qwen3NextConfig` from those of a `config.json`.
 
     Both spellings of the rotary settings (`rope_theta` and `partial_rotary_factor`, or
@@ -133,7 +135,7 @@ def config_from_hugging_face(fields):
     return result
 
 
-def config_to_hugging_face(config):
+def config_to_hugging_face(config: Qwen3NextConfig) -> dict[str, Any]:
     """The `config.json` of a model, for old and new versions of transformers alike.
 
     `dropout`, which only training uses, has no counterpart and is left out.

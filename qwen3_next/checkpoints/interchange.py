@@ -1,68 +1,64 @@
 """Moves weights between models and published checkpoints, tensor by tensor, with a full account.
 
-Which tensors make up a variable stands in `weights.weight_table`. A checkpoint is compared with it
+Which tensors make up a variable stands in `models.weight_table`. A checkpoint is compared with it
 by its headers alone, so that one that does not fit is refused before a variable changes; then one
 variable at a time is read, laid out and assigned. Peak memory is the model and one variable.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
+from qwen3_next.checkpoints.coverage import CoverageReport, listed
 from qwen3_next.checkpoints.hugging_face_config import config_to_hugging_face
-from qwen3_next.checkpoints.safetensors_files import Checkpoint, TensorSpec, staged, write
-from qwen3_next.models.weight_table import SAME, Layout, weight_table
+from qwen3_next.checkpoints.safetensors_files import (
+    COUNTER_DTYPES,
+    DTYPES,
+    Checkpoint,
+    TensorSpec,
+    staged,
+    write,
+)
+from qwen3_next.models.weight_layouts import SAME, Layout
+from qwen3_next.models.weight_table import Weight, unneeded_tensors, weight_table
 
-MOST_NAMES = 10
-HEAD = "score/kernel"
-UNUSED_HEAD = "vocabulary head, not used by a classifier"
-TIED_HEAD = "vocabulary head, tied to the embedding"
-
-
-@dataclass(frozen=True)
-class CoverageReport:
-    """What became of the tensors of a checkpoint and the variables of a model.
-
-    Args:
-        copied: Paths of variables that are a tensor as it stands.
-        transformed: Paths of variables that are tensors laid out anew.
-        initialised: Paths of variables that the checkpoint has nothing for, which keep their
-            values.
-        unused: For every tensor that was not needed, the reason.
-    """
-
-    copied: tuple
-    transformed: tuple
-    initialised: tuple
-    unused: dict
-
-    def __str__(self):
-        lines = [f"{len(self.copied)} copied, {len(self.transformed)} transformed"]
-        for name in ("initialised", "unused"):
-            names = getattr(self, name)
-            lines.append(f"{len(names)} {name}" + (f": {_listed(names)}" if names else ""))
-        reasons = sorted(set(self.unused.values()))
-        return ", ".join(lines) + (f" ({'; '.join(reasons)})" if reasons else "")
+TIED = "tied to another weight, which has the same values"
 
 
 class Source(NamedTuple):
-    """Where a variable comes from: tensors of one shape and the layout they are put in."""
+    """Where a variable comes from.
 
-    variable: object
-    names: tuple
-    shape: tuple
+    Attributes:
+        variable: The variable.
+        names: The tensors it is made of.
+        shape: Shape of each of them.
+        layout: How they make it up.
+        optional: Whether a checkpoint may lack them.
+        tied: Tensors that may be there as well, with the values of the first of `names`.
+    """
+
+    variable: Any
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
     layout: Layout
+    optional: bool = False
+    tied: tuple[str, ...] = ()
 
-    def found(self, checkpoint):
+    def is_in(self, checkpoint: Checkpoint) -> bool:
         """Whether a checkpoint has any of the tensors."""
         return any(name in checkpoint for name in self.names)
 
 
-def load_hugging_face(model, directory, progress=True):
+def table_of(model: Any) -> list[Weight]:
+    """The weight table of a model."""
+    return weight_table(model.config, _num_labels(model))
+
+
+def load_hugging_face(model: Any, directory: str | Path, progress: bool = True) -> CoverageReport:
     """Loads a published checkpoint into a model that has its configuration.
 
     Args:
@@ -80,21 +76,29 @@ def load_hugging_face(model, directory, progress=True):
     variables = _variables(model)
     with Checkpoint(directory) as checkpoint:
         sources = []
-        for row in _table(model):
+        for row in table_of(model):
             names, shape, layout = row.tensors, row.tensor_shape, row.layout
-            if row.fused is not None and row.fused[0] in checkpoint:
-                names, shape, layout = (row.fused[0],), *row.fused[1:]
-            sources.append(Source(variables.pop(row.path), names, shape, layout))
-        return load_sources(checkpoint, sources, tuple(variables), progress)
+            if row.fused is not None and row.fused.tensor in checkpoint:
+                names, shape, layout = (row.fused.tensor,), row.fused.shape, row.fused.layout
+            variable = variables.pop(row.path)
+            sources.append(Source(variable, names, shape, layout, row.optional, row.tied))
+        return load_sources(model, checkpoint, sources, tuple(variables), progress)
 
 
-def load_sources(checkpoint, sources, others=(), progress=True):
+def load_sources(
+    model: Any,
+    checkpoint: Checkpoint,
+    sources: list[Source],
+    others: tuple[str, ...] = (),
+    progress: bool = True,
+) -> CoverageReport:
     """Assigns every variable from its tensors.
 
     Args:
+        model: The model of the variables.
         checkpoint: An open `Checkpoint`.
-        sources: A list of `Source`, all of which the checkpoint must have, but for a
-            classifier's head.
+        sources: A list of `Source`, all of which the checkpoint must have, the optional ones
+            excepted.
         others: Paths of variables that no checkpoint of this kind has.
         progress: Whether to show a progress bar.
 
@@ -104,13 +108,11 @@ def load_sources(checkpoint, sources, others=(), progress=True):
     Raises:
         ValueError: tensors that are missing, unexpected or misshapen, before anything is loaded.
     """
-    is_classifier = any(source.variable.path == HEAD for source in sources)
-    new = [s.variable.path for s in sources if s.variable.path == HEAD and not s.found(checkpoint)]
-    sources = [source for source in sources if source.variable.path not in new]
-    used = {name for source in sources for name in source.names}
-    reasons = {name: _reason(name, is_classifier) for name in checkpoint.names if name not in used}
-    _check(checkpoint, sources, [name for name, reason in reasons.items() if reason is None])
-    _check_tied_head(checkpoint, sources, reasons)
+    absent = [source for source in sources if source.optional and not source.is_in(checkpoint)]
+    sources = [source for source in sources if source not in absent]
+    unused, unexpected = _left_over(model, checkpoint, sources)
+    _check(checkpoint, sources, unexpected)
+    _check_tied(checkpoint, sources)
     bar = keras.utils.Progbar(len(sources), unit_name="weight") if progress else None
     for source in sources:
         dtype = np.dtype(source.variable.dtype)
@@ -120,13 +122,18 @@ def load_sources(checkpoint, sources, others=(), progress=True):
     return CoverageReport(
         copied=tuple(s.variable.path for s in sources if s.layout is SAME),
         transformed=tuple(s.variable.path for s in sources if s.layout is not SAME),
-        initialised=(*new, *others),
-        unused=reasons,
+        initialised=(*(source.variable.path for source in absent), *others),
+        unused=unused,
     )
 
 
-def export_hugging_face(model, directory, dtype=None, max_shard_size="5GB"):
-    """Writes `config.json` and the weights as transformers reads them, one tensor an expert.
+def export_hugging_face(
+    model: Any,
+    directory: str | Path,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+) -> None:
+    """Writes `config.json` and the weights as transformers reads them, one tensor per expert.
 
     Files of that name in `directory` are replaced once everything is written.
 
@@ -140,18 +147,19 @@ def export_hugging_face(model, directory, dtype=None, max_shard_size="5GB"):
         ValueError: a configuration or variables that the published format cannot hold.
     """
     fields = config_to_hugging_face(model.config)
-    rows, variables = _table(model), _variables(model)
+    rows, variables = table_of(model), _variables(model)
     extra = sorted(set(variables) - {row.path for row in rows})
     if extra:
-        raise ValueError(f"The published format has no place for the variables {_listed(extra)}")
+        raise ValueError(f"The published format has no place for the variables {listed(extra)}")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(
             f"`dtype` must be None, 'float32', 'bfloat16' or 'float16'. Received: {dtype=}"
         )
     dtypes = {row.path: np.dtype(dtype or variables[row.path].dtype) for row in rows}
     fields["torch_dtype"] = dtypes[rows[0].path].name
-    if getattr(model, "num_labels", None) is not None:
-        fields |= _classifier_fields(fields, model.num_labels)
+    num_labels = _num_labels(model)
+    if num_labels is not None:
+        fields |= _classifier_fields(fields, num_labels)
     specs = [
         TensorSpec(name, row.tensor_shape, dtypes[row.path]) for row in rows for name in row.tensors
     ]
@@ -168,12 +176,12 @@ def export_hugging_face(model, directory, dtype=None, max_shard_size="5GB"):
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _table(model):
-    return weight_table(model.config, getattr(model, "num_labels", None))
+def _num_labels(model):
+    return getattr(model, "num_labels", None)
 
 
 def _variables(model):
-    """All weights by path, but for counters, which no checkpoint has."""
+    """All weights by path, but for counters, which no published checkpoint has."""
     return {v.path: v for v in model.weights if "int" not in v.dtype}
 
 
@@ -200,16 +208,24 @@ class _Tensors(Sequence):
         return self.checkpoint.read(self.names[index]).astype(self.dtype, copy=False)
 
 
-def _reason(name, is_classifier):
-    """Why a tensor that nothing asks for may be left over; `None` if there is no good reason."""
-    name = name.replace("/", ".")
-    if name.startswith("mtp."):
-        return "multi-token prediction head, used with `mtp=MTPConfig()`"
-    if name.endswith(".rotary_emb.inv_freq"):
-        return "rotary frequencies, computed"
-    if name in ("lm_head.weight", "lm_head.kernel"):
-        return UNUSED_HEAD if is_classifier else TIED_HEAD
-    return None
+def _left_over(model, checkpoint, sources):
+    """Tensors that no source asks for: with a good reason, by name, and without one, a list."""
+    used = {name for source in sources for name in source.names}
+    tied = {name for source in sources for name in source.tied}
+    kinds = unneeded_tensors(_num_labels(model))
+    unused, unexpected = {}, []
+    for name in checkpoint.names:
+        if name in used:
+            continue
+        dotted = name.replace("/", ".")
+        reasons = [kind.reason for kind in kinds if kind.matches(dotted)]
+        if name in tied:
+            reasons = [TIED]
+        if reasons:
+            unused[name] = reasons[0]
+        else:
+            unexpected.append(name)
+    return unused, unexpected
 
 
 def _check(checkpoint, sources, unexpected):
@@ -223,9 +239,10 @@ def _check(checkpoint, sources, unexpected):
                     f"{name} {checkpoint.shape(name)} instead of {tuple(source.shape)}"
                 )
             else:
-                checkpoint.dtype(name)
+                is_counter = "int" in source.variable.dtype
+                checkpoint.dtype(name, COUNTER_DTYPES if is_counter else DTYPES)
     found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in found.items() if names]
+    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items() if names]
     if problems:
         raise ValueError(
             f"The checkpoint in {checkpoint.directory} does not fit the model. Tensors that are "
@@ -233,19 +250,13 @@ def _check(checkpoint, sources, unexpected):
         )
 
 
-def _listed(names):
-    names = list(names)
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
-
-
-def _check_tied_head(checkpoint, sources, reasons):
-    for head, reason in reasons.items():
-        if reason != TIED_HEAD:
-            continue
-        embedding = sources[0].names[0]
-        if not np.array_equal(checkpoint.read(head), checkpoint.read(embedding)):
-            raise ValueError(
-                f"With `tie_word_embeddings` {head} must equal {embedding}, but they differ. "
-                f"Received: the checkpoint in {checkpoint.directory}"
-            )
+def _check_tied(checkpoint, sources):
+    for source in sources:
+        for name in source.tied:
+            if name not in checkpoint:
+                continue
+            if not np.array_equal(checkpoint.read(name), checkpoint.read(source.names[0])):
+                raise ValueError(
+                    f"With `tie_word_embeddings` {name} must equal {source.names[0]}, but they "
+                    f"differ. Received: the checkpoint in {checkpoint.directory}"
+                )

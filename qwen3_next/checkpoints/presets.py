@@ -7,43 +7,43 @@ the variables; it also holds what no published model type can express.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
-from qwen3_next.checkpoints.interchange import HEAD, Source, load_hugging_face, load_sources
+from qwen3_next.checkpoints.interchange import Source, load_hugging_face, load_sources, table_of
 from qwen3_next.checkpoints.safetensors_files import Checkpoint, TensorSpec, staged, write
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
-from qwen3_next.models.weight_table import SAME
+from qwen3_next.models.weight_layouts import SAME
 
 HUB = "hf://"
 
 
-def from_preset(cls, preset, *, dtype=None, progress=True, **options):
+def from_preset(
+    cls: Any, preset: str | Path, *, dtype: Any = None, progress: bool = True, **options: Any
+) -> Any:
     """Builds a model of class `cls` from a preset; see `Task.from_preset`."""
     directory = _directory(preset)
     saved = _read_config(directory)
+    own = "registered_name" in saved
     with weights_to_be_loaded():
-        own = "registered_name" in saved
         model = (_from_own if own else _from_published)(cls, saved, dtype, options)
     if own:
         with Checkpoint(directory) as checkpoint:
-            report = load_sources(checkpoint, _own_sources(model), progress=progress)
+            report = load_sources(model, checkpoint, _own_sources(model), progress=progress)
     else:
         report = load_hugging_face(model, directory, progress)
-    for variable in model.weights:
-        if variable.path == HEAD and HEAD in report.initialised:
-            draw = Normal(model.config.initializer_range)
-            variable.assign(draw(variable.shape, variable.dtype))
+    _draw_initialised(model, report)
     model.coverage_report = report
     if progress:
         print(f"{type(model).__name__} from {preset}: {report}")
     return model
 
 
-def save_to_preset(model, directory, max_shard_size="5GB"):
+def save_to_preset(model: Any, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
     """Writes a model to a directory in our own layout; see `Task.save_to_preset`."""
     saved = {
         "registered_name": keras.saving.get_registered_name(type(model)),
@@ -121,4 +121,17 @@ def _from_own(cls, saved, dtype, options):
 
 
 def _own_sources(model):
-    return [Source(v, (v.path,), tuple(v.shape), SAME) for v in model.weights]
+    optional = {row.path for row in table_of(model) if row.optional}
+    return [
+        Source(v, (v.path,), tuple(v.shape), SAME, optional=v.path in optional)
+        for v in model.weights
+    ]
+
+
+def _draw_initialised(model, report):
+    """Initial values for weights that the checkpoint did not have: they were made as zeros."""
+    optional = {row.path for row in table_of(model) if row.optional}
+    for variable in model.weights:
+        if variable.path in optional and variable.path in report.initialised:
+            draw = Normal(model.config.initializer_range)
+            variable.assign(draw(variable.shape, variable.dtype))

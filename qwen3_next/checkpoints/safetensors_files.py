@@ -16,8 +16,9 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,18 +30,25 @@ DTYPES = {
     "F16": np.dtype("float16"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+COUNTER_DTYPES = {"I32": np.dtype("int32"), "I64": np.dtype("int64")}
+CODES = {dtype: code for code, dtype in (DTYPES | COUNTER_DTYPES).items()}
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that is to be written; `dtype` is a NumPy dtype of a floating-point type."""
+    """A tensor that is to be written.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        dtype: NumPy dtype, one of `DTYPES` or `COUNTER_DTYPES`.
+    """
 
     name: str
-    shape: tuple
+    shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
@@ -57,48 +65,48 @@ class Checkpoint:
             does not agree with its shards. Raised at once, before a tensor is read.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        self._entries = {}
-        self._open = {}
+        self._entries: dict[str, _Entry] = {}
+        self._open: dict[Path, BinaryIO] = {}
         for path, indexed in _shards(self.directory).items():
             entries = _read_header(path)
             _check_index(path, indexed, entries)
             self._entries.update(entries)
 
-    def __enter__(self):
+    def __enter__(self) -> "Checkpoint":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         for file in self._open.values():
             file.close()
         self._open.clear()
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return name in self._entries
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """Names of all tensors."""
         return list(self._entries)
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         return self._entries[name].shape
 
-    def dtype(self, name):
-        """NumPy dtype of a tensor; `ValueError` where it is not one of `DTYPES`."""
+    def dtype(self, name: str, known: dict[str, np.dtype] = DTYPES) -> np.dtype:
+        """NumPy dtype of a tensor; `ValueError` where it is not one of the known ones."""
         entry = self._entries[name]
-        if entry.code not in DTYPES:
+        if entry.code not in known:
             raise ValueError(
-                f"Tensor {name!r} of {entry.path} must be one of {list(DTYPES)}. "
+                f"Tensor {name!r} of {entry.path} must be one of {list(known)}. "
                 f"Received: dtype={entry.code}"
             )
-        return DTYPES[entry.code]
+        return known[entry.code]
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         """The values of one tensor as a NumPy array of its own dtype."""
-        dtype, entry = self.dtype(name), self._entries[name]
+        dtype, entry = self.dtype(name, DTYPES | COUNTER_DTYPES), self._entries[name]
         if entry.path not in self._open:
             self._open[entry.path] = entry.path.open("rb")
         file = self._open[entry.path]
@@ -110,11 +118,19 @@ class Checkpoint:
 
 
 class _Entry(NamedTuple):
-    """Where a tensor is: bytes `begin` to `end`, counted from the start of the file."""
+    """Where a tensor is.
+
+    Attributes:
+        path: The file.
+        code: Its dtype as the format spells it.
+        shape: Its shape.
+        begin: Its first byte, counted from the start of the file.
+        end: The byte behind its last.
+    """
 
     path: Path
     code: str
-    shape: tuple
+    shape: tuple[int, ...]
     begin: int
     end: int
 
@@ -192,7 +208,7 @@ def _check_data(path, start, size, entries):
             raise ValueError(
                 f"{path} is truncated: tensor {name!r} ends at byte {entry.end} of {size}."
             )
-        known = DTYPES.get(entry.code)
+        known = (DTYPES | COUNTER_DTYPES).get(entry.code)
         length = entry.end - entry.begin
         if entry.begin != position or (
             known is not None and length != TensorSpec(name, entry.shape, known).nbytes
@@ -207,7 +223,7 @@ def _check_data(path, start, size, entries):
 
 
 @contextlib.contextmanager
-def staged(directory):
+def staged(directory: str | Path) -> Iterator[Path]:
     """A new folder to write to, whose files replace those in `directory` at the end.
 
     Weight files of an earlier checkpoint go away with it, other files stay. After an error
@@ -239,7 +255,12 @@ def _replace_files(folder, directory):
         os.replace(folder / name, directory / name)
 
 
-def write(directory, specs, arrays, max_shard_size="5GB"):
+def write(
+    directory: str | Path,
+    specs: list[TensorSpec],
+    arrays: Iterable[np.ndarray],
+    max_shard_size: str | int = "5GB",
+) -> None:
     """Writes tensors to `model.safetensors`, or to shards and an index if one file is too small.
 
     Args:
@@ -268,7 +289,7 @@ def write(directory, specs, arrays, max_shard_size="5GB"):
     (Path(directory) / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def parse_size(size):
+def parse_size(size: str | int) -> int:
     """Bytes of a size such as `"5GB"`, `"500MB"` or a plain number."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", str(size).strip().upper())
@@ -278,7 +299,8 @@ def parse_size(size):
 
 
 def _split(specs, limit):
-    shards, filled = [[]], 0
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
     for spec in specs:
         if shards[-1] and filled + spec.nbytes > limit:
             shards.append([])

@@ -1,20 +1,38 @@
 """The configuration of a model: one frozen dataclass, every field live and checked."""
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from qwen3_next import variants
 from qwen3_next.config.mtp_config import MTPConfig
-from qwen3_next.layers.norms import NORMALIZATIONS
-from qwen3_next.layers.partial_rotary_embedding import rotary_dim
-from qwen3_next.layers.swiglu import GATED_ACTIVATIONS
+from qwen3_next.config.validation import (
+    BOOLEAN,
+    Config,
+    Rule,
+    integer,
+    number,
+    one_of,
+    optional_integer,
+    require,
+)
 
 LINEAR, FULL = "linear_attention", "full_attention"
 ATTENTION_TYPES = ("gated_attention", "group_query_attention")
+# The layers know what these names mean; a test holds both lists together.
+NORMALIZATION_TYPES = ("rms_norm", "zero_centered_rms_norm")
+FFN_TYPES = ("geglu", "swiglu")
+
+POSITIVE = number("above 0", lambda value: value > 0)
+NOT_NEGATIVE = number("at least 0", lambda value: value >= 0)
+DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def _is_tuple_of(rule, value):
+    return isinstance(value, tuple) and all(rule.fits(item) for item in value)
 
 
 @dataclass(frozen=True)
-class Qwen3NextConfig:
+class Qwen3NextConfig(Config):
     """Dimensions and choices of a model. The defaults are the published Qwen3-Next-80B-A3B.
 
     Args:
@@ -37,14 +55,14 @@ class Qwen3NextConfig:
         linear_num_key_heads, linear_num_value_heads: Heads of a Gated DeltaNet layer.
         linear_key_head_dim, linear_value_head_dim: Widths of its heads.
         linear_conv_kernel_dim: Taps of its convolution.
-        num_experts: Experts of a mixture layer, 0 for dense layers everywhere.
-        num_experts_per_tok: Experts a token.
+        num_experts: Experts of an MoE layer, 0 for dense layers everywhere.
+        num_experts_per_tok: Experts per token.
         moe_intermediate_size: Width of an expert.
         shared_expert_intermediate_size: Width of the shared expert, 0 for none.
         norm_topk_prob: Whether the weights of the chosen experts are divided by their sum.
         router_aux_loss_coef: Weight of the load-balancing loss in training.
-        mlp_only_layers: Layers that are dense although the others are mixtures.
-        decoder_sparse_step: Layer i is a mixture when `(i + 1)` is a multiple of this.
+        mlp_only_layers: Layers that are dense although the others are MoE layers.
+        decoder_sparse_step: Layer i is an MoE layer when `(i + 1)` is a multiple of this.
         dropout: Dropout rate on the residual branches.
         attention_dropout: Dropout rate on the attention weights.
         normalization_type: `"zero_centered_rms_norm"` or `"rms_norm"`.
@@ -55,6 +73,15 @@ class Qwen3NextConfig:
 
     Raises:
         ValueError: a value out of range, alone or together with another, or an unknown name.
+
+    Example:
+
+    ```python
+    from qwen3_next import Qwen3NextConfig
+
+    config = Qwen3NextConfig.from_variant("tiny", num_experts=8)
+    assert config.replace(num_layers=8).layer_types.count("full_attention") == 2
+    ```
     """
 
     vocab_size: int = 151936
@@ -92,56 +119,80 @@ class Qwen3NextConfig:
     ffn_type: str = "swiglu"
     mtp: MTPConfig | None = None
 
-    def __post_init__(self):
+    RULES: ClassVar[dict[str, Rule]] = {
+        "vocab_size": integer(1),
+        "hidden_size": integer(1),
+        "num_layers": integer(1),
+        "num_attention_heads": integer(1),
+        "num_key_value_heads": integer(1),
+        "head_dim": integer(1),
+        "intermediate_size": integer(1),
+        "max_position_embeddings": integer(1),
+        "rope_theta": POSITIVE,
+        "partial_rotary_factor": number("in (0, 1]", lambda value: 0 < value <= 1),
+        "rms_norm_eps": POSITIVE,
+        "initializer_range": POSITIVE,
+        "tie_word_embeddings": BOOLEAN,
+        "full_attention_interval": optional_integer(1),
+        "layer_types": Rule(
+            f"None or a list of {LINEAR!r} and {FULL!r}",
+            lambda value: value is None or _is_tuple_of(one_of((LINEAR, FULL)), value),
+        ),
+        "linear_num_key_heads": integer(1),
+        "linear_num_value_heads": integer(1),
+        "linear_key_head_dim": integer(1),
+        "linear_value_head_dim": integer(1),
+        "linear_conv_kernel_dim": integer(1),
+        "num_experts": integer(0),
+        "num_experts_per_tok": integer(1),
+        "moe_intermediate_size": integer(1),
+        "shared_expert_intermediate_size": integer(0),
+        "norm_topk_prob": BOOLEAN,
+        "router_aux_loss_coef": NOT_NEGATIVE,
+        "mlp_only_layers": Rule(
+            "a list of layer numbers", lambda value: _is_tuple_of(integer(0), value)
+        ),
+        "decoder_sparse_step": integer(1),
+        "dropout": DROPOUT_RATE,
+        "attention_dropout": DROPOUT_RATE,
+        "normalization_type": one_of(NORMALIZATION_TYPES),
+        "attention_type": one_of(ATTENTION_TYPES),
+        "ffn_type": one_of(FFN_TYPES),
+        "mtp": Rule(
+            "None, an MTPConfig or a dict of its fields",
+            lambda value: value is None or isinstance(value, MTPConfig),
+        ),
+    }
+
+    def __post_init__(self) -> None:
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            for name in ("hidden_size", "num_attention_heads"):
+                require(self.RULES[name], name, getattr(self, name))
+            self._set("head_dim", self.hidden_size // self.num_attention_heads)
         for name in ("layer_types", "mlp_only_layers"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), list):  # as JSON has it
+                self._set(name, tuple(getattr(self, name)))
         if isinstance(self.mtp, dict):
-            object.__setattr__(self, "mtp", MTPConfig.from_dict(self.mtp))
-        self._check_ranges()
+            self._set("mtp", MTPConfig.from_dict(self.mtp))
+        self.check_fields()
         self._check_together()
-        if self.layer_types is None:
-            interval = self.full_attention_interval or 4
-            object.__setattr__(self, "full_attention_interval", interval)
-            object.__setattr__(self, "layer_types", self._every(interval))
-        elif self.full_attention_interval is None:
-            # So that equal models have equal configurations, however they were spelled.
-            fitting = (
-                n for n in range(1, self.num_layers + 1) if self._every(n) == self.layer_types
-            )
-            object.__setattr__(self, "full_attention_interval", next(fitting, None))
+        self._complete_layer_types()
 
     @classmethod
-    def from_variant(cls, name, **overrides):
+    def from_variant(cls, name: str, **overrides: Any) -> Self:
         """The configuration called `name` in `variants/`, with some fields replaced."""
         return cls.from_dict({**variants.load(name), **overrides})
 
-    @classmethod
-    def from_dict(cls, fields):
-        """Builds a configuration; an unknown key raises `ValueError` that lists the known ones."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"Unknown configuration fields: {unknown}. Known fields: {known}")
-        return cls(**fields)
-
-    def to_dict(self):
-        """The fields as JSON-able values."""
-        fields = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-
-    def replace(self, **changes):
-        """A copy with some fields changed."""
-        fields = self.to_dict()
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; layer types follow the number of layers."""
+        followers = {}
         if {"num_layers", "full_attention_interval"} & set(changes):
-            fields["layer_types"] = None
+            followers["layer_types"] = None
         if "layer_types" in changes:
-            fields["full_attention_interval"] = None
-        return self.from_dict({**fields, **changes})
+            followers["full_attention_interval"] = None
+        return super().replace(**{**followers, **changes})
 
-    def is_moe(self, layer):
+    def is_moe(self, layer: int) -> bool:
         """Whether a layer's feed-forward network is a mixture of experts."""
         return (
             self.num_experts > 0
@@ -150,46 +201,9 @@ class Qwen3NextConfig:
         )
 
     @property
-    def moe_layers(self):
-        """Indices of the mixture layers."""
-        return [i for i in range(self.num_layers) if self.is_moe(i)]
-
-    def _check_ranges(self):
-        at_least_one = (
-            "vocab_size hidden_size num_layers num_attention_heads num_key_value_heads head_dim "
-            "intermediate_size max_position_embeddings linear_num_key_heads "
-            "linear_num_value_heads linear_key_head_dim linear_value_head_dim "
-            "linear_conv_kernel_dim num_experts_per_tok moe_intermediate_size decoder_sparse_step"
-        )
-        for name in at_least_one.split():
-            self._require(name, "an integer of at least 1", _is_int(getattr(self, name), 1))
-        for name in ("num_experts", "shared_expert_intermediate_size"):
-            self._require(name, "an integer of at least 0", _is_int(getattr(self, name), 0))
-        interval = self.full_attention_interval
-        self._require(
-            "full_attention_interval",
-            "None or an integer of at least 1",
-            interval is None or _is_int(interval, 1),
-        )
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            self._require(name, "above 0", _is_number(getattr(self, name), 0.0, open_low=True))
-        self._require("partial_rotary_factor", "in (0, 1]", 0 < self.partial_rotary_factor <= 1)
-        self._require(
-            "router_aux_loss_coef", "at least 0", _is_number(self.router_aux_loss_coef, 0.0)
-        )
-        for name in ("dropout", "attention_dropout"):
-            value = getattr(self, name)
-            self._require(name, "in [0, 1)", _is_number(value, 0.0) and value < 1)
-        fine = self.mtp is None or isinstance(self.mtp, MTPConfig)
-        self._require("mtp", "None, an MTPConfig or a dict of its fields", fine)
-        for name in ("tie_word_embeddings", "norm_topk_prob"):
-            self._require(name, "a bool", isinstance(getattr(self, name), bool))
-        for name, known in (
-            ("normalization_type", sorted(NORMALIZATIONS)),
-            ("attention_type", ATTENTION_TYPES),
-            ("ffn_type", sorted(GATED_ACTIVATIONS)),
-        ):
-            self._require(name, f"one of {list(known)}", getattr(self, name) in known)
+    def moe_layers(self) -> list[int]:
+        """Indices of the MoE layers."""
+        return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
 
     def _check_together(self):
         for name, divisor in (
@@ -201,47 +215,52 @@ class Qwen3NextConfig:
                     f"`{name}` must be a multiple of `{divisor}`. Received: "
                     f"{name}={getattr(self, name)}, {divisor}={getattr(self, divisor)}"
                 )
-        rotary_dim(self.head_dim, self.partial_rotary_factor)
+        rotated = int(self.head_dim * self.partial_rotary_factor)
+        if rotated % 2 or rotated == 0:
+            raise ValueError(
+                "`head_dim * partial_rotary_factor` must be even and at least 2. Received: "
+                f"head_dim={self.head_dim}, partial_rotary_factor={self.partial_rotary_factor}"
+            )
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 "`num_experts_per_tok` must be at most `num_experts`. Received: "
                 f"num_experts_per_tok={self.num_experts_per_tok}, num_experts={self.num_experts}"
             )
-        outside = [i for i in self.mlp_only_layers if not 0 <= i < self.num_layers]
-        if outside:
+        if any(layer >= self.num_layers for layer in self.mlp_only_layers):
             raise ValueError(
                 f"`mlp_only_layers` must be layers below `num_layers`={self.num_layers}. "
                 f"Received: mlp_only_layers={self.mlp_only_layers}"
             )
-        kinds = self.layer_types
-        if kinds is None:
-            return
-        if len(kinds) != self.num_layers or set(kinds) - {LINEAR, FULL}:
+        if self.layer_types is not None:
+            self._check_layer_types()
+
+    def _check_layer_types(self):
+        kinds, interval = self.layer_types, self.full_attention_interval
+        if len(kinds) != self.num_layers:
             raise ValueError(
                 f"`layer_types` must name {LINEAR!r} or {FULL!r} for each of "
-                f"`num_layers`={self.num_layers} layers. Received: layer_types={kinds}"
+                f"`num_layers`={self.num_layers} layers. Received: layer_types={kinds!r}"
             )
-        interval = self.full_attention_interval
-        if interval is not None and kinds != self._every(interval):
+        if interval is not None and kinds != self._full_every(interval):
             raise ValueError(
                 "`layer_types` and `full_attention_interval` disagree; give one of them. "
                 f"Received: layer_types={kinds}, full_attention_interval={interval}"
             )
 
-    def _every(self, interval):
+    def _complete_layer_types(self):
+        """Fills in the field that was not given: equal models have equal configurations."""
+        if self.layer_types is None:
+            interval = self.full_attention_interval or 4
+            self._set("full_attention_interval", interval)
+            self._set("layer_types", self._full_every(interval))
+        elif self.full_attention_interval is None:
+            intervals = range(1, self.num_layers + 1)
+            fitting = (n for n in intervals if self._full_every(n) == self.layer_types)
+            self._set("full_attention_interval", next(fitting, None))
+
+    def _full_every(self, interval):
         layers = range(1, self.num_layers + 1)
         return tuple(LINEAR if layer % interval else FULL for layer in layers)
 
-    def _require(self, name, what, condition):
-        if not condition:
-            raise ValueError(f"`{name}` must be {what}. Received: {name}={getattr(self, name)!r}")
-
-
-def _is_int(value, low):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _is_number(value, low, open_low=False):
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value > low if open_low else value >= low
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)

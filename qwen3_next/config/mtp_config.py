@@ -1,14 +1,16 @@
-"""The configuration of multi-token prediction."""
+"""The configuration of multi-token prediction (MTP)."""
 
-import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
+
+from qwen3_next.config.validation import BOOLEAN, Config, Rule, integer, number, one_of
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head")
 HIDDEN_STATES = ("after_norm", "before_norm")
 
 
 @dataclass(frozen=True)
-class MTPConfig:
+class MTPConfig(Config):
     """How many tokens ahead a model learns to predict, and with what.
 
     Args:
@@ -30,6 +32,15 @@ class MTPConfig:
 
     Raises:
         ValueError: a value out of range, or an unknown name.
+
+    Example:
+
+    ```python
+    from qwen3_next import MTPConfig
+
+    config = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
+    assert config.step_weights == [2 / 3, 1 / 3]
+    ```
     """
 
     num_predict_tokens: int = 4
@@ -42,22 +53,20 @@ class MTPConfig:
     sequential_forward: bool = True
     warmup_steps: int = 0
 
-    def __post_init__(self):
-        def integer(value, low):
-            return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    RULES: ClassVar[dict[str, Rule]] = {
+        "num_predict_tokens": integer(1),
+        "mtp_head_type": one_of(HEAD_TYPES),
+        "share_weights_across_steps": BOOLEAN,
+        "loss_weight_decay": number("in (0, 1]", lambda value: 0 < value <= 1),
+        "mtp_loss_weight": number("at least 0", lambda value: value >= 0),
+        "speculation_lookahead": integer(1),
+        "hidden_state": one_of(HIDDEN_STATES),
+        "sequential_forward": BOOLEAN,
+        "warmup_steps": integer(0),
+    }
 
-        def number(value):
-            return isinstance(value, int | float) and not isinstance(value, bool)
-
-        self._require("num_predict_tokens", "an integer of at least 1", lambda v: integer(v, 1))
-        self._require("speculation_lookahead", "an integer of at least 1", lambda v: integer(v, 1))
-        self._require("warmup_steps", "an integer of at least 0", lambda v: integer(v, 0))
-        self._require("loss_weight_decay", "in (0, 1]", lambda v: number(v) and 0 < v <= 1)
-        self._require("mtp_loss_weight", "at least 0", lambda v: number(v) and v >= 0)
-        for name, known in (("mtp_head_type", HEAD_TYPES), ("hidden_state", HIDDEN_STATES)):
-            self._require(name, f"one of {list(known)}", lambda v, known=known: v in known)
-        for name in ("share_weights_across_steps", "sequential_forward"):
-            self._require(name, "a bool", lambda v: isinstance(v, bool))
+    def __post_init__(self) -> None:
+        self.check_fields()
         if self.speculation_lookahead > self.num_predict_tokens:
             raise ValueError(
                 "`speculation_lookahead` must be at most `num_predict_tokens`, the steps the head "
@@ -65,27 +74,13 @@ class MTPConfig:
                 f"num_predict_tokens={self.num_predict_tokens}"
             )
 
-    @classmethod
-    def from_dict(cls, fields):
-        """Builds a configuration; an unknown key raises `ValueError` that lists the known ones."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
-        if unknown:
-            raise ValueError(f"Unknown fields of `mtp`: {unknown}. Known fields: {known}")
-        return cls(**fields)
-
     @property
-    def step_weights(self):
+    def step_weights(self) -> list[float]:
         """The weights `a_1 .. a_K` of the steps, which add up to 1."""
         powers = [self.loss_weight_decay**k for k in range(self.num_predict_tokens)]
         return [power / sum(powers) for power in powers]
 
     @property
-    def modules(self):
-        """Number of modules: one, or one a step."""
+    def num_modules(self) -> int:
+        """Number of modules: one, or one per step."""
         return 1 if self.share_weights_across_steps else self.num_predict_tokens
-
-    def _require(self, name, what, fine):
-        value = getattr(self, name)
-        if not fine(value):
-            raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")

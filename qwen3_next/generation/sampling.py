@@ -1,35 +1,58 @@
 """Choosing the next token from logits."""
 
+import enum
 import random
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
 from qwen3_next.layers.ops.backend.seeds import DrawnSeed
+from qwen3_next.layers.ops.tensor_types import Tensor
 
-GREEDY, PLAIN, FILTERED = "greedy", "plain", "filtered"
+
+class Mode(enum.Enum):
+    """What is compiled into a program: the likeliest token, all tokens, or those filters leave."""
+
+    GREEDY = enum.auto()
+    PLAIN = enum.auto()
+    FILTERED = enum.auto()
+
+
+GREEDY, PLAIN, FILTERED = Mode
 
 
 class Sampling(NamedTuple):
     """How to sample, as tensors: changing a value compiles nothing anew.
 
-    `temperature`, `top_p`, `min_p` float32 scalars, `top_k` an int32 scalar (0 for all), `seed` a
-    uint32 scalar, `stop_token_ids` `(S,)` int32 filled up with -1.
+    Attributes:
+        temperature: `()` float32.
+        top_k: `()` int32, 0 for all.
+        top_p: `()` float32.
+        min_p: `()` float32.
+        seed: `()` uint32.
+        stop_token_ids: `(S,)` int32, filled up with -1.
     """
 
-    temperature: object
-    top_k: object
-    top_p: object
-    min_p: object
-    seed: object
-    stop_token_ids: object
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    stop_token_ids: Tensor
 
 
 def make_sampling(
-    vocab_size, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop_token_ids=()
-):
+    vocab_size: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop_token_ids: Iterable[int] = (),
+) -> tuple[Mode, Sampling]:
     """Checks the arguments of `generate` and returns `(mode, Sampling)`."""
     checks = (
         ("temperature", temperature, temperature >= 0, "at least 0"),
@@ -63,20 +86,24 @@ def make_sampling(
     return mode, Sampling(*(ops.convert_to_tensor(value) for value in values))
 
 
-def sample(logits, sampling, step, mode):
+def sample(
+    logits: Annotated[Tensor, "B V"], sampling: Sampling, step: Tensor | int, mode: Mode
+) -> Annotated[Tensor, "B"]:
     """Next tokens `(B,)` int32 from logits `(B, V)`.
 
     The noise of a row depends on the seed, the step and the row's number alone.
     """
     logits = ops.cast(logits, "float32")
-    if mode == GREEDY:
+    if mode is GREEDY:
         return ops.cast(ops.argmax(logits, axis=-1), "int32")
     logits = warp(logits, sampling, mode)
     seed = ops.stack([sampling.seed, ops.cast(step, "uint32")])
     return ops.cast(keras.random.categorical(logits, 1, seed=DrawnSeed(seed))[:, 0], "int32")
 
 
-def warp(logits, sampling, mode):
+def warp(
+    logits: Annotated[Tensor, "N V"], sampling: Sampling, mode: Mode
+) -> Annotated[Tensor, "N V"]:
     """Logits of the distribution that is sampled from, `-inf` at what the filters remove.
 
     Temperature first; then the `top_k` most likely tokens; then the smallest set of them whose
@@ -84,7 +111,7 @@ def warp(logits, sampling, mode):
     Tokens tied with the last one kept are kept.
     """
     logits = ops.cast(logits, "float32") / sampling.temperature
-    if mode != FILTERED:
+    if mode is not FILTERED:
         return logits
     ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)  # (B, V), likeliest first
     rank = ops.arange(logits.shape[-1], dtype="int32")
@@ -98,6 +125,6 @@ def warp(logits, sampling, mode):
     return ops.where(logits >= threshold, logits, -float("inf"))
 
 
-def is_stop(token_ids, sampling):
+def is_stop(token_ids: Tensor, sampling: Sampling) -> Tensor:
     """`(...)` bool: which token ids end a row."""
     return ops.any(token_ids[..., None] == sampling.stop_token_ids, axis=-1)

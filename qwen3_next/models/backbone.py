@@ -5,22 +5,16 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from qwen3_next.layers import (
-    DecoderLayer,
-    GatedAttention,
-    GatedDeltaNet,
-    SparseMoE,
-    SwiGLU,
-    load_balancing_loss,
-)
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.layers import Routing, load_balancing_loss
 from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.norms import make_norm
 from qwen3_next.layers.ops.sequence import valid_lengths
+from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.assembly import make_decoder_layer
 from qwen3_next.models.cache import Cache, CacheUpdate
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import unpack
-
-Tensor = Any
 
 
 class BackboneOutput(NamedTuple):
@@ -58,18 +52,42 @@ class Qwen3NextBackbone(ConfiguredModel):
     Call arguments:
         inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and optionally `"padding_mask"`
             (true at real tokens, anywhere in the row) and `"segment_ids"` (packed sequences).
-        cache: `Cache` to continue from, or `None`. A cache holds one sequence a row.
+        cache: `Cache` to continue from, or `None`. A cache holds one sequence per row.
         full_output: Whether to return a `BackboneOutput` without a cache, too.
-        replayable: Whether the pass may be taken back. The cache that is returned is then one for
-            `commit`. Real tokens must stand at the front of a row.
+        replayable: Whether to return a `CacheUpdate` for `commit` instead of the new cache, so
+            that any number of the tokens may be kept. Real tokens must stand at the front of a
+            row then.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
         Hidden states `(B, T, D)`; with a cache or `full_output` a `BackboneOutput`.
+
+    Raises:
+        ValueError: inputs of the wrong kind, too many tokens, segments together with a cache, or
+            a replayable pass without one.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from qwen3_next import Qwen3NextBackbone
+
+    backbone = Qwen3NextBackbone.from_variant("tiny", vocab_size=64, hidden_size=32, num_layers=4)
+    token_ids = np.array([[1, 2, 3]])
+    output = backbone(token_ids, cache=backbone.init_cache(batch_size=1, max_length=8))
+    assert output.hidden.shape == (1, 3, 32)
+    assert len(output.cache.layers) == 4
+    ```
     """
 
     def __init__(
-        self, config=None, *, gradient_checkpointing=False, name=None, dtype=None, **fields
+        self,
+        config: Qwen3NextConfig | None = None,
+        *,
+        gradient_checkpointing: bool = False,
+        name: str | None = None,
+        dtype: Any = None,
+        **fields: Any,
     ):
         super().__init__(config, name=name, dtype=dtype, **fields)
         self.refuse_mtp()
@@ -87,7 +105,7 @@ class Qwen3NextBackbone(ConfiguredModel):
                 config,
                 config.layer_types[i],
                 config.is_moe(i),
-                gradient_checkpointing,
+                gradient_checkpointing=gradient_checkpointing,
                 name=f"layers_{i}",
                 dtype=policy,
             )
@@ -105,7 +123,7 @@ class Qwen3NextBackbone(ConfiguredModel):
             layer.build(shape)
         self.built = True
 
-    def init_cache(self, batch_size, max_length):
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for sequences of up to `max_length` tokens."""
         if not 1 <= max_length <= self.config.max_position_embeddings:
             raise ValueError(
@@ -116,27 +134,15 @@ class Qwen3NextBackbone(ConfiguredModel):
         return Cache(ops.zeros((batch_size,), "int32"), tuple(layers))
 
     def call(self, inputs, cache=None, full_output=False, replayable=False, training=None):
-        token_ids, padding_mask, segment_ids = unpack(inputs)
-        length = token_ids.shape[1]
-        if length is not None and length > self.config.max_position_embeddings:
-            raise ValueError(
-                "Sequences must have at most `max_position_embeddings`="
-                f"{self.config.max_position_embeddings} tokens. Received: {length} tokens"
-            )
-        if cache is not None and segment_ids is not None:
-            raise ValueError(
-                "A cache holds one sequence a row: `segment_ids` must be None with a cache. "
-                f"Received: segment_ids={segment_ids}"
-            )
-        if replayable and cache is None:
-            raise ValueError("A replayable pass continues a cache. Received: cache=None")
-        hidden = self.embed_tokens(token_ids)
+        inputs = unpack(inputs)
+        self._check(inputs, cache, replayable)
+        hidden = self.embed_tokens(inputs.token_ids)
         layers, routings = [], []
         for index, layer in enumerate(self.decoder_layers):
             hidden, layer_cache, routing = layer(
                 hidden,
-                padding_mask=padding_mask,
-                segment_ids=segment_ids,
+                padding_mask=inputs.padding_mask,
+                segment_ids=inputs.segment_ids,
                 cache=None if cache is None else cache.layers[index][0],
                 lengths=None if cache is None else cache.lengths,
                 replayable=replayable,
@@ -152,9 +158,25 @@ class Qwen3NextBackbone(ConfiguredModel):
         if replayable:
             cache, update = None, CacheUpdate(tuple(layers))
         elif cache is not None:
-            new = length if padding_mask is None else valid_lengths(padding_mask)
-            cache = Cache(cache.lengths + new, tuple(layers))
+            cache = Cache(cache.lengths + _new_lengths(inputs), tuple(layers))
         return BackboneOutput(hidden, before_norm, cache, update, *_balance(routings))
+
+    def _check(self, inputs, cache, replayable):
+        length, longest = inputs.token_ids.shape[1], self.config.max_position_embeddings
+        if length is not None and length > longest:
+            raise ValueError(
+                f"Sequences must have at most `max_position_embeddings`={longest} tokens. "
+                f"Received: {length} tokens"
+            )
+        if cache is not None and inputs.segment_ids is not None:
+            raise ValueError(
+                "A cache holds one sequence per row: `segment_ids` must be None with a cache. "
+                f"Received: segment_ids={inputs.segment_ids}"
+            )
+        if replayable and cache is None:
+            raise ValueError(
+                "A replayable pass continues a cache. Received: replayable=True, cache=None"
+            )
 
     def commit(self, cache: Cache, update: CacheUpdate, counts: Tensor) -> Cache:
         """The cache after the first tokens of a replayable pass.
@@ -171,83 +193,24 @@ class Qwen3NextBackbone(ConfiguredModel):
         committed = tuple((layer.commit(old, new, counts),) for layer, (old,), (new,) in layers)
         return Cache(cache.lengths + counts, committed)
 
-    def output_shape_of(self, batch, length):
+    def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         return (batch, length, self.config.hidden_size)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "gradient_checkpointing": self.gradient_checkpointing}
 
 
-def _balance(routings):
+def _new_lengths(inputs):
+    """Real tokens of every row, `(B,)` int32, or their number for all rows."""
+    if inputs.padding_mask is None:
+        return ops.shape(inputs.token_ids)[1]
+    return valid_lengths(inputs.padding_mask)
+
+
+def _balance(routings: list[Routing]) -> tuple:
+    """Load-balancing loss and relative expert load of the MoE layers, `None` without any."""
     if not routings:
         return None, None
-    loads = ops.stack([routing.load for routing in routings])
+    loads = ops.stack([routing.tokens_per_expert for routing in routings])
     even = ops.maximum(ops.mean(loads, axis=-1, keepdims=True), 1e-9)
     return load_balancing_loss(routings), loads / even
-
-
-def make_decoder_layer(
-    config, layer_type, is_moe, gradient_checkpointing=False, name=None, dtype=None
-):
-    """A `DecoderLayer` of the given kind with the dimensions of a configuration."""
-    return DecoderLayer(
-        _mixer(config, layer_type, dtype),
-        _mlp(config, is_moe, dtype),
-        normalization_type=config.normalization_type,
-        rms_norm_eps=config.rms_norm_eps,
-        dropout=config.dropout,
-        gradient_checkpointing=gradient_checkpointing,
-        name=name,
-        dtype=dtype,
-    )
-
-
-def _mixer(config, layer_type, policy):
-    if layer_type == "linear_attention":
-        return GatedDeltaNet(
-            config.linear_num_key_heads,
-            config.linear_num_value_heads,
-            config.linear_key_head_dim,
-            config.linear_value_head_dim,
-            linear_conv_kernel_dim=config.linear_conv_kernel_dim,
-            rms_norm_eps=config.rms_norm_eps,
-            initializer_range=config.initializer_range,
-            name="linear_attn",
-            dtype=policy,
-        )
-    return GatedAttention(
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        output_gate=config.attention_type == "gated_attention",
-        partial_rotary_factor=config.partial_rotary_factor,
-        rope_theta=config.rope_theta,
-        normalization_type=config.normalization_type,
-        rms_norm_eps=config.rms_norm_eps,
-        attention_dropout=config.attention_dropout,
-        initializer_range=config.initializer_range,
-        name="self_attn",
-        dtype=policy,
-    )
-
-
-def _mlp(config, is_moe, policy):
-    if not is_moe:
-        return SwiGLU(
-            config.intermediate_size,
-            config.ffn_type,
-            config.initializer_range,
-            name="mlp",
-            dtype=policy,
-        )
-    return SparseMoE(
-        config.num_experts,
-        config.num_experts_per_tok,
-        config.moe_intermediate_size,
-        config.shared_expert_intermediate_size,
-        norm_topk_prob=config.norm_topk_prob,
-        ffn_type=config.ffn_type,
-        initializer_range=config.initializer_range,
-        name="mlp",
-        dtype=policy,
-    )

@@ -1,13 +1,12 @@
 """What a model keeps of the tokens it has read, so that the next ones need not read them again."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from keras import ops
 
 from qwen3_next.layers import AttentionCache
 from qwen3_next.layers.ops.sequence import valid_lengths
-
-Tensor = Any
+from qwen3_next.layers.ops.tensor_types import Tensor
 
 
 class Cache(NamedTuple):

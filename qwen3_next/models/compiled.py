@@ -1,9 +1,13 @@
 """Compiled functions of a model, outside of `fit`."""
 
+from collections.abc import Callable
+
 import keras
 
 
-def compile_with_weights(model, function, donate=()):
+def compile_with_weights(
+    model: keras.Model, function: Callable, donate: tuple[int, ...] = ()
+) -> Callable:
     """Compiles `function(*args)`, which may call `model`, for the active backend.
 
     The weights go in as arguments, so that training does not make the compiled code stale. Args

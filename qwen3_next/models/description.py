@@ -1,6 +1,7 @@
 """What a model weighs, from its configuration alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.models.weight_table import PARTS, weight_table
@@ -12,22 +13,34 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class Description:
     """Sizes of a model; `print` it for a table.
 
-    `total` and `active` count parameters, the latter those that one token meets: all but the
-    experts it is not routed to. `parts` maps each part to `(total, active)`. `weight_bytes` maps a
-    dtype policy to the bytes of the weights under it. `cache_bytes_per_row` is the fixed size of
-    the DeltaNet caches of a sequence and `cache_bytes_per_token` what every token adds in the
-    attention caches, both by dtype policy.
+    Attributes:
+        name: The variant's name, or `"model"`.
+        total: Number of parameters.
+        active: Parameters that one token meets: all but the experts it is not routed to.
+        parts: Maps each part of the model to `(total, active)`.
+        weight_bytes: Maps a dtype policy to the bytes of the weights under it.
+        cache_bytes_per_row: Maps a dtype policy to the fixed size of a sequence's DeltaNet caches.
+        cache_bytes_per_token: Maps a dtype policy to what every token adds in the attention caches.
+
+    Example:
+
+    ```python
+    from qwen3_next import describe
+
+    sizes = describe("80b_a3b")
+    assert sizes.total == 79_674_391_296
+    ```
     """
 
     name: str
     total: int
     active: int
-    parts: dict
-    weight_bytes: dict
-    cache_bytes_per_row: dict
-    cache_bytes_per_token: dict
+    parts: dict[str, tuple[int, int]]
+    weight_bytes: dict[str, int]
+    cache_bytes_per_row: dict[str, int]
+    cache_bytes_per_token: dict[str, int]
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{self.name}", "", f"{'part':<16}{'parameters':>18}{'active':>18}"]
         for part, (total, active) in self.parts.items():
             lines.append(f"{part:<16}{total:>18,}{active:>18,}")
@@ -41,7 +54,7 @@ class Description:
         return "\n".join(lines)
 
 
-def describe(variant, **overrides):
+def describe(variant: str | Qwen3NextConfig, **overrides: Any) -> Description:
     """Counts the parameters and bytes of a model without allocating a weight.
 
     Args:
@@ -53,6 +66,14 @@ def describe(variant, **overrides):
 
     Raises:
         ValueError: an unknown variant or field, or a value out of range.
+
+    Example:
+
+    ```python
+    from qwen3_next import describe
+
+    assert describe("tiny", num_experts=8).total > describe("tiny").total
+    ```
     """
     if isinstance(variant, Qwen3NextConfig):
         name, config = "model", variant.replace(**overrides)
@@ -67,7 +88,7 @@ def describe(variant, **overrides):
             active = total // max(config.num_experts, 1) * config.num_experts_per_tok
         if total:
             parts[part] = (total, active)
-    islands = sum(weight.size for weight in table if weight.float32)
+    islands = sum(weight.size for weight in table if weight.dtype == "float32")
     total = sum(weight.size for weight in table)
     conv, recurrent, cached = _cache_sizes(config)
     return Description(
@@ -82,7 +103,7 @@ def describe(variant, **overrides):
 
 
 def _cache_sizes(config):
-    """Elements of the conv tails and recurrent states of a row, and of keys and values a token."""
+    """Elements of conv tails and recurrent states per row, and of keys and values per token."""
     linear = config.layer_types.count("linear_attention")
     full = config.num_layers - linear
     keys = config.linear_num_key_heads * config.linear_key_head_dim

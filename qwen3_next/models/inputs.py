@@ -1,27 +1,41 @@
 """What a model accepts: token ids, alone or with a padding mask and segment ids."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
+from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.sequence import token_ranks
+from qwen3_next.layers.ops.tensor_types import Tensor
 
-IGNORE = -100
 KEYS = ("token_ids", "padding_mask", "segment_ids")
 
 
 class Inputs(NamedTuple):
-    """`token_ids` `(B, T)` int32; `padding_mask` bool and `segment_ids` int32, or `None`."""
+    """A batch of token ids.
 
-    token_ids: object
-    padding_mask: object
-    segment_ids: object
+    Attributes:
+        token_ids: `(B, T)` int32.
+        padding_mask: `(B, T)` bool, true at real tokens, or `None`.
+        segment_ids: `(B, T)` int32, or `None`.
+    """
+
+    token_ids: Tensor
+    padding_mask: Tensor | None = None
+    segment_ids: Tensor | None = None
+
+    def given(self) -> dict[str, Tensor]:
+        """The fields that are not `None`, as a model takes them."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-def unpack(inputs):
+def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
     """Turns a tensor `(B, T)` or a dict with `KEYS` into `Inputs`, checking shapes and dtypes."""
+    if isinstance(inputs, Inputs):
+        return inputs
     fields = inputs if isinstance(inputs, dict) else {"token_ids": inputs}
     unknown = sorted(set(fields) - set(KEYS))
     if unknown or "token_ids" not in fields:
@@ -40,7 +54,7 @@ def unpack(inputs):
             f"`token_ids` must be integers. Received: token_ids.dtype={token_ids.dtype}"
         )
     if token_ids.shape[1] == 0:
-        raise ValueError("`token_ids` must hold at least one token a row. Received: 0 tokens")
+        raise ValueError("`token_ids` must hold at least one token per row. Received: 0 tokens")
     others = []
     for key in KEYS[1:]:
         value = fields.get(key)
@@ -56,7 +70,7 @@ def unpack(inputs):
     return Inputs(ops.cast(token_ids, "int32"), *others)
 
 
-def next_token_labels(inputs, labels=None):
+def next_token_labels(inputs: Inputs, labels: Tensor | None = None) -> Tensor:
     """Labels that line up with the logits: at t the label of the next token, or -100.
 
     -100 stands at the last token, at padding, before padding and at the end of a segment.
@@ -81,7 +95,7 @@ def next_token_labels(inputs, labels=None):
     return ops.pad(shifted, [[0, 0], [0, 1]], constant_values=IGNORE)
 
 
-def last_hidden(hidden, mask):
+def last_hidden(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Hidden cache `(B, D)` of every row's last real token; of any token where there is none."""
     if mask is None:
         return hidden[:, -1]
@@ -92,7 +106,7 @@ def last_hidden(hidden, mask):
     return ops.take_along_axis(hidden, place, axis=1)[:, 0]
 
 
-def check_token_ids(inputs, vocab_size):
+def check_token_ids(inputs: Any, vocab_size: int) -> None:
     """Raises `ValueError` for a token id outside the vocabulary.
 
     Looks at arrays that are on the host or were computed already; inside a compiled function
@@ -107,6 +121,20 @@ def check_token_ids(inputs, vocab_size):
         raise ValueError(
             f"Token ids must be in [0, vocab_size={vocab_size}). Received ids from {low} to {high}"
         )
+
+
+def token_rows(what: str, sequences: Iterable) -> list[np.ndarray]:
+    """Sequences of token ids as arrays, each one checked; `what` is the word for one of them."""
+    rows = [np.asarray(sequence) for sequence in sequences]
+    if not rows:
+        raise ValueError(f"`{what}s` must hold at least one row. Received: none")
+    for number, row in enumerate(rows):
+        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(
+                f"Every {what} must be a non-empty sequence of integer token ids. "
+                f"Received: {what} {number} with shape {row.shape} and dtype {row.dtype}"
+            )
+    return rows
 
 
 def _concrete(x):

@@ -1,13 +1,26 @@
 """Every weight of a model, declared once from its configuration.
 
-One row a variable: where it lives in the model, its shape, the part of the model it belongs to, and
-the published tensors it is made of. Parameter counts, import and export all read this table; a test
-holds it against the variables of built models.
+One row per variable: where it lives in the model, its shape, dtype and logical axes, the part of
+the model it belongs to, and the published tensors it is made of. Parameter counts, import, export
+and sharding all read this table; a test holds it against the variables of built models.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.models.weight_layouts import (
+    SAME,
+    STACK_SWAP,
+    SWAP,
+    Layout,
+    conv_layout,
+    from_heads_layout,
+    gate_up_layout,
+    to_heads_layout,
+)
 
 PARTS = (
     "embedding",
@@ -21,60 +34,126 @@ PARTS = (
     "head",
     "mtp",
 )
+AXES = (
+    "vocab",  # V
+    "embed",  # D, the residual stream
+    "heads",  # H, query heads
+    "kv_heads",  # G, key and value heads
+    "head_dim",
+    "linear_key_heads",  # of a DeltaNet, with everything that belongs to a key head behind it
+    "linear_value_heads",
+    "linear_head_dim",
+    "taps",
+    "experts",  # E
+    "expert_mlp",  # F
+    "mlp",
+    "labels",
+    "one",
+)
 
 
-class Layout(NamedTuple):
-    """How published tensors make up a variable: `load(tensors) -> array` and back by `save`."""
+class Fused(NamedTuple):
+    """The one tensor that some checkpoints hold instead of one per expert.
 
-    load: object
-    save: object
+    Attributes:
+        tensor: Its published name.
+        shape: Its shape.
+        layout: How it makes up the variable.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    layout: Layout
 
 
 class Weight(NamedTuple):
     """One variable.
 
-    `path` is relative to the model, `shape` is the variable's, `tensors` names the published
-    tensors and `tensor_shape` is the shape of each of them. `fused` names the one tensor that some
-    checkpoints hold instead of one an expert, with its own layout, or is `None`.
+    Attributes:
+        path: Where it is, relative to the model.
+        shape: Shape of the variable.
+        axes: Logical axis, one of `AXES`, for each of its dims.
+        part: What it is counted as, one of `PARTS`.
+        tensors: Names of the published tensors it is made of.
+        tensor_shape: Shape of each of them.
+        layout: How they make up the variable.
+        fused: The one tensor that may stand for all of them, or `None`.
+        dtype: `"float32"` for what is float32 under every dtype policy, else `None`.
+        optional: Whether a checkpoint may lack it; it then keeps its initial values.
+        tied: Names of tensors that a checkpoint may hold as well, with the same values.
     """
 
     path: str
-    shape: tuple
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
     part: str
-    tensors: tuple
-    tensor_shape: tuple
+    tensors: tuple[str, ...]
+    tensor_shape: tuple[int, ...]
     layout: Layout
-    fused: tuple | None = None
+    fused: Fused | None = None
+    dtype: str | None = None
+    optional: bool = False
+    tied: tuple[str, ...] = ()
 
     @property
-    def size(self):
+    def size(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64))
 
-    @property
-    def float32(self):
-        """Whether the variable is float32 under every dtype policy."""
-        return self.path.endswith(("/A_log", "/dt_bias", "score/kernel")) or self.part == "router"
+
+class Unneeded(NamedTuple):
+    """A kind of tensor that a checkpoint may hold and a model has no use for.
+
+    Attributes:
+        matches: Whether a tensor's name, with dots, is of that kind.
+        reason: Why it is left over.
+    """
+
+    matches: Callable[[str], bool]
+    reason: str
 
 
-def weight_table(config, num_labels=None):
+def weight_table(config: Qwen3NextConfig, num_labels: int | None = None) -> list[Weight]:
     """All weights of a language model, or with `num_labels` of a classifier, in model order."""
     width, vocab = config.hidden_size, config.vocab_size
-    rows = [_plain("model/embed_tokens/embeddings", (vocab, width), "embedding")]
+    embedding = _plain(
+        "model/embed_tokens/embeddings", (vocab, width), ("vocab", "embed"), "embedding"
+    )
+    if num_labels is None and config.tie_word_embeddings:
+        embedding = embedding._replace(tied=("lm_head.weight",))
+    rows = [embedding]
     for index in range(config.num_layers):
         rows += _layer(config, index)
     rows.append(_norm(config, "model/norm", width))
     if num_labels is not None:
-        rows.append(_dense("score", width, num_labels, "head"))
+        score = _dense("score", (width, num_labels), ("embed", "labels"), "head")
+        rows.append(score._replace(dtype="float32", optional=True))
     elif not config.tie_word_embeddings:
-        rows.append(_dense("lm_head", width, vocab, "head"))
+        rows.append(_dense("lm_head", (width, vocab), ("embed", "vocab"), "head"))
     if num_labels is None and config.mtp is not None:
-        for number in range(config.mtp.modules):
+        for number in range(config.mtp.num_modules):
             rows += _mtp(config, mtp_name(number))
     return rows
 
 
-def mtp_name(number):
-    """Name of a module for multi-token prediction; the first has the published one."""
+def unneeded_tensors(num_labels: int | None = None) -> list[Unneeded]:
+    """What a checkpoint may hold beyond the weights of a language model, or of a classifier."""
+    found = [
+        Unneeded(
+            lambda name: name.startswith("mtp."),
+            "multi-token prediction head, used with `mtp=MTPConfig()`",
+        ),
+        Unneeded(
+            lambda name: name.endswith(".rotary_emb.inv_freq"), "rotary frequencies, computed"
+        ),
+    ]
+    if num_labels is not None:
+        heads = ("lm_head.weight", "lm_head.kernel")
+        found.append(Unneeded(heads.__contains__, "vocabulary head, not used by a classifier"))
+    return found
+
+
+def mtp_name(number: int) -> str:
+    """Name of an MTP module; the first has the published one."""
     return "mtp" if number == 0 else f"mtp_{number}"
 
 
@@ -92,14 +171,15 @@ def _decoder_layer(config, base, kind, is_moe):
         rows += _attention(config, f"{base}/self_attn")
     rows.append(_norm(config, f"{base}/post_attention_layernorm", width))
     if is_moe:
-        return rows + _mixture(config, f"{base}/mlp")
+        return rows + _moe(config, f"{base}/mlp")
     return rows + _feed_forward(f"{base}/mlp", width, config.intermediate_size, "mlp")
 
 
 def _mtp(config, base):
     width, kind = config.hidden_size, config.mtp.mtp_head_type
     rows = [
-        _dense(f"{base}/fc", 2 * width, width, "mtp"),
+        # The output of a projection from the embedding and the hidden state, both D wide.
+        _dense(f"{base}/fc", (2 * width, width), ("embed", "embed"), "mtp"),
         _norm(config, f"{base}/pre_fc_norm_embedding", width),
         _norm(config, f"{base}/pre_fc_norm_hidden", width),
         _norm(config, f"{base}/norm", width),
@@ -120,21 +200,30 @@ def _deltanet(config, base):
     repeats = heads // groups
     channels = 2 * key_dim + repeats * value_dim
     taps = config.linear_conv_kernel_dim
+    key_heads, value_heads = "linear_key_heads", ("linear_value_heads",)
+    qkvz = channels + repeats * value_dim
     return [
         Weight(
             f"{base}/conv1d",
             (taps, groups, channels),
+            ("taps", key_heads, "linear_head_dim"),
             part,
             (_published(f"{base}/conv1d/weight"),),
             (groups * channels, 1, taps),
-            _conv_layout(groups, key_dim, repeats * value_dim),
+            conv_layout(groups, key_dim, repeats * value_dim),
         ),
-        _plain(f"{base}/A_log", (heads,), part, suffix=False),
-        _plain(f"{base}/dt_bias", (heads,), part, suffix=False),
-        _to_heads(f"{base}/in_proj_qkvz", width, groups, channels + repeats * value_dim, part),
-        _to_heads(f"{base}/in_proj_ba", width, groups, 2 * repeats, part),
-        _plain(f"{base}/norm/weight", (value_dim,), "norm"),
-        _from_heads(f"{base}/out_proj", heads, value_dim, width, part),
+        _bare(f"{base}/A_log", (heads,), value_heads, part),
+        _bare(f"{base}/dt_bias", (heads,), value_heads, part),
+        _to_heads(
+            f"{base}/in_proj_qkvz", width, groups, qkvz, (key_heads, "linear_head_dim"), part
+        ),
+        _to_heads(
+            f"{base}/in_proj_ba", width, groups, 2 * repeats, (key_heads, "linear_head_dim"), part
+        ),
+        _plain(f"{base}/norm/weight", (value_dim,), ("linear_head_dim",), "norm"),
+        _from_heads(
+            f"{base}/out_proj", heads, value_dim, width, (*value_heads, "linear_head_dim"), part
+        ),
     ]
 
 
@@ -143,52 +232,55 @@ def _attention(config, base):
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     query_dim = 2 * dim if config.attention_type == "gated_attention" else dim
     return [
-        _to_heads(f"{base}/q_proj", width, heads, query_dim, part),
-        _to_heads(f"{base}/k_proj", width, groups, dim, part),
-        _to_heads(f"{base}/v_proj", width, groups, dim, part),
-        _from_heads(f"{base}/o_proj", heads, dim, width, part),
-        _norm(config, f"{base}/q_norm", dim),
-        _norm(config, f"{base}/k_norm", dim),
+        _to_heads(f"{base}/q_proj", width, heads, query_dim, ("heads", "head_dim"), part),
+        _to_heads(f"{base}/k_proj", width, groups, dim, ("kv_heads", "head_dim"), part),
+        _to_heads(f"{base}/v_proj", width, groups, dim, ("kv_heads", "head_dim"), part),
+        _from_heads(f"{base}/o_proj", heads, dim, width, ("heads", "head_dim"), part),
+        _norm(config, f"{base}/q_norm", dim, "head_dim"),
+        _norm(config, f"{base}/k_norm", dim, "head_dim"),
     ]
 
 
-def _mixture(config, base):
+def _moe(config, base):
     width, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
     published = _published(f"{base}/experts")
     each = [f"{published}.{e}" for e in range(experts)]
+    router = _dense(f"{base}/gate", (width, experts), ("embed", "experts"), "router")
     rows = [
-        _dense(f"{base}/gate", width, experts, "router"),
+        router._replace(dtype="float32"),
         Weight(
             f"{base}/experts/gate_up",
             (experts, width, 2 * inner),
+            ("experts", "embed", "expert_mlp"),
             "experts",
             tuple(f"{e}.{name}.weight" for e in each for name in ("gate_proj", "up_proj")),
             (inner, width),
-            _gate_up_layout(experts),
-            (f"{published}.gate_up_proj", (experts, 2 * inner, width), _SWAP),
+            gate_up_layout(experts),
+            Fused(f"{published}.gate_up_proj", (experts, 2 * inner, width), SWAP),
         ),
         Weight(
             f"{base}/experts/down",
             (experts, inner, width),
+            ("experts", "expert_mlp", "embed"),
             "experts",
             tuple(f"{e}.down_proj.weight" for e in each),
             (width, inner),
-            _STACK_SWAP,
-            (f"{published}.down_proj", (experts, width, inner), _SWAP),
+            STACK_SWAP,
+            Fused(f"{published}.down_proj", (experts, width, inner), SWAP),
         ),
     ]
     if config.shared_expert_intermediate_size:
-        shared = config.shared_expert_intermediate_size
-        rows += _feed_forward(f"{base}/shared_expert", width, shared, "shared_expert")
-        rows.append(_dense(f"{base}/shared_expert_gate", width, 1, "shared_expert"))
+        shared, part = config.shared_expert_intermediate_size, "shared_expert"
+        rows += _feed_forward(f"{base}/shared_expert", width, shared, part)
+        rows.append(_dense(f"{base}/shared_expert_gate", (width, 1), ("embed", "one"), part))
     return rows
 
 
 def _feed_forward(base, width, inner, part):
     return [
-        _dense(f"{base}/gate_proj", width, inner, part),
-        _dense(f"{base}/up_proj", width, inner, part),
-        _dense(f"{base}/down_proj", inner, width, part),
+        _dense(f"{base}/gate_proj", (width, inner), ("embed", "mlp"), part),
+        _dense(f"{base}/up_proj", (width, inner), ("embed", "mlp"), part),
+        _dense(f"{base}/down_proj", (inner, width), ("mlp", "embed"), part),
     ]
 
 
@@ -196,88 +288,47 @@ def _published(path):
     return path.replace("/layers_", "/layers/").replace("/", ".")
 
 
-def _plain(path, shape, part, suffix=True):
-    name = _published(path.rsplit("/", 1)[0]) + ".weight" if suffix else _published(path)
-    return Weight(path, shape, part, (name,), shape, SAME)
+def _plain(path, shape, axes, part):
+    """A weight that is published as it stands, called `weight` there."""
+    tensors = (_published(path.rsplit("/", 1)[0]) + ".weight",)
+    return Weight(path, shape, axes, part, tensors, shape, SAME)
 
 
-def _norm(config, path, width):
+def _bare(path, shape, axes, part):
+    """A float32 weight that is published as it stands and under its own name."""
+    return Weight(path, shape, axes, part, (_published(path),), shape, SAME, dtype="float32")
+
+
+def _norm(config, path, width, axis="embed"):
     # Keras' own RMS norm calls its weight `scale`.
     leaf = "weight" if config.normalization_type == "zero_centered_rms_norm" else "scale"
-    return _plain(f"{path}/{leaf}", (width,), "norm")
+    return _plain(f"{path}/{leaf}", (width,), (axis,), "norm")
 
 
-def _dense(path, width, units, part):
+def _dense(path, shape, axes, part):
     tensors = (_published(path) + ".weight",)
-    return Weight(f"{path}/kernel", (width, units), part, tensors, (units, width), _SWAP)
+    return Weight(f"{path}/kernel", shape, axes, part, tensors, shape[::-1], SWAP)
 
 
-def _to_heads(path, width, heads, dim, part):
-    """Published rows are (head, dim), as the kernel's last two axes are."""
-    layout = Layout(
-        load=lambda tensors: tensors[0].T.reshape(width, heads, dim),
-        save=lambda array: [array.reshape(width, heads * dim).T],
+def _to_heads(path, width, heads, dim, axes, part):
+    return Weight(
+        f"{path}/kernel",
+        (width, heads, dim),
+        ("embed", *axes),
+        part,
+        (_published(path) + ".weight",),
+        (heads * dim, width),
+        to_heads_layout(width, heads, dim),
     )
-    tensors = (_published(path) + ".weight",)
-    shape = (width, heads, dim)
-    return Weight(f"{path}/kernel", shape, part, tensors, (heads * dim, width), layout)
 
 
-def _from_heads(path, heads, dim, width, part):
-    layout = Layout(
-        load=lambda tensors: tensors[0].T.reshape(heads, dim, width),
-        save=lambda array: [array.reshape(heads * dim, width).T],
+def _from_heads(path, heads, dim, width, axes, part):
+    return Weight(
+        f"{path}/kernel",
+        (heads, dim, width),
+        (*axes, "embed"),
+        part,
+        (_published(path) + ".weight",),
+        (width, heads * dim),
+        from_heads_layout(heads, dim, width),
     )
-    tensors = (_published(path) + ".weight",)
-    shape = (heads, dim, width)
-    return Weight(f"{path}/kernel", shape, part, tensors, (width, heads * dim), layout)
-
-
-def _conv_layout(groups, key_dim, values):
-    """Published channels are all queries, all keys, all values; ours stand key head by key head."""
-    sizes = (key_dim, key_dim, values)
-    bounds = [groups * key_dim, 2 * groups * key_dim]
-
-    def load(tensors):
-        taps = tensors[0][:, 0].T  # (W, C)
-        pieces = np.split(taps, bounds, axis=1)
-        pieces = [p.reshape(len(taps), groups, size) for p, size in zip(pieces, sizes)]
-        return np.concatenate(pieces, axis=-1)
-
-    def save(array):
-        pieces = np.split(array, [key_dim, 2 * key_dim], axis=-1)
-        taps = np.concatenate([p.reshape(len(array), -1) for p in pieces], axis=1)
-        return [taps.T[:, None]]
-
-    return Layout(load, save)
-
-
-def _gate_up_layout(experts):
-    def load(tensors):
-        width, inner = tensors[0].shape[::-1]
-        stacked = np.empty((experts, width, 2 * inner), tensors[0].dtype)
-        for e in range(experts):
-            stacked[e, :, :inner] = tensors[2 * e].T
-            stacked[e, :, inner:] = tensors[2 * e + 1].T
-        return stacked
-
-    def save(array):
-        halves = (half.T for expert in array for half in np.split(expert, 2, axis=-1))
-        return list(halves)
-
-    return Layout(load, save)
-
-
-def _stack_swapped(tensors):
-    stacked = np.empty((len(tensors), *tensors[0].shape[::-1]), tensors[0].dtype)
-    for e in range(len(tensors)):
-        stacked[e] = tensors[e].T
-    return stacked
-
-
-SAME = Layout(load=lambda tensors: tensors[0], save=lambda array: [array])
-_SWAP = Layout(
-    load=lambda tensors: np.swapaxes(tensors[0], -1, -2),
-    save=lambda array: [np.swapaxes(array, -1, -2)],
-)
-_STACK_SWAP = Layout(load=_stack_swapped, save=lambda array: [expert.T for expert in array])

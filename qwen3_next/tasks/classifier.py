@@ -1,9 +1,12 @@
 """A classification head on the backbone."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
-from qwen3_next.layers.initializers import Normal
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import Qwen3NextBackbone
 from qwen3_next.models.inputs import last_hidden, unpack
 from qwen3_next.tasks.task import Task
@@ -32,17 +35,34 @@ class Qwen3NextClassifier(Task):
 
     Returns:
         Logits `(B, num_labels)`, float32 under every dtype policy.
+
+    Raises:
+        ValueError: a configuration or an option out of range, or packed inputs.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from qwen3_next import Qwen3NextClassifier
+
+    model = Qwen3NextClassifier.from_variant(
+        "tiny", num_labels=3, vocab_size=64, hidden_size=32, num_layers=1
+    )
+    model.compile("adamw", metrics=["accuracy"])
+    model.fit(np.ones((2, 8), "int32"), np.array([0, 2]), verbose=0)
+    assert model.predict(np.ones((2, 8), "int32"), verbose=0).shape == (2, 3)
+    ```
     """
 
     def __init__(
         self,
-        config=None,
+        config: Qwen3NextConfig | None = None,
         *,
-        num_labels,
-        gradient_checkpointing=False,
-        name=None,
-        dtype=None,
-        **fields,
+        num_labels: int,
+        gradient_checkpointing: bool = False,
+        name: str | None = None,
+        dtype: Any = None,
+        **fields: Any,
     ):
         super().__init__(config, name=name, dtype=dtype, **fields)
         self.refuse_mtp()
@@ -59,42 +79,34 @@ class Qwen3NextClassifier(Task):
             dtype=self.dtype_policy,
         )
         self.pooled_dropout = keras.layers.Dropout(self.config.dropout, dtype=self.dtype_policy)
-        self.score = keras.layers.Dense(
-            num_labels,
-            use_bias=False,
-            kernel_initializer=Normal(self.config.initializer_range),
-            name="score",
-            dtype="float32",
-        )
-        self.score.build((None, self.config.hidden_size))
+        self.score = make_head(self.config, num_labels, "score", "float32")
         self.built = True
 
     @staticmethod
-    def constructor_options():
+    def constructor_options() -> tuple[str, ...]:
         return ("gradient_checkpointing", "num_labels")
 
     def call(self, inputs, training=None):
         inputs = unpack(inputs)
         if inputs.segment_ids is not None:
             raise ValueError(
-                "A classifier pools one sequence a row: `segment_ids` must be None. "
+                "A classifier pools one sequence per row: `segment_ids` must be None. "
                 f"Received: segment_ids={inputs.segment_ids}"
             )
-        fields = {key: value for key, value in inputs._asdict().items() if value is not None}
-        output = self.backbone(fields, full_output=True, training=training)
+        output = self.backbone(inputs.given(), full_output=True, training=training)
         if training and output.aux_loss is not None:
             self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
         pooled = last_hidden(output.hidden, inputs.padding_mask)
         return self.score(self.pooled_dropout(ops.cast(pooled, "float32"), training=training))
 
-    def output_shape_of(self, batch, length):
+    def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         return (batch, self.num_labels)
 
     @property
-    def output_dtype(self):
+    def output_dtype(self) -> str:
         return "float32"
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "num_labels": self.num_labels,

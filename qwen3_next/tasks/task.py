@@ -1,5 +1,8 @@
 """What a head adds to a backbone: presets, losses from logits, checked training inputs."""
 
+from pathlib import Path
+from typing import Any, Self
+
 import keras
 
 from qwen3_next.checkpoints.interchange import export_hugging_face
@@ -21,7 +24,9 @@ class Task(ConfiguredModel):
     """
 
     @classmethod
-    def from_preset(cls, preset, *, dtype=None, progress=True, **options):
+    def from_preset(
+        cls, preset: str | Path, *, dtype: Any = None, progress: bool = True, **options: Any
+    ) -> Self:
         """Loads a model with its weights, in the published layout or as `save_to_preset` left it.
 
         What became of every tensor is then in the model's `coverage_report`.
@@ -39,7 +44,7 @@ class Task(ConfiguredModel):
         """
         return from_preset(cls, preset, dtype=dtype, progress=progress, **options)
 
-    def save_to_preset(self, directory, max_shard_size="5GB"):
+    def save_to_preset(self, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
         """Writes configuration and weights to a directory that `from_preset` reads.
 
         Files of that name are replaced once everything is written.
@@ -50,7 +55,12 @@ class Task(ConfiguredModel):
         """
         save_to_preset(self, directory, max_shard_size)
 
-    def export_to_transformers(self, directory, dtype=None, max_shard_size="5GB"):
+    def export_to_transformers(
+        self,
+        directory: str | Path,
+        dtype: str | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> None:
         """Writes `config.json` and the weights as transformers reads them.
 
         Files of that name are replaced once everything is written.
@@ -66,8 +76,12 @@ class Task(ConfiguredModel):
         export_hugging_face(self, directory, dtype, max_shard_size)
 
     def compile(
-        self, optimizer="adamw", loss="sparse_categorical_crossentropy", metrics=None, **kwargs
-    ):
+        self,
+        optimizer: Any = "adamw",
+        loss: Any = "sparse_categorical_crossentropy",
+        metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
         """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
         if isinstance(loss, str) and loss in LOSSES_FROM_LOGITS:
             loss = LOSSES_FROM_LOGITS[loss](from_logits=True)

@@ -1,10 +1,17 @@
-"""From sequences to the arrays a model takes, and from prompts to what a model says after them."""
+"""From sequences to the arrays a model takes, and from prompts to a model's own continuations."""
+
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 import numpy as np
 
+from qwen3_next.models.inputs import token_rows
 
-def pad(sequences, length=None, side="right"):
+Batch = dict[str, np.ndarray]
+
+
+def pad(sequences: Iterable, length: int | None = None, side: str = "right") -> Batch:
     """Pads sequences to a common length.
 
     Args:
@@ -17,6 +24,15 @@ def pad(sequences, length=None, side="right"):
 
     Raises:
         ValueError: an empty or too long sequence, or an unknown side.
+
+    Example:
+
+    ```python
+    from qwen3_next import pad
+
+    batch = pad([[1, 2, 3], [4, 5]], side="left")
+    assert batch["padding_mask"].tolist() == [[True, True, True], [False, True, True]]
+    ```
     """
     if side not in ("left", "right"):
         raise ValueError(f"`side` must be 'left' or 'right'. Received: {side=}")
@@ -31,7 +47,7 @@ def pad(sequences, length=None, side="right"):
     return {"token_ids": token_ids, "padding_mask": mask}
 
 
-def pack(sequences, length):
+def pack(sequences: Iterable, length: int) -> Batch:
     """Packs sequences into rows of a common length, first fit, longest first.
 
     Args:
@@ -44,6 +60,15 @@ def pack(sequences, length):
 
     Raises:
         ValueError: an empty or too long sequence.
+
+    Example:
+
+    ```python
+    from qwen3_next import pack
+
+    batch = pack([[1, 2, 3], [4, 5], [6]], length=4)
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 2], [1, 1, 0, 0]]
+    ```
     """
     rows = _rows(sequences, length)
     packed = []
@@ -61,9 +86,15 @@ def pack(sequences, length):
 
 
 def self_distillation_data(
-    model, prompts, max_new_tokens=128, *, batch_size=8, progress=True, **sampling
-):
-    """Prompts and what the model itself says after them, to train its modules on.
+    model: Any,
+    prompts: Iterable,
+    max_new_tokens: int = 128,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+    **sampling: Any,
+) -> Batch:
+    """Prompts with the model's own continuations, to train its MTP modules on.
 
     Modules that learn the model's own continuations agree with it more often than modules that
     learn someone else's text. Decoding is plain, so it does not depend on the modules.
@@ -80,10 +111,20 @@ def self_distillation_data(
         Dict with `"token_ids"` and `"padding_mask"`, padded on the right, as `fit` takes it.
 
     Reference: FastMTP, arXiv 2509.18362, section 3.
+
+    Example:
+
+    ```python
+    from qwen3_next import MTPConfig, Qwen3Next, self_distillation_data
+
+    model = Qwen3Next.from_variant("tiny", vocab_size=64, hidden_size=32, num_layers=1)
+    data = self_distillation_data(model, [[1, 2, 3], [4, 5]], 4, progress=False)
+    assert data["token_ids"].shape == (2, 7)
+    ```
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an integer of at least 1. Received: {batch_size=}")
-    prompts = [np.asarray(prompt, "int32") for prompt in prompts]
+    prompts = token_rows("prompt", prompts)
     bar = keras.utils.Progbar(len(prompts), unit_name="prompt") if progress else None
     rows = []
     for start in range(0, len(prompts), batch_size):
@@ -96,15 +137,8 @@ def self_distillation_data(
 
 
 def _rows(sequences, length):
-    rows = [np.asarray(sequence) for sequence in sequences]
-    if not rows:
-        raise ValueError("`sequences` must hold at least one sequence. Received: none")
+    rows = token_rows("sequence", sequences)
     for number, row in enumerate(rows):
-        if row.ndim != 1 or row.size == 0 or not np.issubdtype(row.dtype, np.integer):
-            raise ValueError(
-                "Every sequence must be a non-empty sequence of integer token ids. "
-                f"Received: sequence {number} with shape {row.shape} and dtype {row.dtype}"
-            )
         if length is not None and row.size > length:
             raise ValueError(
                 f"Sequences must have at most `length`={length} tokens. "

@@ -1,6 +1,7 @@
 """AdamW with a learning rate of its own for groups of variables."""
 
 import re
+from typing import Any
 
 import keras
 from keras import ops
@@ -33,9 +34,28 @@ class GroupedAdamW(keras.optimizers.Adam):
         ValueError: a factor below 0, or a group that matches no variable.
 
     Reference: Decoupled Weight Decay Regularization, arXiv 1711.05101.
+
+    Example:
+
+    ```python
+    import keras
+    from qwen3_next import GroupedAdamW
+
+    experts = keras.Variable([1.0, 2.0], name="experts")
+    optimizer = GroupedAdamW(1e-3, {"experts": 0.5})
+    optimizer.build([experts])
+    optimizer.apply([keras.ops.ones((2,))])
+    assert abs(float(experts[0]) - (1.0 - 0.5e-3)) < 1e-5
+    ```
     """
 
-    def __init__(self, learning_rate=0.001, multipliers=None, weight_decay=0.004, **kwargs):
+    def __init__(
+        self,
+        learning_rate: Any = 0.001,
+        multipliers: dict[str, float] | None = None,
+        weight_decay: float | None = 0.004,
+        **kwargs: Any,
+    ):
         super().__init__(learning_rate=learning_rate, **kwargs)
         self.multipliers = dict(multipliers or {})
         self.decoupled_decay = weight_decay

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3Next, Qwen3NextClassifier
-from tests.support.published import FIXTURES, published, save, weights
+from tests.support.published import FIXTURES, MODELS, SMALLEST, published, save, weights
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -25,9 +25,7 @@ def read_back(model_class, folder):
     return model.eval()
 
 
-@pytest.mark.parametrize(
-    "name", ["next_4layer", "next_8layer", "next_ratio1", "qwen3_dense", "qwen3_moe"]
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_export_is_the_model_that_was_imported(name, tmp_path):
     fixture = np.load(FIXTURES / f"{name}.npz")
     case = next(c for c in ("length_40", "length_64", "length_65") if f"case/{c}/logits" in fixture)
@@ -48,7 +46,7 @@ def test_export_is_the_model_that_was_imported(name, tmp_path):
 
 
 def test_exported_classifier_is_one_there(tmp_path):
-    folder = save(tmp_path / "in", *published("next_ratio1"))
+    folder = save(tmp_path / "in", *published(SMALLEST))
     model = Qwen3NextClassifier.from_preset(folder, num_labels=3, progress=False)
     model.export_to_transformers(tmp_path / "out")
     theirs = read_back(transformers.AutoModelForSequenceClassification, tmp_path / "out")

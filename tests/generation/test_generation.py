@@ -1,11 +1,11 @@
-"""Generation: cached equals uncached, sampling follows its distribution, limits are exact."""
+"""Generation: cached equals uncached, limits are exact, prompts share programs."""
 
 import keras
 import numpy as np
 import pytest
 
 from qwen3_next import pad
-from qwen3_next.generation.sampling import FILTERED, make_sampling, sample, warp
+from qwen3_next.generation.generator import Generator
 from tests.support.small_models import logits, random_ids, shared
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
@@ -37,9 +37,8 @@ def test_rows_generate_what_they_generate_alone(greedy):
         np.testing.assert_array_equal(alone[0], expected)
 
 
-def test_long_prompts_are_absorbed_in_pieces(monkeypatch, greedy):
-    monkeypatch.setattr("qwen3_next.generation.generator.PREFILL_PIECE", 16)
-    tokens, _ = shared().generate(PROMPTS, max_new_tokens=NEW)
+def test_long_prompts_are_read_in_chunks(greedy):
+    tokens, _ = Generator(shared(), prefill_chunk=16).generate(PROMPTS, max_new_tokens=NEW)
     np.testing.assert_array_equal(tokens, greedy.tokens)
 
 
@@ -107,55 +106,6 @@ def test_prompt_lengths_share_a_compilation(monkeypatch):
     for length in (10, 13, 16):
         model.generate([random_ids(length)], max_new_tokens=length // 2)
     assert not traced or keras.backend.backend() == "torch"
-
-
-LOGITS = np.log(np.array([[0.4, 0.3, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.3, 0.4]], "float32"))
-
-
-def distribution(**options):
-    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
-    _, sampling = make_sampling(5, seed=0, stop_token_ids=(), **options)
-    warped = warp(keras.ops.convert_to_tensor(LOGITS), sampling, FILTERED)
-    return keras.ops.convert_to_numpy(keras.ops.softmax(warped))
-
-
-@pytest.mark.parametrize(
-    "options, kept",
-    [
-        ({"top_k": 2}, [0.4, 0.3]),
-        ({"top_k": 9}, [0.4, 0.3, 0.15, 0.1, 0.05]),
-        ({"top_p": 0.7001}, [0.4, 0.3, 0.15]),
-        ({"top_p": 0.1}, [0.4]),
-        ({"min_p": 0.3}, [0.4, 0.3, 0.15]),
-        ({"top_k": 4, "top_p": 0.5}, [0.4, 0.3]),
-        ({"temperature": 0.5}, [0.16, 0.09, 0.0225, 0.01, 0.0025]),
-    ],
-)
-def test_filters_keep_the_right_tokens(options, kept):
-    expected = np.zeros(5)
-    expected[: len(kept)] = kept
-    expected /= expected.sum()
-    np.testing.assert_allclose(distribution(**options), [expected, expected[::-1]], atol=1e-6)
-
-
-def test_samples_follow_the_distribution():
-    mode, sampling = make_sampling(5, 0.8, 4, 0.95, 0.0, 7, ())
-    rows = keras.ops.convert_to_tensor(np.tile(LOGITS[:1], (20000, 1)))
-    drawn = keras.ops.convert_to_numpy(sample(rows, sampling, 0, mode))
-    expected = distribution(temperature=0.8, top_k=4, top_p=0.95)[0] * 20000
-    counts = np.bincount(drawn, minlength=5)
-    kept = expected > 0
-    assert counts[~kept].sum() == 0
-    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
-    assert chi_square < 16.3  # 99.9 % of draws with 3 degrees of freedom
-
-
-def test_steps_and_rows_draw_independently():
-    mode, sampling = make_sampling(5, 1.0, 0, 1.0, 0.0, 7, ())
-    rows = keras.ops.convert_to_tensor(np.zeros((64, 5), "float32"))
-    first, second = (keras.ops.convert_to_numpy(sample(rows, sampling, i, mode)) for i in (0, 1))
-    assert len(set(first.tolist())) == 5
-    assert 0.05 < (first == second).mean() < 0.5
 
 
 @pytest.mark.parametrize(

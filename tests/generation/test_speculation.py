@@ -1,5 +1,6 @@
-"""Speculative decoding says what plain decoding says, and less often asks the backbone."""
+"""Speculative decoding gives the tokens of plain decoding in fewer passes through the backbone."""
 
+import dataclasses
 import functools
 
 import keras
@@ -8,8 +9,12 @@ import pytest
 from keras import ops
 
 from qwen3_next import MTPConfig
-from qwen3_next.layers.ops import gated_delta_rule, gated_delta_rule_with_replay, replay
-from tests.support.running import BACKEND, assert_close, run
+from qwen3_next.generation.decoding import Request
+from qwen3_next.generation.prompts import read_prompts
+from qwen3_next.generation.sampling import GREEDY, make_sampling
+from qwen3_next.generation.speculation_options import SpeculationOptions
+from qwen3_next.generation.speculative import SpeculativeDecoding
+from tests.support.running import assert_close
 from tests.support.small_models import random_ids, small
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
@@ -33,7 +38,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("lookahead", [1, 2, 3, 4])
-def test_greedy_says_what_plain_decoding_says(lookahead, plain):
+def test_greedy_gives_the_tokens_of_plain_decoding(lookahead, plain):
     tokens, stats = model().generate(PROMPTS, NEW, speculation_lookahead=lookahead)
     assert_same(tokens, plain.tokens)
     assert stats["verify_steps"] <= NEW - 1
@@ -72,82 +77,32 @@ def test_a_smaller_draft_vocabulary_changes_nothing(plain):
     assert_same(found.tokens, plain.tokens)
 
 
-def decode(model, speculative):
-    """The carry after decoding."""
-    generator = model._generator
-    plan = generator._speculative(speculative, None, None, None)
-    _, (mode, sampling), carry = generator._prefill(PROMPTS, NEW, {}, plan)
-    limit = ops.convert_to_tensor(np.int32(NEW))
-    if plan is None:
-        return generator._function("advance", mode)(carry, limit, sampling)
-    run = generator._function("speculate", plan.plan._replace(mode=mode))
-    return run(carry, limit, sampling, None, plan.threshold)
+def prefilled(model, prompts, new, method=None, **options):
+    """A decoding method, by default the one the options ask for, and what it begins with."""
+    vocab_size = model.config.vocab_size
+    mode, sampling = make_sampling(vocab_size)
+    chosen, drafting = SpeculationOptions(**options).choose(model.config, mode)
+    method = chosen if method is None else method
+    request = Request(ops.convert_to_tensor(np.int32(new)), sampling, drafting)
+    carry = model.generator.prefill(read_prompts(prompts, vocab_size), new, method, request)
+    return method, carry, request
 
 
-def test_the_state_after_is_that_of_plain_decoding():
-    plain, found = decode(model(), False), decode(model(), True)
-    lengths = ops.convert_to_numpy(found.cache.lengths)
-    np.testing.assert_array_equal(lengths, ops.convert_to_numpy(plain.cache.lengths))
-    for (one,), (other,) in zip(plain.cache.layers, found.cache.layers, strict=True):
+def test_the_cache_after_is_that_of_plain_decoding():
+    carries = {}
+    for speculative in (False, True):
+        method, carry, request = prefilled(model(), PROMPTS, NEW, use_speculative=speculative)
+        carries[speculative] = model().generator.decode(method, carry, request)
+    plain, found = carries[False].cache, carries[True].caches.model
+    lengths = ops.convert_to_numpy(found.lengths)
+    np.testing.assert_array_equal(lengths, ops.convert_to_numpy(plain.lengths))
+    for (one,), (other,) in zip(plain.layers, found.layers, strict=True):
         for name, a, b in zip(one._fields, one, other, strict=True):
             a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
             if name in ("keys", "values"):  # behind its length a row holds drafts
                 real = np.arange(min(a.shape[1], b.shape[1])) < lengths[:, None]
                 a, b = (x[:, : real.shape[1]][real] for x in (a, b))
             assert_close(b, a, 1e-5)
-
-
-def test_any_number_of_tokens_can_be_replayed():
-    rng = np.random.default_rng(0)
-    batch, length, groups, heads, key_dim, value_dim = 3, 5, 2, 4, 6, 7
-    query, key = (rng.normal(size=(batch, length, groups, key_dim)) / 2 for _ in range(2))
-    value = rng.normal(size=(batch, length, heads, value_dim))
-    decay, beta = -rng.random((batch, length, heads)), rng.random((batch, length, heads))
-    cache = rng.normal(size=(batch, heads, key_dim, value_dim))
-    arrays = [x.astype("float32") for x in (query, key, value, decay, beta, cache)]
-
-    def speculate(*xs):
-        *xs, cache, counts = xs
-        output, record = gated_delta_rule_with_replay(*xs, cache=cache)
-        return output, replay(cache, record, counts)
-
-    def extend(*xs):
-        *xs, cache, mask = xs
-        return tuple(gated_delta_rule(*xs, cache=cache, padding_mask=mask))
-
-    for counts in ([0, 1, 2], [3, 4, 5]):
-        counts = np.array(counts, "int32")
-        output, found = run(speculate, *arrays, counts)
-        expected, cache = run(extend, *arrays, np.arange(length) < counts[:, None])
-        assert_close(found, cache, 2e-6)
-        real = np.arange(length) < counts[:, None]
-        assert_close(output[real], expected[real], 2e-6)
-
-
-@pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
-def test_memory_of_taking_back_does_not_grow_by_states():
-    import jax
-
-    heads, dim = 4, 128
-    state_bytes = heads * dim * dim * 4
-
-    def temporary(length):
-        wide = jax.ShapeDtypeStruct((1, length, heads, dim), "float32")
-        narrow = jax.ShapeDtypeStruct((1, length, heads), "float32")
-        cache = jax.ShapeDtypeStruct((1, heads, dim, dim), "float32")
-        counts = jax.ShapeDtypeStruct((1,), "int32")
-
-        def speculate(query, key, value, decay, beta, cache, counts):
-            output, record = gated_delta_rule_with_replay(
-                query, key, value, decay, beta, cache=cache
-            )
-            return output, replay(cache, record, counts)
-
-        program = jax.jit(speculate).lower(wide, wide, wide, narrow, narrow, cache, counts)
-        return program.compile().memory_analysis().temp_size_in_bytes
-
-    # Six tokens more; a cache for each of them would be six times this.
-    assert temporary(8) - temporary(2) < state_bytes
 
 
 @pytest.fixture(scope="module")
@@ -179,21 +134,25 @@ def test_a_deterministic_language_is_drafted_without_error(linear_language):
         assert stats["verify_steps"] == 5
 
 
-def test_drafts_off_by_one_are_refused(linear_language, monkeypatch):
-    from qwen3_next.generation import speculative as speculation
+@dataclasses.dataclass(frozen=True)
+class OffByOne(SpeculativeDecoding):
+    """Every draft is the token that should stand one place later."""
 
-    straight = speculation._verify
+    def draft(self, *args):
+        draft, *modules = super().draft(*args)
+        token_ids = draft.token_ids
+        moved = ops.concatenate([token_ids[:, 1:], token_ids[:, -1:]], axis=1)
+        return draft._replace(token_ids=moved), *modules
 
-    def shifted(model, carry, draft, *args):
-        moved = ops.concatenate([draft.token_ids[:, 1:], draft.token_ids[:, -1:]], axis=1)
-        return straight(model, carry, draft._replace(token_ids=moved), *args)
 
-    monkeypatch.setattr(speculation, "_verify", shifted)
-    monkeypatch.setattr(linear_language._generator, "_functions", {})
-    tokens, stats = linear_language.generate([[1, 10, 5]], 9)
-    follow = np.concatenate([[5], tokens[0]])
+def test_drafts_off_by_one_are_rejected(linear_language):
+    method = OffByOne(GREEDY, lookahead=3)
+    method, carry, request = prefilled(linear_language, [[1, 10, 5]], 9, method)
+    carry = linear_language.generator.decode(method, carry, request)
+    tokens = ops.convert_to_numpy(carry.new_tokens)[0, :9]
+    follow = np.concatenate([[5], tokens])
     np.testing.assert_array_equal(follow[1:], (3 * follow[:-1] + 7) % VOCAB)  # slow, but right
-    assert stats["avg_acceptance_rate"] == 0.0
+    assert method.stats(carry)["avg_acceptance_rate"] == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -50,8 +50,8 @@ def test_packed_is_separate():
     segments = np.concatenate([[i] * (b - a) for i, (a, b) in enumerate(cuts)])
     packed = logits(shared(), IDS, segment_ids=np.tile(segments, (3, 1)))
     for start, end in cuts:
-        piece = np.roll(IDS, -start, axis=1)
-        alone = logits(shared(), piece)[:, : end - start]
+        document = np.roll(IDS, -start, axis=1)
+        alone = logits(shared(), document)[:, : end - start]
         np.testing.assert_allclose(packed[:, start:end], alone, atol=TOLERANCE)
 
 
@@ -81,31 +81,31 @@ def test_rows_do_not_see_each_other():
     )
 
 
-def absorb_in_pieces(mask, ids, cuts):
+def extend_in_chunks(mask, ids, cuts):
     model = shared()
     cache = model.init_cache(3, 96)
-    pieces = []
+    outputs = []
     for start, end in cuts:
         inputs = {"token_ids": ids[:, start:end], "padding_mask": mask[:, start:end]}
         output, cache = model.extend(inputs, cache)
-        pieces.append(keras.ops.convert_to_numpy(output))
-    return np.concatenate(pieces, axis=1), cache
+        outputs.append(keras.ops.convert_to_numpy(output))
+    return np.concatenate(outputs, axis=1), cache
 
 
 @pytest.mark.parametrize("kind", ["left", "right", "scattered"])
-def test_cached_is_uncached_in_one_piece_and_in_several(kind, unpadded):
+def test_cached_is_uncached_in_one_chunk_and_in_several(kind, unpadded):
     mask = masks()[kind]
-    whole, cache = absorb_in_pieces(mask, placed(mask), [(0, LENGTH)])
-    pieces, other = absorb_in_pieces(
+    whole, cache = extend_in_chunks(mask, placed(mask), [(0, LENGTH)])
+    chunks, other = extend_in_chunks(
         mask, placed(mask), [(0, 24), (24, 48), (48, 69), (69, 70), (70, 71), (71, 72)]
     )
-    for got in (whole, pieces):
+    for got in (whole, chunks):
         for row, real, expected in zip(got, mask, unpadded):
             np.testing.assert_allclose(row[real], expected, atol=TOLERANCE)
-    assert_same_state(cache, other, LENGTHS)
+    assert_same_cache(cache, other, LENGTHS)
 
 
-def assert_same_state(a, b, lengths, tolerance=1e-5):
+def assert_same_cache(a, b, lengths, tolerance=1e-5):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(a.lengths), lengths)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(b.lengths), lengths)
     for one, other in zip(keras.tree.flatten(a.layers), keras.tree.flatten(b.layers)):
@@ -113,7 +113,7 @@ def assert_same_state(a, b, lengths, tolerance=1e-5):
         assert_close(one, other, tolerance)
 
 
-def test_a_row_without_new_tokens_keeps_its_state():
+def test_a_row_without_new_tokens_keeps_its_cache():
     model = shared()
     mask = np.ones((3, 24), bool)
     _, cache = model.extend(
@@ -129,7 +129,7 @@ def test_a_row_without_new_tokens_keeps_its_state():
         assert np.abs(old[0] - new[0]).max() > 0
 
 
-def test_every_kind_of_layer_owns_only_its_kind_of_slot():
+def test_every_kind_of_layer_owns_only_its_kind_of_cache():
     cache = shared().init_cache(2, 64)
     kinds = [type(cache).__name__ for passes in cache.layers for cache in passes]
     assert kinds == ["DeltaNetCache", "AttentionCache", "DeltaNetCache"]
@@ -163,7 +163,7 @@ def test_bad_inputs_are_named(inputs, message):
         shared()(inputs)
 
 
-def test_a_full_state_says_so():
+def test_a_full_cache_says_so():
     model = shared()
     with pytest.raises(ValueError, match="room for 16"):
         model.extend(IDS[:, :24], model.init_cache(3, 16))
@@ -171,7 +171,7 @@ def test_a_full_state_says_so():
         model.init_cache(3, 257)
 
 
-def test_packed_rows_have_no_state():
+def test_packed_rows_take_no_cache():
     model = shared()
     inputs = {"token_ids": IDS[:, :8], "segment_ids": IDS[:, :8]}
     with pytest.raises(ValueError, match="segment_ids"):

@@ -1,6 +1,6 @@
 """Makes the golden fixtures of the test suite from transformers, in float32 on the CPU.
 
-    python tests/make_fixtures.py [--out DIR]      # needs torch==2.13.* and transformers==5.23.*
+    python -m tests.support.make_fixtures [--out DIR]  # torch==2.13.*, transformers==5.23.*
 
 The suite reads the files this writes and needs neither package. Weights and layer inputs hold only
 float16 values and are stored as float16; what was computed from them is stored as float32.
@@ -32,15 +32,11 @@ queries that are already of about unit length.
 """
 
 import argparse
-import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
 from transformers import (
-    DynamicCache,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -51,149 +47,23 @@ from transformers import (
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 from transformers.utils import logging
 
-KEPT_POSITIONS = 16
-# Where the k-th and (k+1)-th expert are closer than this, adding float32 numbers in another order
-# may choose otherwise, and a correct model would then disagree with the fixture.
-MIN_ROUTING_MARGIN = 5e-5
-
-SHARED = dict(
-    vocab_size=71, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, intermediate_size=40, max_position_embeddings=512,
-)  # fmt: skip
-EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True)
-NEXT = SHARED | EXPERTS | dict(
-    shared_expert_intermediate_size=12, linear_num_key_heads=2, linear_num_value_heads=4,
-    linear_key_head_dim=8, linear_value_head_dim=12, linear_conv_kernel_dim=4,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-)  # fmt: skip
-LINEAR_THEN_FULL = dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
-
-
-def half_values(rng, shape, mean=0.0, std=1.0):
-    """Normal numbers that float16 holds exactly, as float32."""
-    return torch.from_numpy(rng.normal(mean, std, shape).astype(np.float16).astype(np.float32))
-
-
-def set_weights(model, rng):
-    """Replaces every weight so that each one shows in the output; the default ones would not."""
-    for name, weight in model.named_parameters():
-        neutral, std = 0.0, 0.2
-        if name.endswith("A_log"):
-            # From a memory of a few hundred tokens to one of a single token.
-            values = np.linspace(np.log(0.01), np.log(2.0), weight.numel())
-            weight.data = torch.from_numpy(rng.permutation(values).astype(np.float16)).float()
-            continue
-        if "norm" in name and weight.ndim == 1:
-            gated = "linear_attn.norm" in name
-            neutral = 0.0 if model.config.model_type == "qwen3_next" and not gated else 1.0
-        elif name.endswith("dt_bias") or "conv1d" in name or "embed_tokens" in name:
-            std = 0.5
-        elif name.endswith("mlp.gate.weight"):
-            std = 0.4
-        weight.data = half_values(rng, weight.shape, neutral, std)
-
-
-def build(model_class, config, rng):
-    model = model_class._from_config(
-        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
-    ).eval()
-    set_weights(model, rng)
-    return model
-
-
-def published(model):
-    """The config.json and the tensors that `save_pretrained` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        config = json.loads((Path(folder) / "config.json").read_text())
-        tensors = {}
-        for file in sorted(Path(folder).glob("*.safetensors")):
-            tensors |= load_file(file)
-    return json.dumps(config, sort_keys=True), dict(sorted(tensors.items()))
-
-
-def published_gradients(model):
-    """The gradients under the names of the published weights, which they take the place of."""
-    missing = [name for name, weight in model.named_parameters() if weight.grad is None]
-    if missing:
-        raise ValueError(f"Every parameter should have a gradient. Received none for: {missing}")
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.grad)
-    return published(model)[1]
-
-
-def check_routing_margin(name, router_logits, top_k, mask):
-    real = slice(None) if mask is None else mask.reshape(-1).bool()
-    for logits in router_logits:
-        best = logits[real].softmax(-1).sort(descending=True).values
-        margin = (best[:, top_k - 1] - best[:, top_k]).min().item()
-        if margin < MIN_ROUTING_MARGIN:
-            raise ValueError(
-                f"{name}: two experts should be {MIN_ROUTING_MARGIN:.0e} or more apart, change the "
-                f"seed. Received margin={margin:.1e}"
-            )
-
-
-def run_case(model, name, input_ids, mask=None, labels=None):
-    """One forward pass, and a backward pass if there are labels, as {key: array}."""
-    routed = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
-    output = model(
-        input_ids=input_ids, attention_mask=mask, labels=labels, use_cache=False, **routed
-    )
-    if routed:
-        check_routing_margin(name, output.router_logits, model.config.num_experts_per_tok, mask)
-    length = input_ids.shape[1]
-    positions = np.unique(np.linspace(0, length - 1, KEPT_POSITIONS).round().astype(np.int32))
-    case = {"input_ids": input_ids, "positions": positions, "logits": output.logits[:, positions]}
-    if mask is not None:
-        case["attention_mask"] = mask
-    if labels is not None:
-        output.loss.backward()
-        case |= {"labels": labels, "loss": output.loss}
-        if routed:
-            case["aux_loss"] = output.aux_loss
-    return {f"case/{name}/{key}": value for key, value in case.items()}
-
-
-def padding_mask(side, real_lengths):
-    length = max(real_lengths)
-    left = torch.stack([(torch.arange(length) >= length - real).int() for real in real_lengths])
-    return left if side == "left" else left.flip(1)
-
-
-def model_fixture(model_class, config, seed, lengths, padded=None, train=None):
-    """Cases of the given lengths, one a padding side if `padded`, and the gradients of `train`.
-
-    `padded` and `train` are the numbers of real tokens of each row; `train` is padded on the right.
-    """
-    rng = np.random.default_rng(seed)
-    model = build(model_class, config, rng)
-    text, weights = published(model)
-    arrays = {"config": np.array(text)}
-    arrays |= {f"weights/{name}": tensor.astype(np.float16) for name, tensor in weights.items()}
-
-    def tokens(batch, length):
-        return torch.from_numpy(rng.integers(0, config.vocab_size, (batch, length)))
-
-    for length in lengths:
-        batch = 2 if length < 64 else 1
-        arrays |= run_case(model, f"length_{length}", tokens(batch, length))
-    for side in ("left", "right") if padded else ():
-        mask = padding_mask(side, padded)
-        arrays |= run_case(model, f"{side}_padded", tokens(*mask.shape), mask)
-    if train:
-        mask = padding_mask("right", train)
-        input_ids = tokens(*mask.shape)
-        ignored = (mask == 0) | torch.from_numpy(rng.random(mask.shape) < 0.2)
-        labels = input_ids.masked_fill(ignored, -100)
-        arrays |= run_case(model, "train", input_ids, mask, labels)
-        arrays |= {f"grad/{name}": tensor for name, tensor in published_gradients(model).items()}
-    return arrays
+from tests.support.paths import FIXTURES
+from tests.support.reference import (
+    EXPERTS,
+    LINEAR_THEN_FULL,
+    NEXT,
+    SHARED,
+    build,
+    causal_bias,
+    model_fixture,
+    published,
+    set_weights,
+)
+from tests.support.reference_layers import layers
 
 
 def next_4layer():
-    """The published shape in small: three linear layers, a full one, two value heads a key head."""
+    """The published shape in small: 3 linear layers, a full one, two value heads per key head."""
     config = Qwen3NextConfig(**NEXT)
     lengths = [1, 63, 64, 65, 130]
     return model_fixture(Qwen3NextForCausalLM, config, 161, lengths, padded=[70, 65, 20])
@@ -211,7 +81,7 @@ def next_8layer():
 
 
 def next_ratio1():
-    """As many value heads as key heads, and one expert a token, weighted by its probability."""
+    """As many value heads as key heads, and one expert per token, weighted by its probability."""
     config = Qwen3NextConfig(**NEXT | LINEAR_THEN_FULL | dict(
         linear_num_key_heads=3, linear_num_value_heads=3, num_experts=4, num_experts_per_tok=1,
         norm_topk_prob=False,
@@ -289,123 +159,6 @@ def next_mtp():
     return arrays
 
 
-def causal_bias(length):
-    return torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-
-
-def layer_fixture(model, prefix, inputs, outputs):
-    """The arrays of one layer; `prefix` is its place in the model, None if it has no weights."""
-    config, weights = published(model)
-    arrays = {"config": np.array(config)}
-    for name, tensor in weights.items():
-        if prefix is not None and name.startswith(prefix + "."):
-            arrays[f"weights/{name.removeprefix(prefix + '.')}"] = tensor.astype(np.float16)
-    arrays |= {f"in/{name}": value for name, value in inputs.items()}
-    return arrays | {f"out/{name}": value for name, value in outputs.items()}
-
-
-def gated_delta_net(model, x):
-    cache = DynamicCache(config=model.config)
-    outputs = {"hidden_states": model.model.layers[0].linear_attn(x, cache_params=cache)}
-    outputs["conv_state"] = cache.get_conv_state(0, state_idx=0)
-    outputs["recurrent_state"] = cache.get_recurrent_state(0, state_idx=0)
-    return layer_fixture(model, "model.layers.0.linear_attn", {"hidden_states": x}, outputs)
-
-
-def small_layers(model, rng):
-    """Norms, feed-forward blocks, rotary embedding and attention."""
-    config, first, full = model.config, model.model.layers[0], model.model.layers[1]
-    x = half_values(rng, (2, 6, config.hidden_size))
-    heads = half_values(rng, (2, 6, config.linear_num_value_heads, config.linear_value_head_dim))
-    gate = half_values(rng, heads.shape)
-
-    def of_hidden_states(layer, prefix):
-        return layer_fixture(model, prefix, {"hidden_states": x}, {"hidden_states": layer(x)})
-
-    yield "rms_norm", of_hidden_states(first.input_layernorm, "model.layers.0.input_layernorm")
-    yield "mlp", of_hidden_states(first.mlp.shared_expert, "model.layers.0.mlp.shared_expert")
-
-    gated = first.linear_attn.norm(heads, gate)
-    inputs = {"hidden_states": heads, "gate": gate}
-    prefix = "model.layers.0.linear_attn.norm"
-    yield "gated_rms_norm", layer_fixture(model, prefix, inputs, {"hidden_states": gated})
-
-    router_logits, _, chosen = first.mlp.gate(x)
-    check_routing_margin("sparse_moe", [router_logits], config.num_experts_per_tok, None)
-    outputs = {"hidden_states": first.mlp(x), "router_logits": router_logits, "chosen": chosen}
-    yield "sparse_moe", layer_fixture(model, "model.layers.0.mlp", {"hidden_states": x}, outputs)
-
-    # Positions that are neither 0 .. T-1 nor the same in both rows.
-    position_ids = torch.tensor([[0, 1, 2, 3, 4, 5], [7, 100, 3, 3, 250, 511]])
-    q = half_values(rng, (2, 6, config.num_attention_heads, config.head_dim))
-    k = half_values(rng, (2, 6, config.num_key_value_heads, config.head_dim))
-    cos, sin = model.model.rotary_emb(x, position_ids)
-    turned = qwen3_next.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-    inputs = {"query": q, "key": k, "position_ids": position_ids}
-    outputs = {"query": turned[0], "key": turned[1], "cos": cos, "sin": sin}
-    yield "rotary", layer_fixture(model, None, inputs, outputs)
-
-    x = half_values(rng, (2, 20, config.hidden_size))
-    position_ids = torch.stack([torch.arange(20), torch.arange(20) + 9])
-    output, _ = full.self_attn(x, model.model.rotary_emb(x, position_ids), causal_bias(20))
-    inputs = {"hidden_states": x, "position_ids": position_ids}
-    prefix = "model.layers.1.self_attn"
-    yield "attention", layer_fixture(model, prefix, inputs, {"hidden_states": output})
-
-
-def decoder_layer(model, index, x):
-    position_ids = torch.arange(x.shape[1])[None]
-    layer = model.model.layers[index]
-    mask = causal_bias(x.shape[1]) if layer.block_type == "full_attention" else None
-    output = layer(x, model.model.rotary_emb(x, position_ids), attention_mask=mask)
-    inputs = {"hidden_states": x, "position_ids": position_ids}
-    return layer_fixture(model, f"model.layers.{index}", inputs, {"hidden_states": output})
-
-
-def delta_rule(rng, batch=1, length=130, groups=2, heads=4, key_dim=6, value_dim=4):
-    inputs = {
-        "query": qwen3_next.l2norm(half_values(rng, (batch, length, groups, key_dim))),
-        # A common part correlates the keys: unrelated ones would forgive a wrong inverse.
-        "key": qwen3_next.l2norm(half_values(rng, (batch, length, groups, key_dim), mean=1.0)),
-        "value": half_values(rng, (batch, length, heads, value_dim)),
-        "g": -half_values(rng, (batch, length, heads), std=0.2).abs(),
-        "beta": half_values(rng, (batch, length, heads)).sigmoid(),
-        "initial_state": half_values(rng, (batch, heads, key_dim, value_dim)),
-    }
-    # One head forgets within a token: in a chunk its decay goes far below what exp can hold.
-    inputs["g"][..., -1] *= 100
-    inputs = {name: value.half().float() for name, value in inputs.items()}
-    arrays = {f"in/{name}": value for name, value in inputs.items()}
-    for form in ("chunk", "recurrent"):
-        rule = getattr(qwen3_next, f"torch_{form}_gated_delta_rule")
-        output, state = rule(**inputs, output_final_state=True)
-        arrays |= {f"out/{form}": output, f"out/{form}_state": state}
-    return arrays
-
-
-def layers():
-    rng = np.random.default_rng(7)
-    fixtures = {}
-    for key_heads, value_heads in ((3, 3), (2, 4), (1, 4)):
-        config = Qwen3NextConfig(**NEXT | LINEAR_THEN_FULL | dict(
-            hidden_size=24, linear_num_key_heads=key_heads, linear_num_value_heads=value_heads
-        ))  # fmt: skip
-        model = build(Qwen3NextForCausalLM, config, rng)
-        ratio = value_heads // key_heads
-        x = half_values(rng, (1, 70, config.hidden_size))
-        fixtures[f"gated_delta_net_ratio{ratio}"] = gated_delta_net(model, x)
-        if ratio == 2:
-            fixtures |= dict(small_layers(model, rng))
-            fixtures["decoder_layer_linear"] = decoder_layer(model, 0, x)
-            fixtures["decoder_layer_full"] = decoder_layer(model, 1, x[:, :20])
-            fixtures["delta_rule"] = delta_rule(rng)
-    return {
-        f"{layer}/{key}": value
-        for layer, arrays in fixtures.items()
-        for key, value in arrays.items()
-    }
-
-
 def to_numpy(key, value):
     """The array as it is stored: inputs as float16, which loses nothing, and indices as int32."""
     value = value.detach().numpy() if isinstance(value, torch.Tensor) else value
@@ -418,7 +171,7 @@ def to_numpy(key, value):
 
 def main():
     parser = argparse.ArgumentParser(description="Makes the golden fixtures of the test suite.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "fixtures")
+    parser.add_argument("--out", type=Path, default=FIXTURES)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()

@@ -192,7 +192,7 @@ def load_balancing_loss(probabilities, chosen, mask=None):
     """E * sum_e f_e P_e, f_e = (times e was chosen) / rows, P_e = mean probability of e.
 
     Rows of all layers count together, as in Hugging Face: f sums to top_k, so a balanced router
-    scores top_k. probabilities: a (rows, E) array a layer; chosen: (rows, top_k) a layer;
+    scores top_k. probabilities: a (rows, E) array per layer; chosen: (rows, top_k) per layer;
     mask: (rows,), or anything that flattens to it, true at real tokens, shared by the layers.
     """
     experts = probabilities[0].shape[-1]

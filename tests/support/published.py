@@ -1,15 +1,19 @@
-"""Checkpoints that transformers wrote: fixtures on disk, folders made of them, models loaded from those."""
+"""Checkpoints that transformers wrote: fixtures, folders made of them, models loaded from those."""
 
 import json
-from pathlib import Path
 
 import keras
 import numpy as np
+import pytest
 
-from qwen3_next import Qwen3Next
+from qwen3_next import Qwen3Next, Qwen3NextConfig
+from qwen3_next.checkpoints import interchange
+from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
 from qwen3_next.checkpoints.safetensors_files import TensorSpec, write
+from tests.support.paths import FIXTURES
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+MODELS = ["next_4layer", "next_8layer", "next_ratio1", "qwen3_dense", "qwen3_moe"]
+SMALLEST = "next_ratio1"
 
 
 def published(name):
@@ -35,3 +39,20 @@ def load(folder, model=Qwen3Next, **options):
 
 def weights(model):
     return {v.path: keras.ops.convert_to_numpy(v.value) for v in model.weights}
+
+
+def assert_same_weights(actual, expected):
+    assert actual.keys() == expected.keys()
+    for path, array in actual.items():
+        assert array.dtype == expected[path].dtype
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)
+
+
+def assert_refused(folder, *words):
+    """Loading raises an error with these words and leaves a model as it is."""
+    model = Qwen3Next(Qwen3NextConfig(**config_from_hugging_face(published(SMALLEST)[0])))
+    before = weights(model)
+    with pytest.raises(ValueError) as error:
+        interchange.load_hugging_face(model, folder, progress=False)
+    assert all(word in str(error.value) for word in words), error.value
+    assert_same_weights(weights(model), before)

@@ -5,7 +5,7 @@
     assert_close(actual, expected, tolerance)    largest difference, in units of the expected size
     assert_slopes(function, arrays, cotangents, grads)   grads against a float64 function
 
-Functions are compiled once a (function, mode) and once a set of shapes, so tests that share a
+Functions are compiled once per (function, mode) and set of shapes, so tests that share a
 module-level function and its shapes share a program.
 """
 
@@ -26,10 +26,10 @@ def run(function, *arrays, mode=DEFAULT):
 
 
 def gradients(function, arrays, cotangents, mode=DEFAULT):
-    """One gradient a float array, `None` for the others; a `None` cotangent drops an output."""
+    """One gradient per float array, `None` for the others; a `None` cotangent drops an output."""
     wanted = tuple(i for i, x in enumerate(arrays) if _is_float(x))
-    pull = _compile(_gradient(function, wanted), mode)
-    found = to_numpy(pull(to_tensors(tuple(arrays)), to_tensors(_as_tuple(cotangents))))
+    gradient = _compile(_gradient(function, wanted), mode)
+    found = to_numpy(gradient(to_tensors(tuple(arrays)), to_tensors(_as_tuple(cotangents))))
     found = dict(zip(wanted, found, strict=True))
     return [found.get(i) for i in range(len(arrays))]
 
@@ -66,12 +66,12 @@ def weight_gradients(layer, function, x, cotangent):
 
         variables = [v.value for v in layer.trainable_variables]
 
-        def pull(x, cotangent):
+        def gradient(x, cotangent):
             with tf.GradientTape() as tape:
                 loss = keras.ops.sum(function(x) * cotangent)
             return tape.gradient(loss, variables)
 
-        return run(pull, x, cotangent)
+        return run(gradient, x, cotangent)
     arrays = [*weight_arrays(layer), x]
     return gradients(with_weights(layer, function), arrays, cotangent)[:-1]
 
@@ -86,7 +86,7 @@ def assert_close(actual, expected, tolerance):
 
 
 def assert_slopes(function, arrays, cotangents, grads, tolerance=2e-5, directions=3, step=1e-5):
-    """Holds `grads` against central differences of `function`, NumPy float64, array by array."""
+    """Holds the directional derivatives of `grads` against central differences in NumPy float64."""
     rng = np.random.default_rng(11)
     arrays = [np.asarray(x, np.float64) if _is_float(x) else x for x in arrays]
 
@@ -103,9 +103,9 @@ def assert_slopes(function, arrays, cotangents, grads, tolerance=2e-5, direction
         assert np.isfinite(grad).all()
         for _ in range(directions):
             direction = rng.choice([-1.0, 1.0], x.shape)
-            slope = loss(place, x + step * direction) - loss(place, x - step * direction)
-            found = (np.asarray(grad, np.float64) * direction).sum()
-            error = abs(found - slope / (2 * step)) / max(1.0, np.linalg.norm(grad))
+            difference = loss(place, x + step * direction) - loss(place, x - step * direction)
+            derivative = (np.asarray(grad, np.float64) * direction).sum()
+            error = abs(derivative - difference / (2 * step)) / max(1.0, np.linalg.norm(grad))
             assert error <= tolerance, f"argument {place}: off by {error:.3g}"
 
 

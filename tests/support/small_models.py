@@ -34,6 +34,8 @@ SMALL = {
     "initializer_range": 0.2,
     "router_aux_loss_coef": 0.01,
 }
+# One layer of each mixer, for tests that compile a training step.
+TWO_LAYERS = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention")}
 
 
 def small(model=Qwen3Next, **changes):

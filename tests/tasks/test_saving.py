@@ -3,28 +3,24 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
 from qwen3_next import GroupedAdamW, Qwen3NextClassifier
+from tests.support.paths import ROOT
 from tests.support.running import BACKEND
-from tests.support.small_models import logits, random_ids, small
+from tests.support.small_models import TWO_LAYERS, logits, random_ids, small
 
-FEW = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention")}
 IDS = random_ids(2, 12)
 
-ROOT = Path(__file__).parents[2]
 OTHER = {"jax": "tensorflow", "tensorflow": "jax"}.get(BACKEND)
 SAVE_ELSEWHERE = """
-import sys
-sys.path[:0] = [{tests!r}]
 import keras, numpy as np
 from tests.support.small_models import logits, random_ids, small
 from qwen3_next import GroupedAdamW
-model = small(**{few!r})
+model = small(**{layers!r})
 model.compile(GroupedAdamW(1e-3, {{"experts": 0.5}}), metrics=["accuracy"])
 model.fit(random_ids(2, 12), verbose=0)
 np.save({folder!r} + "/logits.npy", logits(model, random_ids(2, 12)))
@@ -33,7 +29,7 @@ model.save({folder!r} + "/model.keras")
 
 
 def test_a_file_restores_outputs_generation_and_compile_state(tmp_path):
-    model = small(**FEW)
+    model = small(**TWO_LAYERS)
     model.compile(GroupedAdamW(1e-3, {"experts": 0.5}), metrics=["accuracy"])
     model.fit(IDS, verbose=0)
     model.save(tmp_path / "model.keras")
@@ -54,7 +50,7 @@ def test_a_file_restores_outputs_generation_and_compile_state(tmp_path):
 
 @pytest.mark.skipif(OTHER is None, reason="jax and tensorflow load each other's files")
 def test_a_file_from_the_other_backend_gives_the_same_outputs(tmp_path):
-    script = SAVE_ELSEWHERE.format(few=FEW, folder=str(tmp_path))
+    script = SAVE_ELSEWHERE.format(layers=TWO_LAYERS, folder=str(tmp_path))
     environment = {**os.environ, "KERAS_BACKEND": OTHER}
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True)
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -64,13 +60,13 @@ def test_a_file_from_the_other_backend_gives_the_same_outputs(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_weights_everywhere():
-    kernel = small(**FEW).backbone.decoder_layers[0].linear_attn.in_proj_qkvz.kernel
+    kernel = small(**TWO_LAYERS).backbone.decoder_layers[0].linear_attn.in_proj_qkvz.kernel
     total = float(keras.ops.sum(keras.ops.abs(kernel)))
     np.testing.assert_allclose(total, 544.8799438476562, rtol=1e-6)
 
 
 def test_a_classifier_survives_its_file(tmp_path):
-    model = small(Qwen3NextClassifier, num_labels=3, **FEW)
+    model = small(Qwen3NextClassifier, num_labels=3, **TWO_LAYERS)
     model.compile("adamw")
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -79,14 +75,14 @@ def test_a_classifier_survives_its_file(tmp_path):
 
 
 def test_weights_alone_can_be_saved_and_loaded(tmp_path):
-    model, other = small(**FEW), small(**FEW, initializer_range=0.1)
+    model, other = small(**TWO_LAYERS), small(**TWO_LAYERS, initializer_range=0.1)
     model.save_weights(tmp_path / "model.weights.h5")
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(logits(other, IDS), logits(model, IDS))
 
 
 def test_dtype_policy_and_options_survive_a_file(tmp_path):
-    model = small(**FEW, dtype="mixed_bfloat16", gradient_checkpointing=True)
+    model = small(**TWO_LAYERS, dtype="mixed_bfloat16", gradient_checkpointing=True)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.dtype_policy.name == "mixed_bfloat16"
@@ -96,7 +92,7 @@ def test_dtype_policy_and_options_survive_a_file(tmp_path):
 
 def test_a_broken_file_is_an_error(tmp_path):
     path = tmp_path / "model.keras"
-    small(**FEW).save(path)
+    small(**TWO_LAYERS).save(path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"model\.keras"):
         keras.models.load_model(path)

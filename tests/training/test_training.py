@@ -4,16 +4,14 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import GroupedAdamW, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig, pack, pad
+from qwen3_next import Qwen3Next, Qwen3NextConfig, pack, pad
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
-from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.weight_table import weight_table
 from tests.support.published import FIXTURES, published
 from tests.support.running import BACKEND
-from tests.support.small_models import SMALL, random_ids, small
+from tests.support.small_models import SMALL, TWO_LAYERS, random_ids, small
 
 IDS = random_ids(4, 20)
-FEW = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention")}
 
 
 def from_fixture(name, **options):
@@ -79,7 +77,7 @@ def test_loss_and_all_gradients_are_those_of_transformers(name, checkpointing):
 
 
 def test_packed_gradients_are_the_sum_of_separate_ones():
-    model = small(router_aux_loss_coef=0.0, **FEW)
+    model = small(router_aux_loss_coef=0.0, **TWO_LAYERS)
     first, second = random_ids(13, seed=1), random_ids(7, seed=2)
     batch = pack([first, second], length=20)
     _, _, packed = loss_and_gradients(model, batch, batch["token_ids"])
@@ -92,7 +90,7 @@ def test_packed_gradients_are_the_sum_of_separate_ones():
 
 
 def compiled_model(**options):
-    model = small(**FEW, **options)
+    model = small(**TWO_LAYERS, **options)
     model.compile(keras.optimizers.Adam(0.01))
     return model
 
@@ -119,7 +117,7 @@ def test_fit_on_tokens_alone_is_fit_on_shifted_labels():
 
 
 def test_a_metric_sees_logits_and_leaves_the_loss_alone():
-    fused, with_logits = compiled_model(), small(**FEW)
+    fused, with_logits = compiled_model(), small(**TWO_LAYERS)
     with_logits.compile("sgd", metrics=["accuracy"], weighted_metrics=["accuracy"])
     plain = with_logits.evaluate(IDS, verbose=0, return_dict=True)
     np.testing.assert_allclose(
@@ -134,7 +132,7 @@ def test_a_custom_loss_gets_logits():
     def smoothed(labels, logits):
         return -keras.ops.mean(keras.ops.log_softmax(logits), axis=-1)
 
-    model = small(**FEW)
+    model = small(**TWO_LAYERS)
     model.compile("sgd", loss=smoothed)
     loss = model.evaluate(IDS, IDS, verbose=0, return_dict=True)["loss"]
     logits = keras.ops.convert_to_numpy(model(IDS)).astype("float64")
@@ -159,12 +157,15 @@ def test_checkpointing_and_dropout_train():
 
 
 def test_gradients_accumulate_to_those_of_the_whole_batch():
-    whole, halves = small(router_aux_loss_coef=0.0, **FEW), small(router_aux_loss_coef=0.0, **FEW)
+    whole, halves = (
+        small(router_aux_loss_coef=0.0, **TWO_LAYERS),
+        small(router_aux_loss_coef=0.0, **TWO_LAYERS),
+    )
     whole.compile(keras.optimizers.SGD(0.1))
     halves.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
     whole.fit(IDS, batch_size=4, shuffle=False, verbose=0)
     halves.fit(IDS, batch_size=2, shuffle=False, verbose=0)
-    start = small(**FEW)
+    start = small(**TWO_LAYERS)
     for first, *others in zip(*(m.trainable_variables for m in (start, whole, halves))):
         a, b = (keras.ops.convert_to_numpy(v - first) for v in others)
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max(), err_msg=first.path)
@@ -177,72 +178,8 @@ def test_mixed_precision_trains():
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
 
 
-def test_groups_learn_at_their_own_rates():
-    model = small(**FEW)
-    before = {v.path: keras.ops.convert_to_numpy(v.value) for v in model.trainable_variables}
-    rates = {"experts": 0.5, "router": 0.0, "self_attn/q_proj": 2.0}
-    optimizer = GroupedAdamW(1e-3, rates, weight_decay=0.0, epsilon=1e-12)
-    model.compile(optimizer)
-    model.fit(IDS, batch_size=4, verbose=0)
-    moved = {
-        v.path: np.abs(keras.ops.convert_to_numpy(v.value) - before[v.path]).max()
-        for v in model.trainable_variables
-    }
-    layer = "model/layers_1"
-    np.testing.assert_allclose(moved["model/layers_0/mlp/experts/down"], 5e-4, rtol=1e-2)
-    assert moved["model/layers_0/mlp/gate/kernel"] == 0
-    np.testing.assert_allclose(moved[f"{layer}/self_attn/q_proj/kernel"], 2e-3, rtol=1e-2)
-    np.testing.assert_allclose(moved[f"{layer}/self_attn/k_proj/kernel"], 1e-3, rtol=1e-2)
-    assert GroupedAdamW.from_config(optimizer.get_config()).multipliers == rates
-
-
-def test_weight_decay_is_that_of_adamw():
-    ours, keras_own = (keras.Variable(np.array([1.0, -2.0], "float32"), name="w") for _ in "ab")
-    gradient = [keras.ops.convert_to_tensor(np.array([0.3, 0.1], "float32"))]
-    for optimizer, variable in (
-        (GroupedAdamW(0.1, weight_decay=0.5), ours),
-        (keras.optimizers.AdamW(0.1, weight_decay=0.5), keras_own),
-    ):
-        optimizer.build([variable])
-        for _ in range(3):
-            optimizer.apply(gradient)
-    np.testing.assert_allclose(
-        keras.ops.convert_to_numpy(ours.value), keras.ops.convert_to_numpy(keras_own.value), 1e-6
-    )
-
-
-def test_bad_optimizer_groups_are_named():
-    with pytest.raises(ValueError, match="experts"):
-        GroupedAdamW(1e-3, {"experts": -1.0})
-    with pytest.raises(ValueError, match="no_such_layer"):
-        GroupedAdamW(1e-3, {"no_such_layer": 2.0}).build([keras.Variable([1.0], name="w")])
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_classifier_pools_the_last_real_token(side):
-    model = small(Qwen3NextClassifier, num_labels=3, **FEW)
-    rows = [IDS[0, :7], IDS[1, :12]]
-    call = compile_with_weights(model, lambda x: model(x))
-    padded = keras.ops.convert_to_numpy(call(pad(rows, length=20, side=side)))
-    for row, got in zip(rows, padded):
-        alone = keras.ops.convert_to_numpy(call(pad([row], length=len(row))))
-        np.testing.assert_allclose(got, alone[0], atol=1e-5)
-
-
-def test_a_classifier_learns_and_a_regressor_too():
-    labels = np.array([0, 1, 2, 1])
-    model = small(Qwen3NextClassifier, num_labels=3, **FEW)
-    model.compile(keras.optimizers.Adam(0.01), metrics=["accuracy"])
-    history = model.fit(IDS, labels, epochs=8, verbose=0).history
-    assert history["loss"][-1] < 0.5 * history["loss"][0]
-    model = small(Qwen3NextClassifier, num_labels=1, **FEW)
-    model.compile(keras.optimizers.Adam(0.01), loss="mse")
-    history = model.fit(IDS, labels[:, None].astype("float32"), epochs=8, verbose=0).history
-    assert history["loss"][-1] < history["loss"][0]
-
-
 def test_losses_on_probabilities_are_refused():
-    model = small(**FEW)
+    model = small(**TWO_LAYERS)
     with pytest.raises(ValueError, match="from_logits"):
         model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False))
 

@@ -1,33 +1,44 @@
 """Causal grouped-query attention that never holds a (T, S) matrix.
 
-o_t = sum_s softmax_s(scale q_t . k_s) v_s      over the keys s that token t may see
+    o_t = sum_s softmax_s(scale q_t . k_s) v_s      over the keys s that token t may see
+
+Public: `attention`. The blocks' maths is in `chunked_attention`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Annotated
 
 from keras import ops
 
 from ..backend.autodiff import custom_gradient
 from ..backend.platform import choose, platform
 from ..checks import require_shape
-from . import chunked_attention as chunked
+from ..padding import from_blocks, pad_end, to_blocks
+from ..tensor_types import Tensor
+from . import chunked_attention
+from .attention_blocks import Keys, Queries
+from .chunked_attention import BlockOptions
+from .tile_dropout import block_seeds
 
 IMPLEMENTATIONS = ("chunked", "fused")
-QUERIES, KEYS = 128, 512  # a block of scores
+BLOCK_Q, BLOCK_KV = 128, 512
 
 
 def attention(
-    query,
-    key,
-    value,
+    query: Annotated[Tensor, "B T H D"],
+    key: Annotated[Tensor, "B S G D"],
+    value: Annotated[Tensor, "B S G D"],
     *,
-    limits=None,
-    key_mask=None,
-    query_segments=None,
-    key_segments=None,
-    scale=None,
-    implementation=None,
-):
+    limits: Annotated[Tensor, "B T"] | None = None,
+    key_mask: Annotated[Tensor, "B S"] | None = None,
+    query_segments: Annotated[Tensor, "B T"] | None = None,
+    key_segments: Annotated[Tensor, "B S"] | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Annotated[Tensor, "2"] | None = None,
+    implementation: str | None = None,
+) -> Annotated[Tensor, "B T H D"]:
     """Attends from T queries to S keys; query head h reads key head `h // (H // G)`.
 
     Token t sees key s if `s <= limits[t]`, if the key is not masked and if both are of the same
@@ -41,109 +52,132 @@ def attention(
         key_mask: `(B, S)` bool, true at keys that may be seen, or `None`.
         query_segments, key_segments: `(B, T)` and `(B, S)` int32, or both `None`.
         scale: factor on the scores. Defaults to `D ** -0.5`.
+        dropout: probability in [0, 1) with which a softmax weight is dropped; the others are
+            divided by `1 - dropout`.
+        dropout_seed: `(2,)` integers as `keras.random.SeedGenerator().next()` returns them;
+            required with dropout. The same seed and shapes drop the same weights.
         implementation: `"chunked"` (blocks of queries and keys with a running softmax and its own
             backward pass; keys that no query of a block sees are not read), `"fused"` (the
-            attention of the backend, cuDNN's or XLA's, for plain causal order), or `None`:
-            `"fused"` on a GPU for plain causal order in half precision, else `"chunked"`.
+            attention of the backend, cuDNN's or XLA's, for plain causal order without dropout), or
+            `None`: `"fused"` on a GPU for plain causal order in half precision, else `"chunked"`.
 
     Returns:
         `(B, T, H, D)` in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, or an implementation that is unknown or cannot
-            do what is asked.
+        ValueError: shapes that do not fit together, a dropout rate out of range or without a seed,
+            or an implementation that is unknown or cannot do what is asked.
     """
-    _check(query, key, value, limits, key_mask, query_segments, key_segments)
+    queries = Queries(query, limits, query_segments)
+    keys = Keys(key, value, key_mask, key_segments)
+    _check_shapes(queries, keys)
+    _check_dropout(dropout, dropout_seed)
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    plain = limits is None and key_mask is None and query_segments is None
+    plain = limits is None and key_mask is None and query_segments is None and not dropout
     half = value.dtype in ("bfloat16", "float16")
     default = "fused" if plain and half and platform() == "gpu" else "chunked"
     if choose(implementation, IMPLEMENTATIONS, default) == "fused":
         if not plain:
             raise ValueError(
-                "implementation='fused' takes no `limits`, `key_mask` or segments. Received: "
-                f"limits={limits}, key_mask={key_mask}, query_segments={query_segments}"
+                "implementation='fused' takes no `limits`, `key_mask`, segments or `dropout`. "
+                f"Received: limits={limits}, key_mask={key_mask}, "
+                f"query_segments={query_segments}, dropout={dropout}"
             )
         return ops.dot_product_attention(query, key, value, scale=scale, is_causal=True)
+    return _in_blocks(queries, keys, float(scale), float(dropout), dropout_seed)
 
-    batch, length, heads, dim = ops.shape(query)
-    keys, groups = ops.shape(key)[1:3]
+
+def _in_blocks(
+    queries: Queries, keys: Keys, scale: float, dropout: float, seed: Tensor | None
+) -> Annotated[Tensor, "B T H D"]:
+    batch, length, heads, dim = ops.shape(queries.query)
+    count, groups = ops.shape(keys.key)[1:3]
+    block_q = min(BLOCK_Q, length) if isinstance(length, int) else BLOCK_Q
+    block_kv = min(BLOCK_KV, count) if isinstance(count, int) else BLOCK_KV
+    limits = queries.limits
     if limits is None:
         limits = ops.arange(length, dtype="int32")[None]
     limits = ops.broadcast_to(limits, (batch, length))
-    if key_mask is None:
-        key_mask = ops.ones((batch, keys), "bool")
+    mask = ops.ones((batch, count), "bool") if keys.mask is None else keys.mask
+    query_segments, key_segments = queries.segments, keys.segments
     if query_segments is None:
-        query_segments, key_segments = ops.zeros_like(limits), ops.zeros((batch, keys), "int32")
-    rows = min(QUERIES, length) if isinstance(length, int) else QUERIES
-    columns = min(KEYS, keys) if isinstance(keys, int) else KEYS
-    if not isinstance(keys, int):  # a block must not be longer than the keys
-        missing = ops.maximum(columns - keys, 0)
-        key, value, key_mask, key_segments = (
-            _extend(x, missing) for x in (key, value, key_mask, key_segments)
-        )
-    # Rows that fill the last block see nothing.
-    blocks = [_blocks(x, rows, fill) for x, fill in ((query, 0), (limits, -1), (query_segments, 0))]
-    blocks[0] = ops.reshape(blocks[0], (-1, batch, rows, groups, heads // groups, dim))
-    output = _differentiable(columns, float(scale))(*blocks, key, value, key_mask, key_segments)
-    output = ops.reshape(ops.moveaxis(output, 0, 1), (batch, -1, heads, dim))
-    return output[:, :length]
+        query_segments, key_segments = ops.zeros_like(limits), ops.zeros((batch, count), "int32")
+    keys = Keys(keys.key, keys.value, mask, key_segments)
+    if not isinstance(count, int):  # a block must not be longer than the keys
+        missing = ops.maximum(block_kv - count, 0)
+        keys = Keys(*(pad_end(x, missing, axis=1) for x in keys))
+
+    query = ops.reshape(queries.query, (batch, length, groups, heads // groups, dim))
+    inputs: tuple[Tensor, ...] = (
+        *keys,
+        to_blocks(query, block_q),
+        to_blocks(limits, block_q, fill=-1),  # what fills the last block sees nothing
+        to_blocks(query_segments, block_q),
+    )
+    if dropout:
+        tiles_per_block = (count + block_kv - 1) // block_kv
+        inputs += (block_seeds(seed, ops.shape(inputs[-1])[0], tiles_per_block),)
+    output = _differentiable(BlockOptions(block_kv, scale, dropout))(*inputs)
+    return ops.reshape(from_blocks(output, length), (batch, length, heads, dim))
 
 
 @functools.cache
-def _differentiable(columns, scale):
-    def forward(query, limits, segments, key, value, key_mask, key_segments):
-        queries = chunked.Queries(query, limits, segments)
-        keys = chunked.Keys(key, value, key_mask, key_segments)
-        output, log_sum = chunked.forward(queries, keys, columns, scale)
-        return output, (queries, keys, output, log_sum)
+def _differentiable(options: BlockOptions) -> Callable[..., Tensor]:
+    """`f(*keys, *queries)`, the queries in blocks and, with dropout, with their seeds."""
+
+    def forward(*inputs):
+        keys, queries = Keys(*inputs[:4]), Queries(*inputs[4:])
+        output, lse = chunked_attention.forward(queries, keys, options)
+        return output, (inputs, output, lse)
 
     def backward(residuals, d_output):
-        d_query, d_key, d_value = chunked.backward(*residuals, d_output, columns, scale)
-        return d_query, None, None, d_key, d_value, None, None
+        inputs, output, lse = residuals
+        keys, queries = Keys(*inputs[:4]), Queries(*inputs[4:])
+        d_query, d_key, d_value = chunked_attention.backward(
+            queries, keys, output, lse, d_output, options
+        )
+        return d_key, d_value, None, None, d_query, *(None for _ in inputs[5:])
 
     return custom_gradient(forward, backward)
 
 
-def _blocks(x, size, fill):
-    """`(B, T, ...)` -> `(N, B, size, ...)`, filled up at the end."""
-    batch, length, *rest = ops.shape(x)
-    missing = -length % size
-    if not (isinstance(missing, int) and missing == 0):
-        x = _extend(x, missing, fill)
-    return ops.moveaxis(ops.reshape(x, (batch, -1, size, *rest)), 1, 0)
-
-
-def _extend(x, count, fill=0):
-    batch, _, *rest = ops.shape(x)
-    tail = ops.cast(ops.full((batch, count, *rest), fill), x.dtype)
-    return ops.concatenate([x, tail], axis=1)
-
-
-def _check(query, key, value, limits, key_mask, query_segments, key_segments):
+def _check_shapes(queries: Queries, keys: Keys) -> None:
+    query, limits, query_segments, _ = queries
+    key, value, key_mask, key_segments = keys
     require_shape("query", query, (None, None, None, None))
     batch, length, heads, dim = query.shape
     require_shape("key", key, (batch, None, None, dim))
-    keys, groups = key.shape[1:3]
+    count, groups = key.shape[1:3]
     require_shape("value", value, key.shape)
     if heads % groups:
         raise ValueError(
             "The heads of `query` must be a multiple of those of `key`. "
             f"Received: query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
         )
-    if limits is None and None not in (length, keys) and length != keys:
+    if limits is None and None not in (length, count) and length != count:
         raise ValueError(
             "`limits` is needed unless there are as many keys as queries. "
             f"Received: query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
         )
     if limits is not None:
-        one = 1 if limits.shape[0] == 1 else batch
-        require_shape("limits", limits, (one, length))
-    require_shape("key_mask", key_mask, (batch, keys))
+        rows = 1 if limits.shape[0] == 1 else batch
+        require_shape("limits", limits, (rows, length))
+    require_shape("key_mask", key_mask, (batch, count))
     if (query_segments is None) != (key_segments is None):
         raise ValueError(
             "Give `query_segments` and `key_segments`, or neither. "
             f"Received: query_segments={query_segments}, key_segments={key_segments}"
         )
     require_shape("query_segments", query_segments, (batch, length))
-    require_shape("key_segments", key_segments, (batch, keys))
+    require_shape("key_segments", key_segments, (batch, count))
+
+
+def _check_dropout(dropout: float, seed: Tensor | None) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be in [0, 1). Received: {dropout=}")
+    if dropout and seed is None:
+        raise ValueError(
+            "`dropout_seed` is required with dropout. "
+            f"Received: dropout={dropout}, dropout_seed={seed}"
+        )
+    require_shape("dropout_seed", seed, (2,))

@@ -1,151 +1,168 @@
 """Attention in blocks of queries and keys with a running softmax, and its backward pass.
 
 For a block of queries the keys are read block by block, up to the last one that any of its queries
-sees. m is the running maximum of the scores, l the running sum of exponentials:
+sees. m is the running row max of the scores z, l the running row sum of exponentials:
 
     m' = max(m, max_s z_s)    l' = e^{m - m'} l + sum_s e^{z_s - m'}    o' = e^{m - m'} o + ...
 
-The backward pass keeps the outputs and L = m + log l, and recomputes p_s = e^{z_s - L}:
+The backward pass keeps the outputs and the log-sum-exp L = m + log l, and recomputes the weights
+p_s = e^{z_s - L}:
 
     dV = P^T dO    dZ = P * (dO V^T - rowsum(dO * O))    dQ = scale dZ K    dK = scale dZ^T Q
 
+With dropout, M is 0 at a dropped weight and 1 / (1 - rate) elsewhere; l sums undropped weights:
+
+    O = (P * M) V    dV = (P * M)^T dO    dZ = P * ((dO V^T) * M - rowsum(dO * O))
+
 Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 
-Shapes: B batch, G key heads, R query heads a key head, C queries a block, N blocks, S keys.
+Shapes: B batch, G key heads, R query heads per key head, C queries of a block (`block_q`), N blocks
+of queries, S keys.
+
+    forward     outputs and log-sum-exp of all blocks
+    backward    gradients of queries, keys and values
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from keras import ops
 
 from ..backend.loops import get_rows, scan, set_rows
-
-FAR = -1e30  # less than any score, but differences of it are not NaN
-
-
-class Queries(NamedTuple):
-    """One block of queries, or with a leading axis N all of them."""
-
-    query: object  # (B, C, G, R, D)
-    limits: object  # (B, C) int32
-    segments: object  # (B, C) int32
-
-
-class Keys(NamedTuple):
-    key: object  # (B, S, G, D)
-    value: object  # (B, S, G, D)
-    mask: object  # (B, S) bool
-    segments: object  # (B, S) int32
+from ..tensor_types import Tensor
+from .attention_blocks import (
+    FAR,
+    Keys,
+    Queries,
+    blocks_in_use,
+    by_head,
+    by_token,
+    scores_of,
+    tile_of,
+)
+from .tile_dropout import keep_factor, tile_seed
 
 
-def forward(queries, keys, columns, scale):
-    """`Queries` with axis N -> outputs `(N, B, C, G, R, D)`, log-sums `(N, B, G, R C)`."""
+class BlockOptions(NamedTuple):
+    """What is known before the program runs.
+
+    Attributes:
+        block_kv: int, keys of a block.
+        scale: float, factor on the scores.
+        dropout: float, probability to drop a weight.
+    """
+
+    block_kv: int
+    scale: float
+    dropout: float
+
+
+def forward(
+    queries: Queries, keys: Keys, options: BlockOptions
+) -> tuple[Annotated[Tensor, "N B C G R D"], Annotated[Tensor, "N B G R*C"]]:
+    """Outputs of all blocks and the log-sum-exp of their scores."""
 
     def block(carry, xs):
         own = Queries(*xs)
-        query = _rows(own.query)  # (B, G, R C, D)
+        query = by_head(own.query)  # (B, G, R C, D)
 
         def step(number, running):
-            top, total, output = running
-            key, value, seen, _ = _columns(own, keys, number, columns)
-            scores = _scores(query, key, seen, scale)
-            new_top = ops.maximum(top, ops.max(scores, axis=-1))
-            weights = ops.where(seen, ops.exp(scores - new_top[..., None]), 0.0)
-            shrink = ops.exp(top - new_top)
-            total = shrink * total + ops.sum(weights, axis=-1)
-            read = ops.cast(ops.cast(weights, value.dtype) @ value, "float32")
-            return new_top, total, shrink[..., None] * output + read
+            row_max, row_sum, output = running
+            tile = tile_of(own, keys, number, options.block_kv)
+            scores = scores_of(query, tile, options.scale)
+            new_max = ops.maximum(row_max, ops.max(scores, axis=-1))
+            weights = ops.where(tile.seen, ops.exp(scores - new_max[..., None]), 0.0)
+            shrink = ops.exp(row_max - new_max)
+            row_sum = shrink * row_sum + ops.sum(weights, axis=-1)
+            if options.dropout:
+                weights = weights * _keep_factor(weights, own, number, options)
+            read = ops.cast(ops.cast(weights, tile.value.dtype) @ tile.value, "float32")
+            return new_max, row_sum, shrink[..., None] * output + read
 
-        sums = ops.zeros(ops.shape(query)[:-1], "float32")
-        running = (sums + FAR, sums, ops.zeros(ops.shape(query), "float32"))
-        top, total, output = ops.fori_loop(0, _used(own, columns), step, running)
-        output = output / ops.maximum(total, 1e-30)[..., None]
-        log_sum = top + ops.log(ops.maximum(total, 1e-30))
-        output = ops.cast(_heads(output, ops.shape(own.query)), own.query.dtype)
-        return carry, (output, log_sum)
+        zeros = ops.zeros(ops.shape(query)[:-1], "float32")
+        running = (zeros + FAR, zeros, ops.zeros(ops.shape(query), "float32"))
+        used = blocks_in_use(own, options.block_kv)
+        row_max, row_sum, output = ops.fori_loop(0, used, step, running)
+        output = output / ops.maximum(row_sum, 1e-30)[..., None]
+        lse = row_max + ops.log(ops.maximum(row_sum, 1e-30))
+        output = ops.cast(by_token(output, ops.shape(own.query)), own.query.dtype)
+        return carry, (output, lse)
 
-    count, batch, rows, groups, repeats, _ = ops.shape(queries.query)
+    count, batch, block_q, groups, repeats, _ = ops.shape(queries.query)
     into = (
         ops.zeros_like(queries.query),
-        ops.zeros((count, batch, groups, repeats * rows), "float32"),
+        ops.zeros((count, batch, groups, repeats * block_q), "float32"),
     )
-    _, (output, log_sum) = scan(block, (), tuple(queries), into)
-    return output, log_sum
+    _, (output, lse) = scan(block, (), _present(queries), into)
+    return output, lse
 
 
-def backward(queries, keys, output, log_sum, d_output, columns, scale):
-    """Gradients of the queries `(N, B, C, G, R, D)`, the keys and the values."""
+def backward(
+    queries: Queries,
+    keys: Keys,
+    output: Annotated[Tensor, "N B C G R D"],
+    lse: Annotated[Tensor, "N B G R*C"],
+    d_output: Annotated[Tensor, "N B C G R D"],
+    options: BlockOptions,
+) -> tuple[
+    Annotated[Tensor, "N B C G R D"], Annotated[Tensor, "B S G D"], Annotated[Tensor, "B S G D"]
+]:
+    """Gradients of the queries, the keys and the values."""
 
     def block(carry, xs):
-        *own, output, log_sum, d_output = xs
+        *own, output, lse, d_output = xs
         own = Queries(*own)
-        query, d_rows = _rows(own.query), _rows(d_output)
-        output = ops.cast(_rows(output), "float32")
-        pull = ops.sum(ops.cast(d_rows, "float32") * output, axis=-1, keepdims=True)
+        query, d_rows = by_head(own.query), by_head(d_output)
+        output = ops.cast(by_head(output), "float32")
+        row_dot = ops.sum(ops.cast(d_rows, "float32") * output, axis=-1, keepdims=True)
 
         def step(number, running):
             d_query, d_key, d_value = running
-            key, value, seen, start = _columns(own, keys, number, columns)
-            weights = ops.exp(_scores(query, key, seen, scale) - log_sum[..., None])
-            weights = ops.where(seen, weights, 0.0)
-            d_weights = ops.cast(d_rows @ ops.swapaxes(value, -1, -2), "float32")
-            d_scores = ops.cast(scale * weights * (d_weights - pull), key.dtype)
-            weights = ops.cast(weights, value.dtype)
-            d_query = d_query + ops.cast(d_scores @ key, "float32")
-            d_key = _add(d_key, start, ops.swapaxes(d_scores, -1, -2) @ query)
-            d_value = _add(d_value, start, ops.swapaxes(weights, -1, -2) @ d_rows)
+            tile = tile_of(own, keys, number, options.block_kv)
+            weights = ops.exp(scores_of(query, tile, options.scale) - lse[..., None])
+            weights = ops.where(tile.seen, weights, 0.0)
+            d_weights = ops.cast(d_rows @ ops.swapaxes(tile.value, -1, -2), "float32")
+            kept = weights
+            if options.dropout:
+                keep = _keep_factor(weights, own, number, options)
+                d_weights, kept = d_weights * keep, weights * keep
+            d_scores = options.scale * weights * (d_weights - row_dot)
+            d_scores = ops.cast(d_scores, tile.key.dtype)
+            kept = ops.cast(kept, tile.value.dtype)
+            d_query = d_query + ops.cast(d_scores @ tile.key, "float32")
+            d_key = _add(d_key, tile.start, ops.swapaxes(d_scores, -1, -2) @ query)
+            d_value = _add(d_value, tile.start, ops.swapaxes(kept, -1, -2) @ d_rows)
             return d_query, d_key, d_value
 
         running = (ops.zeros(ops.shape(query), "float32"), *carry)
-        d_query, *carry = ops.fori_loop(0, _used(own, columns), step, running)
-        d_query = ops.cast(_heads(d_query, ops.shape(own.query)), own.query.dtype)
+        used = blocks_in_use(own, options.block_kv)
+        d_query, *carry = ops.fori_loop(0, used, step, running)
+        d_query = ops.cast(by_token(d_query, ops.shape(own.query)), own.query.dtype)
         return tuple(carry), (d_query,)
 
     shape = ops.shape(keys.key)
     carry = (ops.zeros(shape, "float32"), ops.zeros(shape, "float32"))
-    xs = (*queries, output, log_sum, d_output)
+    xs = (*_present(queries), output, lse, d_output)
     (d_key, d_value), (d_query,) = scan(block, carry, xs, (ops.zeros_like(queries.query),))
     return d_query, ops.cast(d_key, keys.key.dtype), ops.cast(d_value, keys.value.dtype)
 
 
-def _used(queries, columns):
-    """Blocks of keys up to the last one that a query of the block sees."""
-    return (ops.max(queries.limits) + columns) // columns
+def _keep_factor(
+    weights: Tensor, queries: Queries, number: Tensor, options: BlockOptions
+) -> Tensor:
+    """M of the module's equations for the weights of a block's tile `number`."""
+    return keep_factor(ops.shape(weights), tile_seed(queries.seed, number), options.dropout)
 
 
-def _columns(queries, keys, number, columns):
-    """Keys and values `(B, G, columns, D)` of a block, which queries see them, and its start."""
-    nominal = number * columns
-    # The last block ends with the last key; what it shares with the one before is not seen again.
-    start = ops.minimum(nominal, ops.shape(keys.key)[1] - columns)
-    key, value = (ops.swapaxes(get_rows(x, start, columns, axis=1), 1, 2) for x in keys[:2])
-    mask, segments = (get_rows(x, start, columns, axis=1)[:, None] for x in keys[2:])
-    index = start + ops.arange(columns, dtype="int32")
-    seen = mask & (index >= nominal) & (index <= queries.limits[..., None])
-    seen = seen & (segments == queries.segments[..., None])  # (B, C, columns)
-    repeats = queries.query.shape[3]
-    return key, value, ops.tile(seen, (1, repeats, 1))[:, None], start
-
-
-def _scores(query, key, seen, scale):
-    scores = ops.cast(query @ ops.swapaxes(key, -1, -2), "float32") * scale
-    return ops.where(seen, scores, FAR)
-
-
-def _rows(x):
-    """`(B, C, G, R, D)` -> `(B, G, R C, D)`."""
-    batch, rows, groups, repeats, dim = ops.shape(x)
-    return ops.reshape(ops.transpose(x, (0, 2, 3, 1, 4)), (batch, groups, repeats * rows, dim))
-
-
-def _heads(x, shape):
-    """`(B, G, R C, D)` -> `(B, C, G, R, D)`."""
-    batch, rows, groups, repeats, dim = shape
-    return ops.transpose(ops.reshape(x, (batch, groups, repeats, rows, dim)), (0, 3, 1, 2, 4))
-
-
-def _add(buffer, start, rows):
-    """Adds `(B, G, columns, D)` to `buffer (B, S, G, D)` from key `start` on."""
+def _add(
+    buffer: Annotated[Tensor, "B S G D"],
+    start: Tensor,
+    rows: Annotated[Tensor, "B G block_kv D"],
+) -> Annotated[Tensor, "B S G D"]:
+    """Adds to `buffer` from key `start` on."""
     rows = ops.cast(ops.swapaxes(rows, 1, 2), "float32")
     old = get_rows(buffer, start, rows.shape[1], axis=1)
     return set_rows(buffer, start, old + rows, axis=1)
+
+
+def _present(queries: Queries) -> tuple[Tensor, ...]:
+    return tuple(x for x in queries if x is not None)

@@ -1,0 +1,7 @@
+"""What differs between JAX, TensorFlow and torch, so that no op has to know.
+
+autodiff    a (forward, backward) pair as a differentiable function; products in full precision
+loops       scans, and reading and writing rows at computed places
+platform    where tensors are, and which implementation of an op runs there
+seeds       random numbers from a seed tensor
+"""

@@ -11,13 +11,19 @@ cache by function identity do not trace again.
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 
 BACKEND = keras.backend.backend()
 
 
-def custom_gradient(forward, backward, primal=None):
+def custom_gradient(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    primal: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Returns `f(*inputs) -> outputs`, differentiated by `backward` instead of by tracing.
 
     `primal` is for residuals that cost something; only JAX can tell when they are not needed.
@@ -28,7 +34,7 @@ def custom_gradient(forward, backward, primal=None):
 
 
 @contextlib.contextmanager
-def full_precision():
+def full_precision() -> Iterator[None]:
     """Within it JAX multiplies float32 matrices as float32 on GPU and TPU, too.
 
     Its default there rounds the operands to 10 or 8 bits of mantissa: not enough for the inverse
@@ -51,10 +57,10 @@ def _jax(forward, backward, primal):
     def function(*inputs):
         return forward(*inputs)[0] if primal is None else primal(*inputs)
 
-    def pull_back(residuals, cotangents):
+    def vjp(residuals, cotangents):
         return tuple(backward(residuals, *_as_tuple(cotangents)))
 
-    function.defvjp(forward, pull_back)
+    function.defvjp(forward, vjp)
     return function
 
 
@@ -78,10 +84,10 @@ def _tensorflow(forward, backward):
         # Run eagerly, an outer tape would differentiate the program itself and not find how.
         outputs, residuals = run(forward, *map(tf.stop_gradient, inputs))
 
-        def pull_back(*cotangents):
+        def vjp(*cotangents):
             return list(run(backward, residuals, *cotangents))
 
-        return outputs, pull_back
+        return outputs, vjp
 
     def call(*inputs):
         return function(*(tf.convert_to_tensor(x) for x in inputs))

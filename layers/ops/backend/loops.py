@@ -1,17 +1,33 @@
 """The loops and in-place updates that `keras.ops` lacks or gets wrong under XLA.
 
+    scan                  a loop that stacks what its steps return
+    get_row, get_rows     read at a computed place
+    set_row, set_rows     write at a computed place
+    add_to_row            add at a computed place
+    scatter_rows          write many rows at computed places
+
 None of these is meant to be differentiated: the ops that use them bring their own backward pass.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import keras
 from keras import ops
 
+from ..tensor_types import Tensor
+
 BACKEND = keras.backend.backend()
 
 
-def scan(step, carry, xs, into, reverse=False):
+def scan(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    carry: tuple[Tensor, ...],
+    xs: tuple[Tensor, ...],
+    into: tuple[Tensor, ...],
+    reverse: bool = False,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Runs `carry, ys = step(carry, xs[i])` for every i and stacks the ys.
 
     `keras.ops.scan` sizes its outputs from the carry on TensorFlow, so it cannot return anything
@@ -34,7 +50,7 @@ def scan(step, carry, xs, into, reverse=False):
 
     length = ops.shape(xs[0])[0]
     if BACKEND == "torch":
-        ys = [None] * length
+        ys: Any = [None] * length
         for i in reversed(range(length)) if reverse else range(length):
             carry, ys[i] = step(carry, tuple(x[i] for x in xs))
         return carry, tuple(ops.stack(y) for y in zip(*ys))
@@ -48,19 +64,19 @@ def scan(step, carry, xs, into, reverse=False):
     return ops.fori_loop(0, length, body, (carry, into))
 
 
-def set_row(buffer, index, row):
+def set_row(buffer: Tensor, index: Tensor, row: Tensor) -> Tensor:
     """`buffer[index] = row` for a scalar integer tensor `index`."""
     return set_rows(buffer, index, ops.expand_dims(row, 0))
 
 
-def set_rows(buffer, start, rows, axis=0):
+def set_rows(buffer: Tensor, start: Tensor, rows: Tensor, axis: int = 0) -> Tensor:
     """`buffer[start : start + len(rows)] = rows` along `axis`, for a scalar integer tensor."""
-    starts = [0] * len(buffer.shape)
+    starts: list[Any] = [0] * len(buffer.shape)
     starts[axis] = start
     return ops.slice_update(buffer, starts, rows)
 
 
-def get_row(buffer, index):
+def get_row(buffer: Tensor, index: Tensor) -> Tensor:
     """`buffer[index]` for a scalar integer tensor `index`."""
     if BACKEND == "tensorflow":
         # Indexing and `tf.slice` make XLA take the index for a constant, down to the arguments it
@@ -69,21 +85,26 @@ def get_row(buffer, index):
     return buffer[index]
 
 
-def get_rows(buffer, start, count, axis=0):
+def get_rows(buffer: Tensor, start: Tensor, count: int, axis: int = 0) -> Tensor:
     """`buffer[start : start + count]` along `axis`, for a scalar integer tensor `start`."""
     if BACKEND == "tensorflow":
         return ops.take(buffer, start + ops.arange(count, dtype=start.dtype), axis=axis)
-    starts, shape = [0] * len(buffer.shape), list(ops.shape(buffer))
+    starts: list[Any] = [0] * len(buffer.shape)
+    shape = list(ops.shape(buffer))
     starts[axis], shape[axis] = start, count
     return ops.slice(buffer, starts, shape)
 
 
-def add_to_row(buffer, index, row):
+def add_to_row(buffer: Tensor, index: Tensor, row: Tensor) -> Tensor:
     """`buffer[index] += row` for a scalar integer tensor `index`."""
     return set_row(buffer, index, get_row(buffer, index) + ops.cast(row, buffer.dtype))
 
 
-def scatter_rows(buffer, index, rows):
+def scatter_rows(
+    buffer: Annotated[Tensor, "M ..."],
+    index: Annotated[Tensor, "N"],
+    rows: Annotated[Tensor, "N ..."],
+) -> Annotated[Tensor, "M ..."]:
     """Writes `rows` (N, ...) at `index` (N,) into `buffer` (M, ...); an index of M is dropped.
 
     Indices other than M must be distinct.

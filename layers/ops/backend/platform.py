@@ -1,11 +1,13 @@
 """Which implementation of an op runs where."""
 
+from collections.abc import Sequence
+
 import keras
 
 BACKEND = keras.backend.backend()
 
 
-def platform():
+def platform() -> str:
     """`"cpu"`, `"gpu"` or `"tpu"`: where the active backend puts new tensors."""
     if BACKEND == "jax":
         import jax
@@ -20,7 +22,7 @@ def platform():
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def choose(implementation, names, default):
+def choose(implementation: str | None, names: Sequence[str], default: str) -> str:
     """`implementation`, or `default` if it is `None`; `ValueError` if it is not one of `names`."""
     if implementation is None:
         return default

@@ -2,6 +2,8 @@
 
 import keras
 
+from ..tensor_types import Tensor
+
 
 class DrawnSeed(keras.random.SeedGenerator):
     """Hands out one seed that was drawn before.
@@ -10,8 +12,9 @@ class DrawnSeed(keras.random.SeedGenerator):
     loop a generator's state must not be assigned, so its seed is drawn outside and passed in.
     """
 
-    def __init__(self, seed):  # no state of its own: the parent would create a variable
+    def __init__(self, seed: Tensor) -> None:
+        # No state of its own: the parent would create a variable.
         self._seed = seed
 
-    def next(self, ordered=True):
+    def next(self, ordered: bool = True) -> Tensor:
         return self._seed

@@ -5,10 +5,13 @@
 where x_{t-j} is the j-th real token before t in the same segment, taken from the state once the
 row itself runs out, and 0 where there is none. W taps are W shifted products: for the few taps of
 a short convolution that is faster than a convolution primitive on every backend.
+
+Public: `causal_conv1d`.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Annotated, NamedTuple
 
 import keras
 from keras import ops
@@ -17,18 +20,30 @@ from ..backend.autodiff import custom_gradient
 from ..checks import require_shape
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
+from ..tensor_types import Tensor
 
 
 class CausalConv1DOutput(NamedTuple):
-    """`output` `(B, T, C)`, 0 at padding; `state` `(B, W-1, C)`, the inputs of the last tokens."""
+    """What `causal_conv1d` returns.
 
-    output: object
-    state: object
+    Attributes:
+        output: `(B, T, C)` in the dtype of the inputs, 0 at padding.
+        state: `(B, W-1, C)` in the dtype of the inputs, the inputs of the last real tokens.
+    """
+
+    output: Annotated[Tensor, "B T C"]
+    state: Annotated[Tensor, "B W-1 C"]
 
 
 def causal_conv1d(
-    inputs, kernel, *, state=None, padding_mask=None, segment_ids=None, activation="silu"
-):
+    inputs: Annotated[Tensor, "B T C"],
+    kernel: Annotated[Tensor, "W C"],
+    *,
+    state: Annotated[Tensor, "B W-1 C"] | None = None,
+    padding_mask: Annotated[Tensor, "B T"] | None = None,
+    segment_ids: Annotated[Tensor, "B T"] | None = None,
+    activation: str | None = "silu",
+) -> CausalConv1DOutput:
     """Convolves `inputs` with a depthwise kernel of W taps and returns the new tail as state.
 
     Padding may stand anywhere: the taps of a token are the real tokens before it.
@@ -48,51 +63,57 @@ def causal_conv1d(
     Raises:
         ValueError: shapes that do not fit together.
     """
-    require_shape("inputs", inputs, (None, None, None))
-    require_shape("kernel", kernel, (None, inputs.shape[2]))
+    _check(inputs, kernel, state, padding_mask, segment_ids)
     taps, channels = kernel.shape
-    require_shape("state", state, (inputs.shape[0], taps - 1, channels))
-    require_shape("padding_mask", padding_mask, inputs.shape[:2])
-    require_shape("segment_ids", segment_ids, inputs.shape[:2])
-    batch, length = ops.shape(inputs)[:2]
     kernel = ops.cast(kernel, inputs.dtype)
     if state is None:
-        state = ops.zeros((batch, taps - 1, channels), inputs.dtype)
+        state = ops.zeros((ops.shape(inputs)[0], taps - 1, channels), inputs.dtype)
     state = ops.cast(state, inputs.dtype)
 
     segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
     if padding_mask is not None:
-        order, destination = compaction(padding_mask)
-        inputs = permute_tokens(ops.where(padding_mask[..., None], inputs, 0.0), order, destination)
+        sort_indices, inverse_sort = compaction(padding_mask)
+        inputs = ops.where(padding_mask[..., None], inputs, 0.0)
+        inputs = permute_tokens(inputs, sort_indices, inverse_sort)
         if segment is not None:
-            segment = ops.take_along_axis(segment, order, axis=-1)
-
+            segment = ops.take_along_axis(segment, sort_indices, axis=-1)
     extended = ops.concatenate([state, inputs], axis=1)  # (B, W-1+T, C)
     if segment is not None:
         # Numbers start at 0 with the segment that continues the state.
         segment = ops.pad(segment, [[0, 0], [taps - 1, 0]])
+
     output = _differentiable()(extended, kernel, *([] if segment is None else [segment]))
     output = keras.activations.get(activation)(output)
-
-    if padding_mask is None:
-        new_state = extended[:, length:]
-        kept = None if segment is None else segment[:, length:] == segment[:, -1:]
-    else:
-        output = permute_tokens(output, destination, order)
+    if padding_mask is not None:
+        output = permute_tokens(output, inverse_sort, sort_indices)
         output = ops.where(padding_mask[..., None], output, 0.0)
-        places = valid_lengths(padding_mask)[:, None] + ops.arange(taps - 1, dtype="int32")
-        new_state = ops.take_along_axis(extended, places[..., None], axis=1)
-        kept = None
+    return CausalConv1DOutput(output, _new_state(extended, segment, taps, padding_mask))
+
+
+def _new_state(
+    extended: Annotated[Tensor, "B W-1+T C"],
+    segment: Annotated[Tensor, "B W-1+T"] | None,
+    taps: int,
+    padding_mask: Annotated[Tensor, "B T"] | None,
+) -> Annotated[Tensor, "B W-1 C"]:
+    """The inputs of the last W-1 real tokens, 0 before the last segment."""
+    kept = None
+    if padding_mask is None:
+        length = ops.shape(extended)[1] - taps + 1
+        state = extended[:, length:]
         if segment is not None:
-            numbers = ops.take_along_axis(segment, places, axis=1)
+            kept = segment[:, length:] == segment[:, -1:]
+    else:
+        index = valid_lengths(padding_mask)[:, None] + ops.arange(taps - 1, dtype="int32")
+        state = ops.take_along_axis(extended, index[..., None], axis=1)
+        if segment is not None:
+            numbers = ops.take_along_axis(segment, index, axis=1)
             kept = numbers == numbers[:, -1:]
-    if kept is not None:
-        new_state = ops.where(kept[..., None], new_state, 0.0)
-    return CausalConv1DOutput(output, new_state)
+    return state if kept is None else ops.where(kept[..., None], state, 0.0)
 
 
 @functools.cache
-def _differentiable():
+def _differentiable() -> Callable[..., Tensor]:
     """Shifted products of `extended (B, W-1+T, C)`; autodiff would pad and add up every term."""
 
     def terms(extended, taps, segment=None):
@@ -124,3 +145,18 @@ def _differentiable():
         return d_extended, ops.stack(d_kernel), *(None for _ in segment)
 
     return custom_gradient(forward, backward)
+
+
+def _check(
+    inputs: Tensor,
+    kernel: Tensor,
+    state: Tensor | None,
+    padding_mask: Tensor | None,
+    segment_ids: Tensor | None,
+) -> None:
+    require_shape("inputs", inputs, (None, None, None))
+    require_shape("kernel", kernel, (None, inputs.shape[2]))
+    taps, channels = kernel.shape
+    require_shape("state", state, (inputs.shape[0], taps - 1, channels))
+    require_shape("padding_mask", padding_mask, inputs.shape[:2])
+    require_shape("segment_ids", segment_ids, inputs.shape[:2])

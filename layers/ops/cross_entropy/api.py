@@ -5,43 +5,60 @@
 `linear_cross_entropy` never holds the logits of more than one chunk of rows, forward or backward;
 the backward pass recomputes a chunk's logits and turns them into gradients at once, keeping only
 the hidden states and the kernel from the forward pass.
+
+    cross_entropy            loss of every row from its logits
+    linear_cross_entropy     the same from hidden states and the head's kernel
+    correct                  where the largest logit is the label's
 """
 
 import functools
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from keras import ops
 
 from ..backend.autodiff import custom_gradient
 from ..backend.loops import scan
 from ..checks import require_shape
+from ..padding import pad_to_multiple
+from ..tensor_types import Tensor
 
-IGNORE = -100
+IGNORE = -100  # the label that has no loss
 CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
 
 
-def cross_entropy(logits, labels):
+def cross_entropy(
+    logits: Annotated[Tensor, "... V"], labels: Annotated[Tensor, "..."]
+) -> Annotated[Tensor, "..."]:
     """Loss of every row from its logits.
 
     Args:
         logits: `(..., V)`, any float dtype; the loss is computed in float32.
-        labels: `(...)` integers; -100 is ignored.
+        labels: `(...)` integers; `IGNORE` (-100) is ignored.
 
     Returns:
         `(...)` float32, 0 at ignored labels.
     """
     logits = ops.cast(logits, "float32")
     labels = ops.cast(labels, "int32")
-    losses = ops.logsumexp(logits, axis=-1) - _pick(logits, labels)
+    losses = ops.logsumexp(logits, axis=-1) - _logit_of(logits, labels)
     return ops.where(labels == IGNORE, 0.0, losses)
 
 
-def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None, return_correct=False):
+def linear_cross_entropy(
+    hidden: Annotated[Tensor, "N D"],
+    kernel: Annotated[Tensor, "D V"],
+    labels: Annotated[Tensor, "N"],
+    *,
+    chunk_rows: int | None = None,
+    return_correct: bool = False,
+) -> Any:
     """Loss of every row from its hidden state and the kernel of the language-model head.
 
     Args:
         hidden: `(N, D)`.
         kernel: `(D, V)`.
-        labels: `(N,)` integers; -100 is ignored.
+        labels: `(N,)` integers; `IGNORE` (-100) is ignored.
         chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
         return_correct: whether to say as well where the largest logit is the label's.
 
@@ -60,10 +77,8 @@ def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None, return_corr
         chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
     if isinstance(count, int):
         chunk_rows = max(1, min(chunk_rows, count))
-    missing = -count % chunk_rows
-    hidden = ops.concatenate([hidden, ops.zeros((missing, hidden.shape[1]), hidden.dtype)])
-    labels = ops.cast(labels, "int32")
-    labels = ops.concatenate([labels, ops.full((missing,), IGNORE, "int32")])
+    hidden = pad_to_multiple(hidden, chunk_rows)
+    labels = pad_to_multiple(ops.cast(labels, "int32"), chunk_rows, fill=IGNORE)
     hidden = ops.reshape(hidden, (-1, chunk_rows, hidden.shape[1]))
     labels = ops.reshape(labels, (-1, chunk_rows))
     kernel = ops.cast(kernel, hidden.dtype)
@@ -74,12 +89,12 @@ def linear_cross_entropy(hidden, kernel, labels, *, chunk_rows=None, return_corr
 
 
 @functools.cache
-def _differentiable(return_correct):
+def _differentiable(return_correct: bool) -> Callable[..., Any]:
     def forward(hidden, kernel, labels):
         def step(carry, xs):
             rows, label = xs
             logits = rows @ kernel
-            found = (cross_entropy(logits, label),)
+            found: tuple[Tensor, ...] = (cross_entropy(logits, label),)
             if return_correct:
                 found += (correct(logits, label),)
             return carry, found
@@ -97,8 +112,8 @@ def _differentiable(return_correct):
             rows, label, d_loss = xs
             d_loss = ops.where(label == IGNORE, 0.0, d_loss)[:, None]
             logits = ops.cast(rows @ kernel, "float32")
-            places = ops.arange(kernel.shape[1], dtype="int32") == label[:, None]
-            d_logits = d_loss * (ops.softmax(logits) - ops.cast(places, "float32"))
+            target = ops.arange(kernel.shape[1], dtype="int32") == label[:, None]
+            d_logits = d_loss * (ops.softmax(logits) - ops.cast(target, "float32"))
             d_logits = ops.cast(d_logits, kernel.dtype)
             d_rows = d_logits @ ops.transpose(kernel)
             d_kernel = d_kernel + ops.cast(ops.transpose(rows) @ d_logits, "float32")
@@ -112,11 +127,13 @@ def _differentiable(return_correct):
     return custom_gradient(forward, backward)
 
 
-def correct(logits, labels):
+def correct(
+    logits: Annotated[Tensor, "... V"], labels: Annotated[Tensor, "..."]
+) -> Annotated[Tensor, "..."]:
     """`(...)` float32, 1 where the largest of the logits `(..., V)` is the label's."""
     return ops.cast(ops.cast(ops.argmax(logits, axis=-1), "int32") == labels, "float32")
 
 
-def _pick(logits, labels):
+def _logit_of(logits: Tensor, labels: Tensor) -> Tensor:
     index = ops.expand_dims(ops.maximum(labels, 0), -1)
     return ops.take_along_axis(logits, index, axis=-1)[..., 0]

@@ -1,23 +1,38 @@
-"""The routed experts of a mixture: every token goes through the experts it was sent to.
+"""The routed experts of an MoE layer: every token goes through the experts it was sent to.
 
-y_n = sum_k w_nk * (act(x_n G_e) * (x_n U_e)) D_e        e = expert_nk,  [G_e | U_e] = gate_up_e
+    y_n = sum_k w_nk * (act(x_n G_e) * (x_n U_e)) D_e      e = experts_nk,  [G_e | U_e] = gate_up_e
+
+Public: `expert_mlp`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Annotated
 
 from keras import ops
 
+from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
 from ..checks import require_shape
 from ..grouped_matmul import grouped_matmul
 from ..grouped_matmul.api import pick
 from ..grouped_matmul.tiles import tile_sizes
 from ..rows import take_rows
-from . import tiled_experts as tiled
-from .activations import ACTIVATIONS
+from ..tensor_types import Tensor
+from . import tiled_experts
+from .tiled_experts import ExpertInputs
 
 
-def expert_mlp(x, gate_up, down, experts, weights, *, activation="silu", implementation=None):
+def expert_mlp(
+    x: Annotated[Tensor, "N D"],
+    gate_up: Annotated[Tensor, "E D 2F"],
+    down: Annotated[Tensor, "E F D"],
+    experts: Annotated[Tensor, "N K"],
+    weights: Annotated[Tensor, "N K"],
+    *,
+    activation: str = "silu",
+    implementation: str | None = None,
+) -> tuple[Annotated[Tensor, "N D"], Annotated[Tensor, "E"]]:
     """Runs every token through its K experts and adds up the weighted results.
 
     The N K (token, expert) pairs are sorted by expert; only experts in use are read, no pair is
@@ -34,7 +49,7 @@ def expert_mlp(x, gate_up, down, experts, weights, *, activation="silu", impleme
             `grouped_matmul`.
 
     Returns:
-        `(y (N, D) in the dtype of x, load (E,) int32)`, the load being the tokens of every expert.
+        `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
 
     Raises:
         ValueError: shapes that do not fit together, an unknown activation or implementation.
@@ -50,45 +65,60 @@ def expert_mlp(x, gate_up, down, experts, weights, *, activation="silu", impleme
         )
     implementation = pick(implementation)
     gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
-    count, choices = gate_up.shape[0], experts.shape[1]
-    flat = ops.cast(ops.reshape(experts, (-1,)), "int32")
-    order = ops.cast(ops.argsort(flat), "int32")
-    places = ops.reshape(ops.cast(ops.argsort(order), "int32"), (-1, choices))
-    bounds = ops.searchsorted(ops.take(flat, order), ops.arange(count + 1, dtype="int32"))
-    bounds = ops.cast(bounds, "int32")
-    load = bounds[1:] - bounds[:-1]
-
+    count = gate_up.shape[0]
+    sorting = _sort_by_expert(experts, count)
+    inputs = ExpertInputs(x, gate_up, down, weights, *sorting)
     if implementation == "tiled":
-        function = _differentiable(tile_sizes(flat.shape[0], count), activation)
-        return function(x, gate_up, down, weights, order, places, load), load
+        sizes = tile_sizes(inputs.sort_indices.shape[0], count)
+        return _differentiable(sizes, activation)(*inputs), inputs.tokens_per_expert
+    return _by_grouped_matmul(inputs, activation, implementation), inputs.tokens_per_expert
 
-    rows = take_rows(x, order // choices, places)  # (N K, D)
-    options = {"implementation": implementation}
-    gate, up = ops.split(grouped_matmul(rows, gate_up, load, **options), 2, axis=-1)
-    rows = grouped_matmul(ACTIVATIONS[activation][0](gate) * up, down, load, **options)
-    rows = take_rows(rows, ops.reshape(places, (-1,)), ops.expand_dims(order, -1))
-    rows = ops.reshape(rows, (-1, choices, x.shape[1]))
-    return ops.sum(ops.expand_dims(weights, -1) * rows, axis=1), load
+
+def _sort_by_expert(
+    experts: Annotated[Tensor, "N K"], count: int
+) -> tuple[Annotated[Tensor, "N*K"], Annotated[Tensor, "N K"], Annotated[Tensor, "E"]]:
+    """Sort indices, inverse sort and tokens per expert of `ExpertInputs`."""
+    flat = ops.cast(ops.reshape(experts, (-1,)), "int32")
+    sort_indices = ops.cast(ops.argsort(flat), "int32")
+    inverse_sort = ops.cast(ops.argsort(sort_indices), "int32")
+    numbers = ops.arange(count + 1, dtype="int32")
+    bounds = ops.cast(ops.searchsorted(ops.take(flat, sort_indices), numbers), "int32")
+    inverse_sort = ops.reshape(inverse_sort, (-1, experts.shape[1]))
+    return sort_indices, inverse_sort, bounds[1:] - bounds[:-1]
+
+
+def _by_grouped_matmul(
+    inputs: ExpertInputs, activation: str, implementation: str
+) -> Annotated[Tensor, "N D"]:
+    """The same with one row in memory per (token, expert) pair, from products of grouped rows."""
+    x, gate_up, down, weights, sort_indices, inverse_sort, tokens_per_expert = inputs
+    chosen = inverse_sort.shape[1]
+
+    def product(rows, weights):
+        return grouped_matmul(rows, weights, tokens_per_expert, implementation=implementation)
+
+    rows = take_rows(x, sort_indices // chosen, inverse_sort)  # (N K, D)
+    gate, up = ops.split(product(rows, gate_up), 2, axis=-1)
+    rows = product(ACTIVATIONS[activation].function(gate) * up, down)
+    rows = take_rows(rows, ops.reshape(inverse_sort, (-1,)), ops.expand_dims(sort_indices, -1))
+    rows = ops.reshape(rows, (-1, chosen, x.shape[1]))
+    return ops.sum(ops.expand_dims(weights, -1) * rows, axis=1)
 
 
 @functools.cache
-def _differentiable(sizes, activation):
-    def run(x, gate_up, down, weights, *grouping, keep):
-        grouping = tiled.Grouping(*grouping)
-        return tiled.forward(x, gate_up, down, weights, grouping, sizes, activation, keep)
-
+def _differentiable(sizes: tuple[int, ...], activation: str) -> Callable[..., Tensor]:
     def primal(*inputs):
-        return run(*inputs, keep=False)[0]
+        return tiled_experts.forward(ExpertInputs(*inputs), sizes, activation, keep=False)[0]
 
     def forward(*inputs):
-        output, gated = run(*inputs, keep=True)
+        output, gated = tiled_experts.forward(ExpertInputs(*inputs), sizes, activation, keep=True)
         return output, (*inputs, gated)
 
     def backward(residuals, d_output):
-        x, gate_up, down, weights, *grouping, gated = residuals
-        grads = tiled.backward(
-            x, gate_up, down, weights, tiled.Grouping(*grouping), gated, d_output, sizes, activation
+        *inputs, gated = residuals
+        gradients = tiled_experts.backward(
+            ExpertInputs(*inputs), gated, d_output, sizes, activation
         )
-        return (*grads, None, None, None)
+        return *gradients, None, None, None
 
     return custom_gradient(forward, backward, primal)

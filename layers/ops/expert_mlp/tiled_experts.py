@@ -1,100 +1,144 @@
-"""All experts of a mixture in one loop over tiles of (token, expert) pairs.
+"""All experts of an MoE layer in one loop over tiles of (token, expert) pairs.
 
 A tile gathers its tokens, goes through both products of its expert and leaves one row for every
 pair, so that nothing but those rows (and, for the backward pass, what went into the activation) is
 ever written for all pairs: on a CPU a tile stays in the cache.
 
-Pairs are numbered token by token, pair p belongs to token p // K. `order (R,)` lists the pair
-numbers by expert, `places (N, K)` says where the pairs of a token stand in that list.
+Pairs are numbered token by token, pair p belongs to token p // K.
+
+Shapes: N tokens, K experts per token, R = N K pairs, E experts, S pairs of a tile.
+
+    forward     outputs of all tokens
+    backward    gradients of tokens, kernels and weights
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from keras import ops
 
+from ..activations import ACTIVATIONS
 from ..backend.loops import add_to_row, get_row, get_rows
-from ..grouped_matmul.tiles import Tiles, write
-from .activations import ACTIVATIONS
+from ..grouped_matmul.tiles import (
+    Tile,
+    TilePlan,
+    for_each_tile,
+    pad_for_tiles,
+    plan_tiles,
+    write_tile,
+)
+from ..tensor_types import Tensor
 
 
-class Grouping(NamedTuple):
-    """Pairs by expert: `order (R,)`, `places (N, K)` and `sizes (E,)`, all int32."""
+class ExpertInputs(NamedTuple):
+    """Tokens, experts, and the pairs of them, sorted by expert.
 
-    order: object
-    places: object
-    sizes: object
+    Attributes:
+        x: `(N, D)`.
+        gate_up: `(E, D, 2F)` in the dtype of x, the gate's half first.
+        down: `(E, F, D)` in the dtype of x.
+        weights: `(N, K)` in the dtype of x.
+        sort_indices: `(R,)` int32, the numbers of the pairs, sorted by expert.
+        inverse_sort: `(N, K)` int32, where the pairs of a token stand among the sorted ones.
+        tokens_per_expert: `(E,)` int32.
+    """
+
+    x: Annotated[Tensor, "N D"]
+    gate_up: Annotated[Tensor, "E D 2F"]
+    down: Annotated[Tensor, "E F D"]
+    weights: Annotated[Tensor, "N K"]
+    sort_indices: Annotated[Tensor, "R"]
+    inverse_sort: Annotated[Tensor, "N K"]
+    tokens_per_expert: Annotated[Tensor, "E"]
 
 
-def forward(x, gate_up, down, weights, grouping, sizes, activation, keep):
-    """Outputs `(N, D)` and, with `keep`, gate and up of all pairs `(R, 2F)`, else `None`."""
-    act = ACTIVATIONS[activation][0]
-    tiles = Tiles(ops.shape(grouping.order)[0], grouping.sizes, sizes)
-    pairs = tiles.pad(grouping.order)
+def forward(
+    inputs: ExpertInputs, sizes: tuple[int, ...], activation: str, keep: bool
+) -> tuple[Annotated[Tensor, "N D"], Annotated[Tensor, "R 2F"] | None]:
+    """Outputs and, with `keep`, gate and up of all pairs, else `None`."""
+    act = ACTIVATIONS[activation].function
+    plan, pairs = _plan(inputs, sizes)
 
     def body(tile, carry):
-        rows, weight = _gather(x, weights, pairs, tile)
-        gated = rows @ get_row(gate_up, tile.group)
+        rows, weight = _gather(inputs.x, inputs.weights, pairs, tile)
+        gated = rows @ get_row(inputs.gate_up, tile.group)
         gate, up = ops.split(gated, 2, axis=-1)
-        output = (weight * act(gate) * up) @ get_row(down, tile.group)
-        return tuple(write(old, tile, new) for old, new in zip(carry, (output, gated)))
+        output = (weight * act(gate) * up) @ get_row(inputs.down, tile.group)
+        return tuple(write_tile(old, tile, new) for old, new in zip(carry, (output, gated)))
 
-    count = ops.shape(pairs)[0]
-    carry = (ops.zeros((count, x.shape[1]), x.dtype),)
+    count, dtype = ops.shape(pairs)[0], inputs.x.dtype
+    carry: tuple[Tensor, ...] = (ops.zeros((count, inputs.x.shape[1]), dtype),)
     if keep:
-        carry += (ops.zeros((count, gate_up.shape[2]), x.dtype),)
-    outputs, *kept = tiles.loop(body, carry)
-    return _sum_over_pairs(outputs, grouping.places), kept[0] if keep else None
+        carry += (ops.zeros((count, inputs.gate_up.shape[2]), dtype),)
+    outputs, *kept = for_each_tile(plan, body, carry)
+    return _sum_over_pairs(outputs, inputs.inverse_sort), kept[0] if keep else None
 
 
-def backward(x, gate_up, down, weights, grouping, gated, d_output, sizes, activation):
-    """Gradients of `x`, `gate_up`, `down` and `weights`; those of weights add up in float32."""
-    act, slope = ACTIVATIONS[activation]
-    tiles = Tiles(ops.shape(grouping.order)[0], grouping.sizes, sizes)
-    pairs = tiles.pad(grouping.order)
+def backward(
+    inputs: ExpertInputs,
+    gated: Annotated[Tensor, "R 2F"],
+    d_output: Annotated[Tensor, "N D"],
+    sizes: tuple[int, ...],
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `x`, `gate_up`, `down` and `weights`; those of kernels add up in float32."""
+    act, derivative = ACTIVATIONS[activation]
+    plan, pairs = _plan(inputs, sizes)
 
     def body(tile, carry):
         d_rows, d_gate_up, d_down, d_weights = carry
-        rows, weight = _gather(x, weights, pairs, tile)
-        d_tile = _tokens(d_output, weights, pairs, tile)
+        rows, weight = _gather(inputs.x, inputs.weights, pairs, tile)
+        d_tile = _tokens(d_output, inputs.weights, pairs, tile)
         gate, up = ops.split(get_rows(gated, tile.start, tile.size), 2, axis=-1)
         inner = act(gate) * up
-        d_inner = d_tile @ ops.transpose(get_row(down, tile.group))
+        d_inner = d_tile @ ops.transpose(get_row(inputs.down, tile.group))
         d_weight = ops.sum(d_inner * inner, axis=-1)
         d_inner = weight * d_inner
-        d_gated = ops.concatenate([d_inner * up * slope(gate), d_inner * act(gate)], axis=-1)
+        d_gated = ops.concatenate([d_inner * up * derivative(gate), d_inner * act(gate)], axis=-1)
+        d_tokens = d_gated @ ops.transpose(get_row(inputs.gate_up, tile.group))
         return (
-            write(d_rows, tile, d_gated @ ops.transpose(get_row(gate_up, tile.group))),
+            write_tile(d_rows, tile, d_tokens),
             add_to_row(d_gate_up, tile.group, ops.transpose(rows) @ d_gated),
             add_to_row(d_down, tile.group, ops.transpose(weight * inner) @ d_tile),
-            write(d_weights, tile, d_weight),
+            write_tile(d_weights, tile, d_weight),
         )
 
     count = ops.shape(pairs)[0]
     carry = (
-        ops.zeros((count, x.shape[1]), x.dtype),
-        ops.zeros(gate_up.shape, "float32"),
-        ops.zeros(down.shape, "float32"),
-        ops.zeros((count,), weights.dtype),
+        ops.zeros((count, inputs.x.shape[1]), inputs.x.dtype),
+        ops.zeros(inputs.gate_up.shape, "float32"),
+        ops.zeros(inputs.down.shape, "float32"),
+        ops.zeros((count,), inputs.weights.dtype),
     )
-    d_rows, d_gate_up, d_down, d_weights = tiles.loop(body, carry)
+    d_rows, d_gate_up, d_down, d_weights = for_each_tile(plan, body, carry)
     return (
-        _sum_over_pairs(d_rows, grouping.places),
-        ops.cast(d_gate_up, gate_up.dtype),
-        ops.cast(d_down, down.dtype),
-        ops.take(d_weights, grouping.places, axis=0),
+        _sum_over_pairs(d_rows, inputs.inverse_sort),
+        ops.cast(d_gate_up, inputs.gate_up.dtype),
+        ops.cast(d_down, inputs.down.dtype),
+        ops.take(d_weights, inputs.inverse_sort, axis=0),
     )
 
 
-def _gather(x, weights, pairs, tile):
-    """Tokens `(S, D)` of a tile's pairs and their weights `(S, 1)`, 0 where not its own."""
+def _plan(inputs: ExpertInputs, sizes: tuple[int, ...]) -> tuple[TilePlan, Tensor]:
+    """The tiles, and the numbers of the pairs with room for the last of them."""
+    count = ops.shape(inputs.sort_indices)[0]
+    plan = plan_tiles(count, inputs.tokens_per_expert, sizes)
+    return plan, pad_for_tiles(inputs.sort_indices, plan)
+
+
+def _gather(
+    x: Annotated[Tensor, "N D"], weights: Annotated[Tensor, "N K"], pairs: Tensor, tile: Tile
+) -> tuple[Annotated[Tensor, "S D"], Annotated[Tensor, "S 1"]]:
+    """Tokens of a tile's pairs and their weights, 0 where the pairs are not its own."""
     weight = ops.take(ops.reshape(weights, (-1,)), get_rows(pairs, tile.start, tile.size))
     weight = ops.where(tile.own, weight, ops.zeros_like(weight))
     return _tokens(x, weights, pairs, tile), ops.expand_dims(weight, -1)
 
 
-def _tokens(x, weights, pairs, tile):
+def _tokens(x: Tensor, weights: Tensor, pairs: Tensor, tile: Tile) -> Annotated[Tensor, "S D"]:
     return ops.take(x, get_rows(pairs, tile.start, tile.size) // weights.shape[1], axis=0)
 
 
-def _sum_over_pairs(rows, places):
-    return ops.sum(ops.take(rows, places, axis=0), axis=1)
+def _sum_over_pairs(
+    rows: Annotated[Tensor, "R D"], inverse_sort: Annotated[Tensor, "N K"]
+) -> Annotated[Tensor, "N D"]:
+    return ops.sum(ops.take(rows, inverse_sort, axis=0), axis=1)

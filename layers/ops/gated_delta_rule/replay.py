@@ -6,33 +6,60 @@ d_t and its decay g_t. Any number n of accepted tokens is then committed with on
 
     S_n = exp(g_1 + ... + g_n) S_0 + sum_{t <= n} exp(g_{t+1} + ... + g_n) k_t d_t^T
 
-That is K + V + 1 numbers a token and head instead of the K V of a state.
+That is K + V + 1 numbers per token and head instead of the K V of a state.
+
+    gated_delta_rule_with_replay    outputs, and what the tokens write
+    replay                          the state after the tokens that stay
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from keras import ops
 
 from ..backend.autodiff import full_precision
 from ..checks import require_shape
+from ..tensor_types import Tensor
 from . import chunked
-from .api import by_group, check, to_chunks
+from .delta_inputs import (
+    DeltaInputs,
+    as_given,
+    by_group,
+    by_head,
+    by_token,
+    check_shapes,
+    chunk_size_for,
+    state_by_group,
+    to_chunks,
+)
 
 MOST_TOKENS = 64
 
 
 class Replay(NamedTuple):
-    """What T tokens write, float32: `key` `(B, G, 1, C, K)`, `delta` `(B, G, R, C, V)` and
-    `log_decay` `(B, G, R, C)`, T filled up with tokens that write nothing."""
+    """What T tokens write, T filled up to C with tokens that write nothing.
 
-    key: object
-    delta: object
-    log_decay: object
+    Attributes:
+        key: `(B, G, 1, C, K)` float32.
+        delta: `(B, G, R, C, V)` float32, the rows written under the keys.
+        log_decay: `(B, G, R, C)` float32.
+    """
+
+    key: Annotated[Tensor, "B G 1 C K"]
+    delta: Annotated[Tensor, "B G R C V"]
+    log_decay: Annotated[Tensor, "B G R C"]
 
 
 def gated_delta_rule_with_replay(
-    query, key, value, log_decay, beta, *, state, padding_mask=None, scale=None
-):
+    query: Annotated[Tensor, "B T G K"],
+    key: Annotated[Tensor, "B T G K"],
+    value: Annotated[Tensor, "B T H V"],
+    log_decay: Annotated[Tensor, "B T H"],
+    beta: Annotated[Tensor, "B T H"],
+    *,
+    state: Annotated[Tensor, "B H K V"],
+    padding_mask: Annotated[Tensor, "B T"] | None = None,
+    scale: float | None = None,
+) -> tuple[Annotated[Tensor, "B T H V"], Replay]:
     """As `gated_delta_rule` for at most 64 tokens, but leaves the state alone.
 
     Args:
@@ -40,31 +67,31 @@ def gated_delta_rule_with_replay(
         state: `(B, H, K, V)` float32.
 
     Returns:
-        `(output (B, T, H, V) in the dtype of value, Replay)`.
+        `(output, Replay)`, the output `(B, T, H, V)` in the dtype of value.
 
     Raises:
         ValueError: shapes that do not fit together, or too many tokens.
     """
-    check(query, key, value, log_decay, beta, state, padding_mask, None)
-    length, shape, dtype = value.shape[1], ops.shape(value), value.dtype
+    given = DeltaInputs(query, key, value, log_decay, beta)
+    check_shapes(given, state, padding_mask)
+    length = value.shape[1]
     if length is None or length > MOST_TOKENS:
         raise ValueError(
             f"A replay takes a static number of at most {MOST_TOKENS} tokens. "
             f"Received: value.shape={tuple(value.shape)}"
         )
-    *xs, state = by_group(query, key, value, log_decay, beta, state, padding_mask, scale)
-    size = 1 << max(length - 1, 0).bit_length()
-    segment = ops.zeros(shape[:2], "int32")
-    chunk = chunked.by_head([to_chunks(x, size)[0] for x in (*xs, segment)])
+    inputs = by_group(given, padding_mask, scale)
+    start = state_by_group(state, inputs)
+    chunk = by_head([x[0] for x in to_chunks(inputs, chunk_size_for(length))])
     with full_precision():
-        _, delta, output = chunked.outputs_of(chunk, state, chunk.segment[:, 0])
-    output = ops.reshape(chunked.by_token(output)[:, :length], shape)
-    if padding_mask is not None:
-        output = ops.where(padding_mask[:, :, None, None], output, 0.0)
-    return ops.cast(output, dtype), Replay(chunk.key, delta, chunk.log_decay)
+        _, delta, output = chunked.chunk_outputs(chunk, start, chunk.segment[:, 0])
+    output = as_given(by_token(output)[:, :length], value, padding_mask)
+    return output, Replay(chunk.key, delta, chunk.log_decay)
 
 
-def replay(state, record, counts):
+def replay(
+    state: Annotated[Tensor, "B H K V"], record: Replay, counts: Annotated[Tensor, "B"]
+) -> Annotated[Tensor, "B H K V"]:
     """The state after the first `counts` tokens of a record.
 
     Args:
@@ -84,7 +111,7 @@ def replay(state, record, counts):
     later = ops.cast(index[:, None] > index, "float32")  # row s, column t: s > t
     grouped = ops.reshape(state, (ops.shape(state)[0], groups, repeats, *state.shape[2:]))
     with full_precision():
-        left = ops.where(kept, ops.exp(log_decay @ later), 0.0)[..., None]
-        written = ops.swapaxes(left * record.key, -1, -2) @ record.delta
-    total = ops.exp(ops.sum(log_decay, axis=-1))[..., None, None]
-    return ops.reshape(total * grouped + written, ops.shape(state))
+        write_decay = ops.where(kept, ops.exp(log_decay @ later), 0.0)[..., None]
+        written = ops.swapaxes(write_decay * record.key, -1, -2) @ record.delta
+    chunk_decay = ops.exp(ops.sum(log_decay, axis=-1))[..., None, None]
+    return ops.reshape(chunk_decay * grouped + written, ops.shape(state))

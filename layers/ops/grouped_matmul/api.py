@@ -4,22 +4,33 @@
 
 The groups stand one behind the other in `rows`. Work and memory follow the rows: a group without
 rows costs nothing, no row is dropped and no `(E, R, D)` tensor is formed.
+
+Public: `grouped_matmul`. Other ops that group rows use `pick`.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Annotated
 
 from keras import ops
 
 from ..backend.autodiff import custom_gradient
 from ..backend.platform import BACKEND, choose, platform
 from ..checks import require_shape
-from . import tiled
+from ..tensor_types import Tensor
+from . import tiled_matmul
 from .tiles import tile_sizes
 
 IMPLEMENTATIONS = ("tiled", "ragged_dot")
 
 
-def grouped_matmul(rows, weights, group_sizes, *, implementation=None):
+def grouped_matmul(
+    rows: Annotated[Tensor, "R D"],
+    weights: Annotated[Tensor, "E D F"],
+    group_sizes: Annotated[Tensor, "E"],
+    *,
+    implementation: str | None = None,
+) -> Annotated[Tensor, "R F"]:
     """Multiplies every row with the weights of its group.
 
     Args:
@@ -50,7 +61,7 @@ def grouped_matmul(rows, weights, group_sizes, *, implementation=None):
     return _differentiable(sizes)(rows, weights, group_sizes)
 
 
-def pick(implementation):
+def pick(implementation: str | None) -> str:
     """The implementation to run for the `implementation` asked for."""
     default = "ragged_dot" if BACKEND == "jax" and platform() == "tpu" else "tiled"
     implementation = choose(implementation, IMPLEMENTATIONS, default)
@@ -62,12 +73,14 @@ def pick(implementation):
 
 
 @functools.cache
-def _differentiable(sizes):
+def _differentiable(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     def forward(rows, weights, group_sizes):
-        outputs = tiled.forward(rows, weights, group_sizes, sizes)
+        outputs = tiled_matmul.forward(rows, weights, group_sizes, sizes)
         return outputs, (rows, weights, group_sizes)
 
     def backward(residuals, d_outputs):
-        return (*tiled.backward(*residuals, d_outputs, sizes), None)
+        rows, weights, group_sizes = residuals
+        gradients = tiled_matmul.backward(rows, weights, group_sizes, d_outputs, sizes)
+        return (*gradients, None)
 
     return custom_gradient(forward, backward)

@@ -1,19 +1,39 @@
 """Walking through grouped rows in tiles of a few static sizes, so that work follows the rows.
 
-A group of n rows is cut into full tiles of the largest size and one tile, of the smallest size
+A group of n rows is cut into full tiles of the largest size and one last tile, of the smallest size
 that holds them, for the rest. A product has a fixed price (its weights are read and packed), so
 few tiles are better than many, and a well-fitting last one is better than padding: on two CPU
 cores a tile cost as much as 25 of its rows. The loops run over the tiles in use: their trip counts
 are data, a group without rows costs nothing.
+
+For instance, groups of [5, 0, 19] rows and the sizes (8, 16) make three tiles:
+
+    full, size 16    group 2    rows  5 to 21, all its own
+    last, size 8     group 0    rows  0 to 8, of which the first 5 are its own
+    last, size 8     group 2    rows 21 to 29, of which the first 3 are its own
+
+    full_count 1, full_groups [2], full_starts [5]
+    last_groups [0, 2, 1], last_starts [0, 21, 5], last_bounds [0, 2, 2]
+
+Entry points, in the order of use:
+
+    tile_sizes             static sizes that suit a number of rows and groups
+    plan_tiles             which tiles there are
+    pad_for_tiles          room for a tile that reaches past the last row
+    for_each_tile          the loop over them
+    read_tile, write_tile  a tile's own rows
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
 from ..backend.loops import get_row, get_rows, set_rows
+from ..padding import pad_end
+from ..tensor_types import Tensor
 
 FRACTIONS = (0.25, 0.5, 1.0, 1.25)  # of the mean group
 LARGEST_MEAN = 128
@@ -21,18 +41,48 @@ UNKNOWN_ROWS = (8, 32, 128)
 
 
 class Tile(NamedTuple):
-    """Rows `start` to `start + size` of the group `group`; `own` `(size,)` says which are its own.
+    """Rows `start` to `start + size` of a group; the tile may reach past the group's end.
 
-    A tile may reach past the end of its group, `own` is false there.
+    Attributes:
+        size: int.
+        group: `()` int32.
+        start: `()` int32.
+        own: `(size,)` bool, false at rows past the end of the group.
     """
 
     size: int
-    group: object
-    start: object
-    own: object
+    group: Tensor
+    start: Tensor
+    own: Tensor
 
 
-def tile_sizes(rows, groups):
+class TilePlan(NamedTuple):
+    """The tiles of R rows in E groups: lists of full tiles and of last tiles.
+
+    Attributes:
+        sizes: ascending ints, the static sizes; L is the largest.
+        group_ends: `(E,)` int32, where every group ends.
+        full_count: `()` int32, number of tiles of size L that are full.
+        full_groups: `(R // L,)` int32, their groups; entries from `full_count` on mean nothing.
+        full_starts: `(R // L,)` int32, their first rows.
+        last_groups: `(E,)` int32, the groups, sorted by the size of their last tile.
+        last_starts: `(E,)` int32, the first rows of those tiles.
+        last_bounds: `(len(sizes) + 1,)` int32; the last tiles of size `sizes[i]` are numbers
+            `last_bounds[i]` to `last_bounds[i + 1]` of these lists. Groups without one stand
+            behind all others.
+    """
+
+    sizes: tuple[int, ...]
+    group_ends: Annotated[Tensor, "E"]
+    full_count: Tensor
+    full_groups: Tensor
+    full_starts: Tensor
+    last_groups: Annotated[Tensor, "E"]
+    last_starts: Annotated[Tensor, "E"]
+    last_bounds: Tensor
+
+
+def tile_sizes(rows: int | None, groups: int) -> tuple[int, ...]:
     """Static tile sizes, ascending, for `rows` rows in `groups` groups."""
     if rows is None:
         return UNKNOWN_ROWS
@@ -43,71 +93,78 @@ def tile_sizes(rows, groups):
     return tuple(sorted(size for size in sizes if size <= 8 * math.ceil(max(rows, 1) / 8)))
 
 
-class Tiles:
-    """The tiles of one grouping, `group_sizes (E,)` int32 of rows that stand group by group."""
+def plan_tiles(
+    rows: int | Tensor, group_sizes: Annotated[Tensor, "E"], sizes: tuple[int, ...]
+) -> TilePlan:
+    """Cuts `rows` rows, which stand group by group, into tiles of the given sizes."""
+    largest = sizes[-1]
+    group_ends = ops.cumsum(group_sizes)
+    group_starts = group_ends - group_sizes
 
-    def __init__(self, rows, group_sizes, sizes):
-        self.sizes = sizes
-        largest = sizes[-1]
-        self.ends = ops.cumsum(group_sizes)
-        starts = self.ends - group_sizes
-        full = group_sizes // largest
-        self.rest_starts = starts + full * largest
-        rest = group_sizes - full * largest
-        kind = ops.searchsorted(ops.convert_to_tensor(np.array(sizes, "int32")), rest, side="left")
-        kind = ops.where(rest == 0, len(sizes), ops.cast(kind, "int32"))
-        self.by_kind = ops.cast(ops.argsort(kind), "int32")
-        kinds = ops.arange(len(sizes) + 1, dtype="int32")
-        self.bounds = ops.searchsorted(ops.take(kind, self.by_kind), kinds, side="left")
-        self.bounds = ops.cast(self.bounds, "int32")
-        self.full_ends = ops.cumsum(full)
-        self.full_starts = starts - (self.full_ends - full) * largest
-        most = rows // largest
-        self.no_full = isinstance(most, int) and most == 0
-        numbers = ops.arange(most, dtype="int32")
-        self.full_groups = ops.cast(
-            ops.searchsorted(self.full_ends, numbers, side="right"), "int32"
-        )
+    full = group_sizes // largest  # full tiles per group
+    full_ends = ops.cumsum(full)
+    numbers = ops.arange(rows // largest, dtype="int32")
+    full_groups = ops.cast(ops.searchsorted(full_ends, numbers, side="right"), "int32")
+    full_groups = ops.minimum(full_groups, full.shape[0] - 1)
+    # Where full tile 0 of all would start, were all of them of this group.
+    first = group_starts - (full_ends - full) * largest
+    full_starts = ops.take(first, full_groups) + numbers * largest
 
-    def loop(self, body, carry):
-        """Runs `carry = body(tile, carry)` over all tiles, in any order."""
-        largest = self.sizes[-1]
-
-        def full(number, carry):
-            group = get_row(self.full_groups, number)
-            start = get_row(self.full_starts, group) + number * largest
-            return body(self._tile(largest, group, start), carry)
-
-        def rest(size):
-            def step(number, carry):
-                group = get_row(self.by_kind, number)
-                return body(self._tile(size, group, get_row(self.rest_starts, group)), carry)
-
-            return step
-
-        if not self.no_full:
-            carry = ops.fori_loop(0, self.full_ends[-1], full, carry)
-        for kind, size in enumerate(self.sizes):
-            carry = ops.fori_loop(self.bounds[kind], self.bounds[kind + 1], rest(size), carry)
-        return carry
-
-    def _tile(self, size, group, start):
-        own = ops.arange(size, dtype="int32") < get_row(self.ends, group) - start
-        return Tile(size, group, start, own)
-
-    def pad(self, rows):
-        """Room behind the rows for a tile that reaches past the last of them."""
-        return ops.concatenate([rows, ops.zeros((self.sizes[-1], *rows.shape[1:]), rows.dtype)])
+    rest = group_sizes - full * largest
+    choices = ops.convert_to_tensor(np.array(sizes, "int32"))
+    choice = ops.cast(ops.searchsorted(choices, rest, side="left"), "int32")
+    choice = ops.where(rest == 0, len(sizes), choice)
+    last_groups = ops.cast(ops.argsort(choice), "int32")
+    last_bounds = ops.searchsorted(
+        ops.take(choice, last_groups), ops.arange(len(sizes) + 1, dtype="int32"), side="left"
+    )
+    return TilePlan(
+        sizes=sizes,
+        group_ends=group_ends,
+        full_count=full_ends[-1],
+        full_groups=full_groups,
+        full_starts=full_starts,
+        last_groups=last_groups,
+        last_starts=ops.take(group_starts + full * largest, last_groups),
+        last_bounds=ops.cast(last_bounds, "int32"),
+    )
 
 
-def read(rows, tile):
+def pad_for_tiles(rows: Annotated[Tensor, "R ..."], plan: TilePlan) -> Tensor:
+    """`rows` with room behind them for a tile that reaches past the last."""
+    return pad_end(rows, plan.sizes[-1])
+
+
+def for_each_tile(plan: TilePlan, body: Callable[[Tile, Any], Any], carry: Any) -> Any:
+    """Runs `carry = body(tile, carry)` over all tiles, in any order."""
+
+    def run(size, groups, starts):
+        def step(number, carry):
+            group, start = get_row(groups, number), get_row(starts, number)
+            own = ops.arange(size, dtype="int32") < get_row(plan.group_ends, group) - start
+            return body(Tile(size, group, start, own), carry)
+
+        return step
+
+    if plan.full_groups.shape[0] != 0:
+        step = run(plan.sizes[-1], plan.full_groups, plan.full_starts)
+        carry = ops.fori_loop(0, plan.full_count, step, carry)
+    for i, size in enumerate(plan.sizes):
+        step = run(size, plan.last_groups, plan.last_starts)
+        carry = ops.fori_loop(plan.last_bounds[i], plan.last_bounds[i + 1], step, carry)
+    return carry
+
+
+def read_tile(rows: Annotated[Tensor, "R ..."], tile: Tile) -> Annotated[Tensor, "size ..."]:
     """The rows of a tile, zeros where they are not its own."""
     own = ops.reshape(tile.own, (-1,) + (1,) * (len(rows.shape) - 1))
     found = get_rows(rows, tile.start, tile.size)
     return ops.where(own, found, ops.zeros_like(found))
 
 
-def write(buffer, tile, rows):
+def write_tile(
+    buffer: Annotated[Tensor, "R ..."], tile: Tile, rows: Annotated[Tensor, "size ..."]
+) -> Annotated[Tensor, "R ..."]:
     """`buffer` with the tile's own rows replaced."""
     own = ops.reshape(tile.own, (-1,) + (1,) * (len(rows.shape) - 1))
     old = get_rows(buffer, tile.start, tile.size)

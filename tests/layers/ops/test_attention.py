@@ -1,5 +1,6 @@
 import functools
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -7,9 +8,17 @@ from keras import ops
 from qwen3_next.layers.ops import attention
 from qwen3_next.layers.ops.attention import api
 from tests.support import oracles
-from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run
+from tests.support.running import (
+    BACKEND,
+    DEFAULT,
+    assert_close,
+    assert_slopes,
+    gradients,
+    run,
+    to_numpy,
+)
 
-TOLERANCE = 2e-6
+TOLERANCE, RATE = 2e-6, 0.3
 BATCH, LENGTH, HEADS, GROUPS, DIM = 2, 21, 4, 2, 8
 MASK = np.random.default_rng(5).random((BATCH, LENGTH)) < 0.7
 SEGMENTS = np.array([[0] * 9 + [1] * 12, [0] * 2 + [1] * 14 + [2] * 5], "int32")
@@ -18,8 +27,8 @@ SEGMENTS = np.array([[0] * 9 + [1] * 12, [0] * 2 + [1] * 14 + [2] * 5], "int32")
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of queries and of keys, neither of which divides the length."""
-    monkeypatch.setattr(api, "QUERIES", 8)
-    monkeypatch.setattr(api, "KEYS", 8)
+    monkeypatch.setattr(api, "BLOCK_Q", 8)
+    monkeypatch.setattr(api, "BLOCK_KV", 8)
 
 
 def inputs(length=LENGTH, keys=None, seed=0):
@@ -47,9 +56,9 @@ def limited(query, key, value, limits):
 def test_every_mode_matches_the_oracle(compiled):
     arrays = [*inputs(), MASK, SEGMENTS]
     assert_close(run(masked, *arrays, mode=compiled), oracles.causal_attention(*arrays), TOLERANCE)
-    pull = inputs(seed=1)[0]
-    grads = gradients(masked, arrays, pull, mode=compiled)
-    assert_slopes(oracles.causal_attention, arrays, pull, grads)
+    cotangent = inputs(seed=1)[0]
+    found = gradients(masked, arrays, cotangent, mode=compiled)
+    assert_slopes(oracles.causal_attention, arrays, cotangent, found)
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 16, 21])
@@ -104,13 +113,13 @@ def test_a_one_percent_error_in_one_value_is_seen():
 
 
 @functools.cache
-def fused(implementation):
+def by(implementation):
     return lambda *arrays: attention(*arrays, implementation=implementation)
 
 
 def test_implementations_agree():
     arrays = inputs()
-    assert_close(run(fused("fused"), *arrays), run(fused("chunked"), *arrays), TOLERANCE)
+    assert_close(run(by("fused"), *arrays), run(by("chunked"), *arrays), TOLERANCE)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
@@ -129,6 +138,121 @@ def test_no_tensor_holds_all_queries_times_all_keys(monkeypatch):
     assert memory.temp_size_in_bytes < length * length * 4 / 8
 
 
+def seed_of(number):
+    return to_numpy(keras.random.SeedGenerator(number).next())
+
+
+@functools.cache
+def dropping(rate=RATE):
+    def attend(query, key, value, seed, mask=None, segments=None):
+        return attention(
+            query,
+            key,
+            value,
+            key_mask=mask,
+            query_segments=segments,
+            key_segments=segments,
+            dropout=rate,
+            dropout_seed=seed,
+        )
+
+    return attend
+
+
+def kept_weights(seed, mode=DEFAULT):
+    """Which weights `(B, H, T, S)` stay: keys with unit vectors as values, all scores equal."""
+    query = np.zeros((BATCH, LENGTH, HEADS, LENGTH), "float32")
+    key = np.zeros((BATCH, LENGTH, GROUPS, LENGTH), "float32")
+    value = np.broadcast_to(np.eye(LENGTH, dtype="float32")[:, None], key.shape)
+    return run(dropping(), query, key, value, seed, mode=mode).transpose(0, 2, 1, 3) > 0
+
+
+def dense_attention(query, key, value, factor):
+    """NumPy float64: softmax over all seen keys, then every weight times its factor."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    key, value = (np.repeat(x, HEADS // GROUPS, axis=2) for x in (key, value))
+    scores = np.einsum("bthd,bshd->bhts", query, key) / np.sqrt(DIM)
+    scores = np.where(np.tri(LENGTH, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights = weights / weights.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshd->bthd", weights * factor, value)
+
+
+@pytest.mark.portable
+def test_dropout_scales_the_weights_that_stay_and_the_gradient_knows_which(compiled):
+    seed, cotangent = seed_of(1), inputs(seed=1)[0]
+    factor = kept_weights(seed, compiled) / (1 - RATE)
+    arrays = [*inputs(), seed]
+
+    def dropped(query, key, value, seed):
+        return dense_attention(query, key, value, factor)
+
+    assert_close(run(dropping(), *arrays, mode=compiled), dropped(*arrays), TOLERANCE)
+    found = gradients(dropping(), arrays, cotangent, mode=compiled)
+    assert found[3] is None
+    assert_slopes(dropped, arrays, cotangent, found)
+
+
+def test_the_mean_over_many_seeds_is_the_undropped_output():
+    arrays = inputs()
+    outputs = [run(dropping(), *arrays, seed_of(number)) for number in range(400)]
+    expected = oracles.causal_attention(*arrays)
+    error = np.sqrt(np.mean((np.mean(outputs, axis=0) - expected) ** 2))
+    assert np.std(outputs, axis=0).mean() > 0.2
+    assert error < 1.3 * np.sqrt(np.mean(np.var(outputs, axis=0)) / len(outputs))
+
+
+def test_every_weight_is_dropped_by_itself_with_the_probability_asked_for():
+    kept = np.stack([kept_weights(seed_of(number)) for number in range(40)])
+    kept = kept.transpose(3, 4, 0, 1, 2)[np.tri(LENGTH, dtype=bool)]  # (seen pairs, 40, B, H)
+    assert abs(kept.mean() - (1 - RATE)) < 0.01
+    # No two pairs of a token and a key, heads, rows or seeds have a mask in common.
+    for axis in range(kept.ndim):
+        masks = np.moveaxis(kept, axis, 0).reshape(kept.shape[axis], -1)
+        assert len(np.unique(masks, axis=0)) == len(masks)
+
+
+def test_the_same_seed_drops_the_same_weights_and_another_others():
+    arrays = inputs()
+    output = run(dropping(), *arrays, seed_of(1))
+    assert np.array_equal(output, run(dropping(), *arrays, seed_of(1)))
+    assert not np.allclose(output, run(dropping(), *arrays, seed_of(2)))
+    next_seed = seed_of(1) + np.array([0, 1], seed_of(1).dtype)
+    assert not np.allclose(output, run(dropping(), *arrays, next_seed))
+
+
+def test_dropout_sees_no_more_than_attention_without_it():
+    arrays = [*inputs(), seed_of(1), MASK, SEGMENTS]
+    output = run(dropping(), *arrays)
+    hidden = arrays[2].copy()
+    hidden[~MASK] = 1e3
+    assert np.array_equal(output, run(dropping(), *arrays[:2], hidden, *arrays[3:]))
+    nothing = np.zeros_like(MASK)
+    assert not run(dropping(), *inputs(), seed_of(1), nothing, SEGMENTS).any()
+
+
+def test_almost_no_dropout_is_no_dropout():
+    arrays = inputs()
+    assert_close(run(dropping(1e-7), *arrays, seed_of(1)), run(plain, *arrays), TOLERANCE)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
+def test_dropout_holds_no_tensor_of_all_queries_times_all_keys(monkeypatch):
+    import jax
+
+    monkeypatch.undo()
+    length = 4096
+    shapes = [(1, length, 2, 16), (1, length, 1, 16), (1, length, 1, 16)]
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    seed = jax.ShapeDtypeStruct((2,), "uint32")
+
+    def loss(*arrays):
+        return ops.sum(dropping()(*arrays))
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, seed).compile()
+    assert program.memory_analysis().temp_size_in_bytes < length * length * 4 / 8
+
+
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -138,6 +262,14 @@ def test_no_tensor_holds_all_queries_times_all_keys(monkeypatch):
         ("key_segments", {"query_segments": SEGMENTS}),
         ("implementation", {"implementation": "quick"}),
         ("key_mask", {"implementation": "fused", "key_mask": MASK}),
+        ("dropout", {"dropout": 1.0, "dropout_seed": np.zeros(2, "int32")}),
+        ("dropout", {"dropout": -0.1, "dropout_seed": np.zeros(2, "int32")}),
+        ("dropout_seed", {"dropout": 0.1}),
+        ("dropout_seed", {"dropout": 0.1, "dropout_seed": np.zeros(3, "int32")}),
+        (
+            "dropout",
+            {"implementation": "fused", "dropout": 0.1, "dropout_seed": np.zeros(2, "int32")},
+        ),
     ],
 )
 def test_an_error_names_the_argument(name, options):

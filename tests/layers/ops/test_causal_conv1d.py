@@ -20,19 +20,14 @@ MASKS = {
 SEGMENTS = np.array([[0] * 7 + [1] + [2] * 2 + [3] * 20, [4] * 15 + [1] * 13 + [4, 2]])
 
 
+OPTIONAL = ("state", "padding_mask", "segment_ids")
+
+
 @functools.cache
 def conv(**options):
-    def apply(inputs, kernel, state=None, padding_mask=None, segment_ids=None):
-        return tuple(
-            causal_conv1d(
-                inputs,
-                kernel,
-                state=state,
-                padding_mask=padding_mask,
-                segment_ids=segment_ids,
-                **options,
-            )
-        )
+    def apply(*arrays):
+        given = dict(zip(OPTIONAL, arrays[2:]))
+        return tuple(causal_conv1d(*arrays[:2], **given, **options))
 
     return apply
 
@@ -58,8 +53,10 @@ def test_every_mode_matches_the_oracle(compiled):
     outputs = run(conv(), *arrays, mode=compiled)
     assert_oracle(arrays, outputs)
     rng = np.random.default_rng(1)
-    pulls = [rng.normal(size=x.shape).astype("float32") for x in outputs]
-    assert_slopes(as_oracle, arrays, pulls, gradients(conv(), arrays, pulls, mode=compiled))
+    cotangents = [rng.normal(size=x.shape).astype("float32") for x in outputs]
+    assert_slopes(
+        as_oracle, arrays, cotangents, gradients(conv(), arrays, cotangents, mode=compiled)
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 17])
@@ -121,9 +118,9 @@ def test_packed_rows_equal_separate_rows():
     assert_close(output, outputs.reshape(output.shape), TOLERANCE)
     assert_close(state, states[-1:], TOLERANCE)
 
-    pull = np.random.default_rng(2).normal(size=x.shape).astype("float32")
-    grads = gradients(conv(), packed, (pull, None))
-    others = gradients(conv(), separate, (pull.reshape(6, 5, -1), None))
+    cotangent = np.random.default_rng(2).normal(size=x.shape).astype("float32")
+    grads = gradients(conv(), packed, (cotangent, None))
+    others = gradients(conv(), separate, (cotangent.reshape(6, 5, -1), None))
     assert_close(grads[0], others[0].reshape(x.shape), TOLERANCE)
     assert_close(grads[1], others[1], TOLERANCE)
 
@@ -133,11 +130,11 @@ def test_two_calls_with_the_state_equal_one(mask):
     x, kernel, state = inputs()
     mask = MASKS[mask]
     output, final = run(conv(), x, kernel, state, mask)
-    pieces = []
+    outputs = []
     for part in (slice(0, 15), slice(15, 30)):
-        piece, state = run(conv(), x[:, part], kernel, state, mask[:, part])
-        pieces.append(piece)
-    assert_close(np.concatenate(pieces, axis=1), output, TOLERANCE)
+        part_output, state = run(conv(), x[:, part], kernel, state, mask[:, part])
+        outputs.append(part_output)
+    assert_close(np.concatenate(outputs, axis=1), output, TOLERANCE)
     assert_close(state, final, TOLERANCE)
 
 

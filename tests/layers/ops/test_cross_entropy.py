@@ -5,12 +5,13 @@ import pytest
 from keras import ops
 from keras.backend import standardize_dtype
 
-from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
+from qwen3_next.layers.ops.cross_entropy import IGNORE, cross_entropy, linear_cross_entropy
 from tests.support import oracles
 from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
 
 TOLERANCE = 2e-6
 ROWS, DIM, VOCAB = 37, 12, 50
+COTANGENT = np.random.default_rng(1).normal(size=ROWS).astype("float32")
 
 
 @functools.cache
@@ -29,12 +30,8 @@ def inputs(rows=ROWS, seed=0):
     rng = np.random.default_rng(seed)
     hidden, kernel = rng.normal(size=(rows, DIM)), rng.normal(size=(DIM, VOCAB))
     labels = rng.integers(0, VOCAB, rows).astype("int32")
-    labels[1::6] = -100
+    labels[1::6] = IGNORE
     return [hidden.astype("float32"), kernel.astype("float32"), labels]
-
-
-def pull_of(rows=ROWS):
-    return np.random.default_rng(1).normal(size=rows).astype("float32")
 
 
 @pytest.mark.portable
@@ -42,16 +39,16 @@ def test_every_mode_matches_the_oracle(compiled):
     arrays = inputs()
     losses = run(linear(8), *arrays, mode=compiled)
     assert_close(losses, as_oracle(*arrays), TOLERANCE)
-    grads = gradients(linear(8), arrays, pull_of(), mode=compiled)
-    assert_slopes(as_oracle, arrays, pull_of(), grads)
+    grads = gradients(linear(8), arrays, COTANGENT, mode=compiled)
+    assert_slopes(as_oracle, arrays, COTANGENT, grads)
 
 
 @pytest.mark.parametrize("chunk_rows", [None, 1, 37, 64])
 def test_any_chunk_of_rows_gives_the_same(chunk_rows):
     arrays = inputs()
     assert_close(run(linear(chunk_rows), *arrays), as_oracle(*arrays), TOLERANCE)
-    grads = gradients(linear(chunk_rows), arrays, pull_of())
-    assert_slopes(as_oracle, arrays, pull_of(), grads)
+    grads = gradients(linear(chunk_rows), arrays, COTANGENT)
+    assert_slopes(as_oracle, arrays, COTANGENT, grads)
 
 
 @pytest.mark.portable
@@ -60,8 +57,8 @@ def test_loss_of_logits_matches_the_oracle():
     logits = hidden @ kernel
     losses = run(cross_entropy, logits, labels)
     assert_close(losses, oracles.cross_entropy(logits, labels), TOLERANCE)
-    grads = gradients(cross_entropy, (logits, labels), pull_of())
-    assert_slopes(oracles.cross_entropy, (logits, labels), pull_of(), grads)
+    grads = gradients(cross_entropy, (logits, labels), COTANGENT)
+    assert_slopes(oracles.cross_entropy, (logits, labels), COTANGENT, grads)
 
 
 def test_loss_of_logits_takes_any_leading_axes():
@@ -73,19 +70,19 @@ def test_loss_of_logits_takes_any_leading_axes():
 
 def test_an_ignored_label_has_no_loss_and_no_gradient():
     hidden, kernel, labels = inputs()
-    ignored = labels == -100
+    ignored = labels == IGNORE
     assert not run(linear(8), hidden, kernel, labels)[ignored].any()
-    pull = np.where(ignored, 1e3, 0.0).astype("float32")
-    d_hidden, d_kernel, _ = gradients(linear(8), (hidden, kernel, labels), pull)
+    cotangent = np.where(ignored, 1e3, 0.0).astype("float32")
+    d_hidden, d_kernel, _ = gradients(linear(8), (hidden, kernel, labels), cotangent)
     assert not d_hidden.any()
     assert not d_kernel.any()
-    (d_logits, _) = gradients(cross_entropy, (hidden @ kernel, labels), pull)
+    (d_logits, _) = gradients(cross_entropy, (hidden @ kernel, labels), cotangent)
     assert not d_logits.any()
 
 
 def test_all_labels_ignored_is_a_zero_loss():
     hidden, kernel, labels = inputs()
-    labels = np.full_like(labels, -100)
+    labels = np.full_like(labels, IGNORE)
     assert not run(linear(8), hidden, kernel, labels).any()
 
 
@@ -93,7 +90,7 @@ def test_large_logits_do_not_overflow():
     hidden, kernel, labels = inputs()
     arrays = [hidden * 100, kernel * 10, labels]
     assert_close(run(linear(8), *arrays), as_oracle(*arrays), 1e-6)
-    assert all(np.isfinite(g).all() for g in gradients(linear(8), arrays, pull_of())[:2])
+    assert all(np.isfinite(g).all() for g in gradients(linear(8), arrays, COTANGENT)[:2])
 
 
 def test_half_precision_logits_give_a_float32_loss():

@@ -45,7 +45,7 @@ def program(**options):
     return lambda *arrays: expert_mlp(*arrays, **options)[0]
 
 
-def slopes_by_autodiff(arrays, pull):
+def gradients_by_autodiff(arrays, cotangent):
     """The plain sum over experts, differentiated by the backend: an independent gradient."""
 
     def dense(x, gate_up, down, routes, weights):
@@ -55,15 +55,15 @@ def slopes_by_autodiff(arrays, pull):
         chosen = ops.one_hot(routes, gate_up.shape[0], dtype="float32")
         return ops.einsum("ned,nke,nk->nd", each, chosen, weights)
 
-    return gradients(dense, arrays, pull)
+    return gradients(dense, arrays, cotangent)
 
 
 def test_every_mode_matches_the_oracle(compiled):
     arrays = inputs()
     assert_close(run(program(), *arrays, mode=compiled), oracle(*arrays), TOLERANCE)
-    pull = inputs(seed=1)[0]
-    found = gradients(program(), arrays, pull, mode=compiled)
-    for actual, expected in zip(found, slopes_by_autodiff(arrays, pull), strict=True):
+    cotangent = inputs(seed=1)[0]
+    found = gradients(program(), arrays, cotangent, mode=compiled)
+    for actual, expected in zip(found, gradients_by_autodiff(arrays, cotangent), strict=True):
         if expected is not None:
             assert_close(actual, expected, 5e-6)
 
@@ -82,26 +82,28 @@ def test_any_number_of_tokens_and_experts(tokens, experts, chosen):
 
 def test_gelu_has_its_own_derivative():
     arrays = inputs()
-    step, pull = 1e-5, inputs(seed=1)[0]
+    step, cotangent = 1e-5, inputs(seed=1)[0]
     assert_close(
         run(program(activation="gelu"), *arrays), oracle(*arrays, activation="gelu"), TOLERANCE
     )
-    found = gradients(program(activation="gelu"), arrays, pull)[0]
+    found = gradients(program(activation="gelu"), arrays, cotangent)[0]
     direction = np.random.default_rng(2).choice([-1.0, 1.0], arrays[0].shape)
     x = arrays[0].astype("float64")
     ends = [
-        (oracle(x + sign * step * direction, *arrays[1:], activation="gelu") * pull).sum()
+        (oracle(x + sign * step * direction, *arrays[1:], activation="gelu") * cotangent).sum()
         for sign in (1, -1)
     ]
     assert abs((found * direction).sum() - (ends[0] - ends[1]) / (2 * step)) < 1e-4
 
 
-def test_load_counts_the_tokens_of_every_expert():
+def test_the_tokens_of_every_expert_are_counted():
     arrays = inputs()
     arrays[3][5] = EXPERTS  # goes nowhere
     arrays[4][5] = 0.0
-    output, load = run(lambda *xs: tuple(expert_mlp(*xs)), *arrays)
-    assert np.array_equal(load, np.bincount(arrays[3].ravel(), minlength=EXPERTS + 1)[:EXPERTS])
+    output, tokens_per_expert = run(lambda *xs: tuple(expert_mlp(*xs)), *arrays)
+    assert np.array_equal(
+        tokens_per_expert, np.bincount(arrays[3].ravel(), minlength=EXPERTS + 1)[:EXPERTS]
+    )
     assert not output[5].any()
     assert_close(output, oracle(*arrays), TOLERANCE)
 
@@ -118,10 +120,12 @@ def test_an_unused_expert_is_never_read():
 
 @pytest.mark.skipif(BACKEND != "jax", reason="an operation of JAX")
 def test_implementations_agree():
-    arrays, pull = inputs(), inputs(seed=1)[0]
+    arrays, cotangent = inputs(), inputs(seed=1)[0]
     other = program(implementation="ragged_dot")
     assert_close(run(other, *arrays), run(program(), *arrays), TOLERANCE)
-    pairs = zip(gradients(other, arrays, pull), gradients(program(), arrays, pull), strict=True)
+    pairs = zip(
+        gradients(other, arrays, cotangent), gradients(program(), arrays, cotangent), strict=True
+    )
     for actual, expected in pairs:
         if expected is not None:
             assert_close(actual, expected, 5e-6)

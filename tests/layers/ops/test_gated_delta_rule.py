@@ -22,22 +22,14 @@ MASKS = {
 }
 
 
+OPTIONAL = ("state", "padding_mask", "segment_ids")
+
+
 @functools.cache
 def rule(**options):
-    def apply(query, key, value, log_decay, beta, state=None, padding_mask=None, segment_ids=None):
-        return tuple(
-            gated_delta_rule(
-                query,
-                key,
-                value,
-                log_decay,
-                beta,
-                state=state,
-                padding_mask=padding_mask,
-                segment_ids=segment_ids,
-                **options,
-            )
-        )
+    def apply(*arrays):
+        given = dict(zip(OPTIONAL, arrays[5:]))
+        return tuple(gated_delta_rule(*arrays[:5], **given, **options))
 
     return apply
 
@@ -60,7 +52,7 @@ def segments(seed=0, batch=2, length=130):
     return np.sort(np.random.default_rng(seed).integers(0, 5, (batch, length)), axis=1)
 
 
-def cotangents(arrays, seed=9):
+def cotangents_of(arrays, seed=9):
     rng = np.random.default_rng(seed)
     shapes = arrays[2].shape, arrays[5].shape
     return tuple(rng.normal(size=shape).astype("float32") for shape in shapes)
@@ -94,8 +86,10 @@ def test_value_heads_share_key_heads_and_start_from_zero(groups):
 def test_every_mode_matches_the_oracle(compiled):
     arrays = [*inputs(), MASKS["ragged"], segments()]
     assert_oracle(arrays, run(rule(), *arrays, mode=compiled))
-    pulls = cotangents(arrays)
-    assert_slopes(as_oracle, arrays, pulls, gradients(rule(), arrays, pulls, mode=compiled))
+    cotangents = cotangents_of(arrays)
+    assert_slopes(
+        as_oracle, arrays, cotangents, gradients(rule(), arrays, cotangents, mode=compiled)
+    )
 
 
 def test_published_implementation_agrees():
@@ -159,9 +153,9 @@ def test_packed_rows_equal_separate_rows():
     assert_close(output, outputs.reshape(output.shape), TOLERANCE)
     assert_close(state, states[-1:], TOLERANCE)
 
-    pull = cotangents(inputs(batch=1))[0]
-    grads = gradients(rule(chunk_size=16), packed, (pull, None))
-    others = gradients(rule(chunk_size=16), separate, (pull.reshape(outputs.shape), None))
+    cotangent = cotangents_of(inputs(batch=1))[0]
+    grads = gradients(rule(chunk_size=16), packed, (cotangent, None))
+    others = gradients(rule(chunk_size=16), separate, (cotangent.reshape(outputs.shape), None))
     for grad, other in zip(grads[:5], others, strict=True):
         assert_close(grad, other.reshape(grad.shape), TOLERANCE)
 
@@ -170,33 +164,33 @@ def test_two_calls_with_the_state_equal_one():
     arrays = inputs()
     mask = MASKS["ragged"]
     output, state = run(rule(chunk_size=16), *arrays, mask)
-    carried, pieces = arrays[5], []
+    carried, outputs = arrays[5], []
     for part in (slice(0, 65), slice(65, 130)):
-        piece, carried = run(
+        part_output, carried = run(
             rule(chunk_size=16), *(x[:, part] for x in arrays[:5]), carried, mask[:, part]
         )
-        pieces.append(piece)
-    assert_close(np.concatenate(pieces, axis=1), output, TOLERANCE)
+        outputs.append(part_output)
+    assert_close(np.concatenate(outputs, axis=1), output, TOLERANCE)
     assert_close(carried, state, TOLERANCE)
 
 
 @pytest.mark.portable
 def test_recurrent_and_chunked_implementations_agree():
     arrays = [*inputs(4), np.arange(4) < [[4], [3]]]
-    pulls = cotangents(arrays)
+    cotangents = cotangents_of(arrays)
     for implementation in ("recurrent", "chunked"):
         function = rule(implementation=implementation)
         assert_oracle(arrays, run(function, *arrays))
-        assert_slopes(as_oracle, arrays, pulls, gradients(function, arrays, pulls))
+        assert_slopes(as_oracle, arrays, cotangents, gradients(function, arrays, cotangents))
 
 
 def test_parallel_chunks_agree_with_chunks_in_turn():
     arrays = [*inputs(), MASKS["ragged"], segments()]
     together = rule(implementation="chunk_parallel")
     assert_oracle(arrays, run(together, *arrays))
-    pulls = cotangents(arrays)
-    found = gradients(together, arrays, pulls)
-    for one, other in zip(found, gradients(rule(), arrays, pulls), strict=True):
+    cotangents = cotangents_of(arrays)
+    found = gradients(together, arrays, cotangents)
+    for one, other in zip(found, gradients(rule(), arrays, cotangents), strict=True):
         if one is not None:
             assert_close(one, other, 1e-5)
 
@@ -217,8 +211,8 @@ def test_strong_decay_hides_no_weak_one(where):
         strong = np.random.default_rng(2).random(arrays[3].shape) < 0.3
     arrays[3] = np.broadcast_to(np.where(strong, -50.0, -1e-3), arrays[3].shape).astype("float32")
     assert_oracle(arrays, run(rule(), *arrays))
-    pulls = cotangents(arrays)
-    assert_slopes(as_oracle, arrays, pulls, gradients(rule(), arrays, pulls))
+    cotangents = cotangents_of(arrays)
+    assert_slopes(as_oracle, arrays, cotangents, gradients(rule(), arrays, cotangents))
 
 
 def test_annihilating_decay_gives_finite_gradients():
@@ -226,8 +220,8 @@ def test_annihilating_decay_gives_finite_gradients():
     strong = np.random.default_rng(2).random(arrays[3].shape) < 0.3
     arrays[3] = np.where(strong, -1000.0, arrays[3]).astype("float32")
     assert_oracle(arrays, run(rule(), *arrays))
-    pulls = cotangents(arrays)
-    assert_slopes(as_oracle, arrays, pulls, gradients(rule(), arrays, pulls))
+    cotangents = cotangents_of(arrays)
+    assert_slopes(as_oracle, arrays, cotangents, gradients(rule(), arrays, cotangents))
 
 
 def test_errors_do_not_grow_over_a_long_sequence():
@@ -273,13 +267,13 @@ def test_a_one_percent_error_in_the_keys_is_seen():
 
 def test_a_one_percent_error_in_a_gradient_is_seen():
     arrays = [*inputs(), *UNMASKED]
-    pulls = cotangents(arrays)
-    grads = gradients(rule(), arrays, pulls)
-    assert_slopes(as_oracle, arrays, pulls, grads)
+    cotangents = cotangents_of(arrays)
+    grads = gradients(rule(), arrays, cotangents)
+    assert_slopes(as_oracle, arrays, cotangents, grads)
     for place in range(6):
         wrong = [grad * 1.01 if i == place else None for i, grad in enumerate(grads)]
         with pytest.raises(AssertionError, match=f"argument {place}"):
-            assert_slopes(as_oracle, arrays, pulls, wrong)
+            assert_slopes(as_oracle, arrays, cotangents, wrong)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from keras import ops
 
 from qwen3_next.layers.ops import grouped_matmul
 from qwen3_next.layers.ops.backend.loops import get_rows, set_rows
-from qwen3_next.layers.ops.grouped_matmul.tiles import Tiles, tile_sizes
+from qwen3_next.layers.ops.grouped_matmul.tiles import for_each_tile, plan_tiles, tile_sizes
 from tests.support import oracles
 from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
 
@@ -34,7 +34,7 @@ def scattered(groups, rows, seed=3):
     return rng.multinomial(rows, rng.dirichlet(np.full(groups, 0.2)))
 
 
-def pull_of(arrays):
+def cotangent_of(arrays):
     shape = len(arrays[0]), WIDTH
     return np.random.default_rng(1).normal(size=shape).astype("float32")
 
@@ -44,17 +44,19 @@ def test_every_mode_matches_the_oracle(compiled):
     arrays = inputs(SIZES["uneven"])
     output = run(grouped_matmul, *arrays, mode=compiled)
     assert_close(output, oracles.grouped_matmul(*arrays), TOLERANCE)
-    pull = pull_of(arrays)
-    grads = gradients(grouped_matmul, arrays, pull, mode=compiled)
-    assert_slopes(oracles.grouped_matmul, arrays, pull, grads)
+    cotangent = cotangent_of(arrays)
+    grads = gradients(grouped_matmul, arrays, cotangent, mode=compiled)
+    assert_slopes(oracles.grouped_matmul, arrays, cotangent, grads)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_any_group_may_be_empty_or_full(sizes):
     arrays = inputs(SIZES[sizes])
     assert_close(run(grouped_matmul, *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
-    pull = pull_of(arrays)
-    assert_slopes(oracles.grouped_matmul, arrays, pull, gradients(grouped_matmul, arrays, pull))
+    cotangent = cotangent_of(arrays)
+    assert_slopes(
+        oracles.grouped_matmul, arrays, cotangent, gradients(grouped_matmul, arrays, cotangent)
+    )
 
 
 @pytest.mark.parametrize("groups, rows", [(1, 1), (1, 200), (64, 200), (512, 20), (512, 1)])
@@ -85,14 +87,18 @@ def test_rows_behind_the_last_group_yield_zeros():
 
 def test_rows_behind_the_last_group_carry_no_gradient():
     arrays = inputs(SIZES["uneven"], rows=53)
-    pull = pull_of(arrays)
-    assert_slopes(oracles.grouped_matmul, arrays, pull, gradients(grouped_matmul, arrays, pull))
+    cotangent = cotangent_of(arrays)
+    assert_slopes(
+        oracles.grouped_matmul, arrays, cotangent, gradients(grouped_matmul, arrays, cotangent)
+    )
 
 
 def test_gradients_with_more_groups_than_rows():
     arrays = inputs(scattered(512, 20))
-    pull = pull_of(arrays)
-    assert_slopes(oracles.grouped_matmul, arrays, pull, gradients(grouped_matmul, arrays, pull))
+    cotangent = cotangent_of(arrays)
+    assert_slopes(
+        oracles.grouped_matmul, arrays, cotangent, gradients(grouped_matmul, arrays, cotangent)
+    )
 
 
 def test_an_unused_group_is_never_read():
@@ -101,8 +107,8 @@ def test_an_unused_group_is_never_read():
     poisoned[sizes == 0] = np.nan
     output = run(grouped_matmul, rows, poisoned, sizes)
     assert np.array_equal(output, run(grouped_matmul, rows, weights, sizes))
-    pull = pull_of([rows])
-    d_rows, d_weights, _ = gradients(grouped_matmul, (rows, poisoned, sizes), pull)
+    cotangent = cotangent_of([rows])
+    d_rows, d_weights, _ = gradients(grouped_matmul, (rows, poisoned, sizes), cotangent)
     assert np.isfinite(d_rows).all()
     assert not d_weights[sizes == 0].any()
 
@@ -112,7 +118,7 @@ def test_work_follows_the_rows_and_the_groups_in_use(groups):
     rows = 200
     sizes = scattered(groups, rows)
     choices = tile_sizes(rows, groups)
-    tiles = Tiles(rows, ops.convert_to_tensor(sizes.astype("int32")), choices)
+    plan = plan_tiles(rows, ops.convert_to_tensor(sizes.astype("int32")), choices)
 
     def count(tile, carry):
         covered, number = carry
@@ -121,9 +127,17 @@ def test_work_follows_the_rows_and_the_groups_in_use(groups):
         return covered, number + 1
 
     covered = ops.zeros((rows + choices[-1],), "int32")
-    covered, number = to_numpy(tiles.loop(count, (covered, ops.zeros((), "int32"))))
+    covered, number = to_numpy(for_each_tile(plan, count, (covered, ops.zeros((), "int32"))))
     assert (covered[:rows] == 1).all()
     assert int(number) <= rows // choices[-1] + (sizes > 0).sum()
+
+
+def test_a_plan_lists_full_tiles_and_then_last_tiles_by_size():
+    plan = to_numpy(
+        plan_tiles(24, ops.convert_to_tensor(np.array([5, 0, 19], "int32")), (8, 16))[1:]
+    )
+    expected = [5, 5, 24], 1, [2], [5], [0, 2, 1], [0, 21, 5], [0, 2, 2]
+    assert [x.tolist() for x in plan] == list(expected)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")

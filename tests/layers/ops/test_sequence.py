@@ -55,12 +55,12 @@ def test_lengths_and_ranks_count_real_tokens():
 
 @pytest.mark.portable
 def test_compaction_moves_real_tokens_to_the_front_in_order():
-    order, destination = run(compaction, MASKS)
+    sort_indices, inverse_sort = run(compaction, MASKS)
     for b, mask in enumerate(MASKS):
         real = np.flatnonzero(mask)
-        assert order[b, : len(real)].tolist() == real.tolist()
-        assert sorted(order[b]) == list(range(LENGTH))
-        assert order[b][destination[b]].tolist() == list(range(LENGTH))
+        assert sort_indices[b, : len(real)].tolist() == real.tolist()
+        assert sorted(sort_indices[b]) == list(range(LENGTH))
+        assert sort_indices[b][inverse_sort[b]].tolist() == list(range(LENGTH))
 
 
 @pytest.mark.portable
@@ -108,21 +108,23 @@ def test_rows_are_taken_forward_and_summed_backward(compiled):
     index = rng.permutation(np.repeat(np.arange(10), 3)).astype("int32")
     inverse = np.argsort(index, kind="stable").reshape(10, 3).astype("int32")
     rows = rng.normal(size=(10, 4)).astype("float32")
-    pull = rng.normal(size=(30, 4)).astype("float32")
+    cotangent = rng.normal(size=(30, 4)).astype("float32")
     assert np.array_equal(run(take_rows, rows, index, inverse, mode=compiled), rows[index])
-    grad, *_ = gradients(take_rows, (rows, index, inverse), pull, mode=compiled)
+    grad, *_ = gradients(take_rows, (rows, index, inverse), cotangent, mode=compiled)
     expected = np.zeros_like(rows)
-    np.add.at(expected, index, pull)
+    np.add.at(expected, index, cotangent)
     assert np.allclose(grad, expected, atol=1e-6)
 
 
 def test_permuted_tokens_come_back_and_so_do_their_gradients():
     rng = np.random.default_rng(0)
-    order, destination = run(compaction, MASKS)
+    sort_indices, inverse_sort = run(compaction, MASKS)
     x = rng.normal(size=(*MASKS.shape, 2, 3)).astype("float32")
-    compact = run(permute_tokens, x, order, destination)
-    assert np.array_equal(compact, np.take_along_axis(x, order[..., None, None], axis=1))
-    assert np.array_equal(run(permute_tokens, compact, destination, order), x)
-    pull = rng.normal(size=x.shape).astype("float32")
-    grad, *_ = gradients(permute_tokens, (x, order, destination), pull)
-    assert np.array_equal(grad, np.take_along_axis(pull, destination[..., None, None], axis=1))
+    compact = run(permute_tokens, x, sort_indices, inverse_sort)
+    assert np.array_equal(compact, np.take_along_axis(x, sort_indices[..., None, None], axis=1))
+    assert np.array_equal(run(permute_tokens, compact, inverse_sort, sort_indices), x)
+    cotangent = rng.normal(size=x.shape).astype("float32")
+    grad, *_ = gradients(permute_tokens, (x, sort_indices, inverse_sort), cotangent)
+    assert np.array_equal(
+        grad, np.take_along_axis(cotangent, inverse_sort[..., None, None], axis=1)
+    )

@@ -1,0 +1,1 @@
+"""This project measured beside its peers: `python -m benchmarks.run`."""

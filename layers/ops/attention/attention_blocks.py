@@ -1,0 +1,97 @@
+"""How attention is cut: blocks of queries, blocks of keys, and the tile where two of them meet.
+
+Shapes: B batch, G key heads, R query heads per key head, C queries of a block (`block_q`), N blocks
+of queries, S keys.
+"""
+
+from typing import Annotated, Any, NamedTuple
+
+from keras import ops
+
+from ..backend.loops import get_rows
+from ..tensor_types import Tensor
+
+FAR = -1e30  # less than any score, but differences of it are not NaN
+
+
+class Queries(NamedTuple):
+    """One block of queries, or with a leading axis N all of them.
+
+    Attributes:
+        query: `(B, C, G, R, D)`.
+        limits: `(B, C)` int32, the last key that a token sees.
+        segments: `(B, C)` int32.
+        seed: `(2,)` integers, the seed of the block's first tile, or `None` without dropout.
+    """
+
+    query: Tensor
+    limits: Tensor
+    segments: Tensor
+    seed: Tensor | None = None
+
+
+class Keys(NamedTuple):
+    """All keys and their values.
+
+    Attributes:
+        key: `(B, S, G, D)`.
+        value: `(B, S, G, D)`.
+        mask: `(B, S)` bool, true at keys that may be seen.
+        segments: `(B, S)` int32.
+    """
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor
+    segments: Tensor
+
+
+class Tile(NamedTuple):
+    """One block of keys as a block of queries sees it.
+
+    Attributes:
+        key: `(B, G, block_kv, D)`.
+        value: `(B, G, block_kv, D)`.
+        seen: `(B, 1, R C, block_kv)` bool, which queries see which keys.
+        start: `()` int32, number of the first key.
+    """
+
+    key: Tensor
+    value: Tensor
+    seen: Tensor
+    start: Tensor
+
+
+def blocks_in_use(queries: Queries, block_kv: int) -> Tensor:
+    """Blocks of keys up to the last one that a query of the block sees."""
+    return (ops.max(queries.limits) + block_kv) // block_kv
+
+
+def tile_of(queries: Queries, keys: Keys, number: Tensor, block_kv: int) -> Tile:
+    """What a block of queries sees of the block `number` of the keys."""
+    nominal = number * block_kv
+    # The last block ends with the last key; what it shares with the one before is not seen again.
+    start = ops.minimum(nominal, ops.shape(keys.key)[1] - block_kv)
+    key, value = (ops.swapaxes(get_rows(x, start, block_kv, axis=1), 1, 2) for x in keys[:2])
+    mask, segments = (get_rows(x, start, block_kv, axis=1)[:, None] for x in keys[2:])
+    index = start + ops.arange(block_kv, dtype="int32")
+    seen = mask & (index >= nominal) & (index <= queries.limits[..., None])
+    seen = seen & (segments == queries.segments[..., None])  # (B, C, block_kv)
+    repeats = queries.query.shape[3]
+    return Tile(key, value, ops.tile(seen, (1, repeats, 1))[:, None], start)
+
+
+def scores_of(query: Tensor, tile: Tile, scale: float) -> Annotated[Tensor, "B G R*C block_kv"]:
+    scores = ops.cast(query @ ops.swapaxes(tile.key, -1, -2), "float32") * scale
+    return ops.where(tile.seen, scores, FAR)
+
+
+def by_head(x: Annotated[Tensor, "B C G R D"]) -> Annotated[Tensor, "B G R*C D"]:
+    batch, block_q, groups, repeats, dim = ops.shape(x)
+    return ops.reshape(ops.transpose(x, (0, 2, 3, 1, 4)), (batch, groups, repeats * block_q, dim))
+
+
+def by_token(x: Annotated[Tensor, "B G R*C D"], shape: Any) -> Annotated[Tensor, "B C G R D"]:
+    batch, block_q, groups, repeats, dim = shape
+    x = ops.reshape(x, (batch, groups, repeats, block_q, dim))
+    return ops.transpose(x, (0, 3, 1, 2, 4))

@@ -1,0 +1,95 @@
+"""What all configurations share: rules for their fields, and the way in from and out to a dict."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple, Self
+
+
+class Rule(NamedTuple):
+    """What a value must be.
+
+    Attributes:
+        what: Words behind "must be" in an error.
+        fits: Whether a value is that.
+    """
+
+    what: str
+    fits: Callable[[Any], bool]
+
+
+def integer(low: int) -> Rule:
+    return Rule(f"an integer of at least {low}", lambda value: _is_integer(value) and value >= low)
+
+
+def optional_integer(low: int) -> Rule:
+    rule = integer(low)
+    return Rule(f"None or {rule.what}", lambda value: value is None or rule.fits(value))
+
+
+def number(what: str, fits: Callable[[float], bool]) -> Rule:
+    """A finite number for which `fits` holds; `what` says so in words."""
+    return Rule(what, lambda value: _is_number(value) and math.isfinite(value) and fits(value))
+
+
+def one_of(names: Iterable[str]) -> Rule:
+    known = list(names)
+    return Rule(f"one of {known}", lambda value: isinstance(value, str) and value in known)
+
+
+BOOLEAN = Rule("a bool", lambda value: isinstance(value, bool))
+
+
+def require(rule: Rule, name: str, value: Any) -> None:
+    """Raises `ValueError` that names the argument and its value unless the value fits the rule."""
+    if not rule.fits(value):
+        raise ValueError(f"`{name}` must be {rule.what}. Received: {name}={value!r}")
+
+
+class Config:
+    """Base of the frozen dataclasses that describe a model.
+
+    A subclass has a rule for each of its fields in `RULES`.
+    """
+
+    RULES: ClassVar[dict[str, Rule]]
+
+    def check_fields(self) -> None:
+        """Raises `ValueError` for the first field whose value breaks its rule."""
+        for name, value in self._fields().items():
+            require(self.RULES[name], name, value)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """Builds a configuration; an unknown key raises `ValueError` that lists the known ones."""
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown fields of {cls.__name__}: {unknown}. Known fields: {known}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return {name: _jsonable(value) for name, value in self._fields().items()}
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return self.from_dict({**self.to_dict(), **changes})
+
+    def _fields(self) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
+
+
+def _jsonable(value):
+    if isinstance(value, Config):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _is_integer(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,65 @@
+"""Plain decoding: one token per row and step."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+from keras import ops
+
+from qwen3_next.generation.decoding import Caches, Newest, Request, first_token
+from qwen3_next.generation.sampling import Mode, is_stop, sample
+from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.cache import Cache
+
+
+class PlainCarry(NamedTuple):
+    """The carry of plain decoding.
+
+    Attributes:
+        cache: `Cache` of all tokens but the newest.
+        token: `(B,)` int32, the newest token.
+        finished: `(B,)` bool.
+        new_tokens: `(B, M)` int32.
+        count: `()` int32, columns of `new_tokens` that are written.
+    """
+
+    cache: Cache
+    token: Tensor
+    finished: Tensor
+    new_tokens: Tensor
+    count: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainDecoding:
+    """Reads the newest token of every row and samples the next one."""
+
+    mode: Mode
+    lookahead: ClassVar[int] = 0
+
+    def init(
+        self, model: Any, caches: Caches, newest: Newest, request: Request, new_tokens: Tensor
+    ) -> PlainCarry:
+        token, finished, new_tokens = first_token(
+            model, newest.hidden, request, new_tokens, self.mode
+        )
+        return PlainCarry(caches.model, token, finished, new_tokens, ops.ones((), "int32"))
+
+    def step(self, model: Any, carry: PlainCarry, request: Request) -> PlainCarry:
+        inputs = {
+            "token_ids": carry.token[:, None],
+            "padding_mask": ops.logical_not(carry.finished)[:, None],
+        }
+        output = model.backbone(inputs, cache=carry.cache)
+        logits = model.logits(output.hidden[:, 0])
+        token = sample(logits, request.sampling, carry.count, self.mode)
+        count = carry.count + 1
+        return PlainCarry(
+            cache=output.cache,
+            token=token,
+            finished=carry.finished | is_stop(token, request.sampling) | (count >= request.limit),
+            new_tokens=ops.slice_update(carry.new_tokens, (0, carry.count), token[:, None]),
+            count=count,
+        )
+
+    def stats(self, carry: PlainCarry) -> dict:
+        return {"steps": int(ops.convert_to_numpy(carry.count))}

@@ -1,0 +1,106 @@
+"""Prompts on the host: read, checked, and cut into chunks of a few widths."""
+
+from collections.abc import Iterable, Iterator
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.inputs import check_token_ids, token_rows
+
+SMALLEST_CHUNK = 16
+
+
+class Prompts(NamedTuple):
+    """Prompts as arrays.
+
+    Attributes:
+        token_ids: `(B, T)` int32, padded on the right.
+        lengths: `(B,)` int32.
+    """
+
+    token_ids: np.ndarray
+    lengths: np.ndarray
+
+
+class PrefillChunk(NamedTuple):
+    """Some tokens of every prompt, and beside each the token that follows it.
+
+    Attributes:
+        token_ids: `(B, C)` int32.
+        mask: `(B, C)` bool, true at real tokens.
+        next_ids: `(B, C)` int32.
+        next_mask: `(B, C)` bool, true where the following token is real.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    next_ids: Tensor
+    next_mask: Tensor
+
+
+def read_prompts(prompts: Iterable | dict | np.ndarray, vocab_size: int) -> Prompts:
+    """Turns what `generate` accepts into `Prompts`, checking every row."""
+    rows = token_rows("prompt", _rows_of(prompts))
+    for row in rows:
+        check_token_ids(row, vocab_size)
+    lengths = np.array([len(row) for row in rows], np.int32)
+    token_ids = np.zeros((len(rows), lengths.max()), np.int32)
+    for row, out in zip(rows, token_ids):
+        out[: len(row)] = row
+    return Prompts(token_ids, lengths)
+
+
+def prefill_chunks(prompts: Prompts, size: int) -> Iterator[PrefillChunk]:
+    """Cuts the prompts into chunks of `size` tokens, the last one of a bucketed width."""
+    length = prompts.token_ids.shape[1]
+    for start in range(0, length, size):
+        width = bucket(min(length - start, size), SMALLEST_CHUNK)
+        ids = np.zeros((len(prompts.lengths), width + 1), "int32")
+        here = prompts.token_ids[:, start : start + width + 1]
+        ids[:, : here.shape[1]] = here
+        mask = start + np.arange(width + 1) < prompts.lengths[:, None]
+        arrays = ids[:, :-1], mask[:, :-1], ids[:, 1:], mask[:, 1:]
+        yield PrefillChunk(*(ops.convert_to_tensor(array) for array in arrays))
+
+
+def bucket(size: int, smallest: int) -> int:
+    """The power of two, or three quarters of one, that is at least `size` and `smallest`."""
+    found = smallest
+    while found < size:
+        found *= 2
+    three_quarters = found * 3 // 4
+    return three_quarters if three_quarters >= max(size, smallest) else found
+
+
+def _rows_of(prompts) -> Iterable[Annotated[np.ndarray, "T"]]:
+    if isinstance(prompts, dict):
+        return _unpadded_rows(prompts)
+    if isinstance(prompts, list | tuple):
+        return prompts
+    array = ops.convert_to_numpy(prompts)
+    if array.ndim != 2:
+        raise ValueError(
+            "`prompts` must be a list of token-id sequences or have shape (batch, tokens). "
+            f"Received: prompts.shape={array.shape}"
+        )
+    return list(array)
+
+
+def _unpadded_rows(prompts):
+    unknown = sorted(set(prompts) - {"token_ids", "padding_mask"})
+    if unknown or "token_ids" not in prompts:
+        raise ValueError(
+            "Prompts must be a dict with 'token_ids' and optionally 'padding_mask'. "
+            f"Received keys: {sorted(prompts)}"
+        )
+    token_ids = ops.convert_to_numpy(prompts["token_ids"])
+    mask = prompts.get("padding_mask")
+    mask = np.ones(token_ids.shape, bool) if mask is None else ops.convert_to_numpy(mask)
+    if token_ids.ndim != 2 or mask.shape != token_ids.shape:
+        raise ValueError(
+            "`token_ids` must have shape (batch, tokens) and `padding_mask` the same. "
+            f"Received: token_ids.shape={token_ids.shape}, padding_mask.shape={mask.shape}"
+        )
+    return [row[real] for row, real in zip(token_ids, mask.astype(bool))]

@@ -1,0 +1,94 @@
+"""Layers with the dimensions of a configuration."""
+
+from typing import Any
+
+import keras
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.model_config import LINEAR
+from qwen3_next.layers import DecoderLayer, GatedAttention, GatedDeltaNet, SparseMoE, SwiGLU
+from qwen3_next.layers.projection import dense
+
+
+def make_decoder_layer(
+    config: Qwen3NextConfig,
+    layer_type: str,
+    is_moe: bool,
+    *,
+    gradient_checkpointing: bool,
+    name: str,
+    dtype: Any,
+) -> DecoderLayer:
+    """A `DecoderLayer` of the given kind with the dimensions of a configuration."""
+    return DecoderLayer(
+        _make_mixer(config, layer_type, dtype),
+        _make_moe(config, dtype) if is_moe else make_feed_forward(config, dtype),
+        normalization_type=config.normalization_type,
+        rms_norm_eps=config.rms_norm_eps,
+        dropout=config.dropout,
+        gradient_checkpointing=gradient_checkpointing,
+        name=name,
+        dtype=dtype,
+    )
+
+
+def _make_mixer(config, layer_type, policy):
+    if layer_type == LINEAR:
+        return GatedDeltaNet(
+            config.linear_num_key_heads,
+            config.linear_num_value_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+            linear_conv_kernel_dim=config.linear_conv_kernel_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            initializer_range=config.initializer_range,
+            name="linear_attn",
+            dtype=policy,
+        )
+    return GatedAttention(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        output_gate=config.attention_type == "gated_attention",
+        partial_rotary_factor=config.partial_rotary_factor,
+        rope_theta=config.rope_theta,
+        normalization_type=config.normalization_type,
+        rms_norm_eps=config.rms_norm_eps,
+        attention_dropout=config.attention_dropout,
+        initializer_range=config.initializer_range,
+        name="self_attn",
+        dtype=policy,
+    )
+
+
+def make_feed_forward(config: Qwen3NextConfig, dtype: Any) -> SwiGLU:
+    """A dense feed-forward network."""
+    return SwiGLU(
+        config.intermediate_size,
+        config.ffn_type,
+        config.initializer_range,
+        name="mlp",
+        dtype=dtype,
+    )
+
+
+def _make_moe(config, policy):
+    return SparseMoE(
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.moe_intermediate_size,
+        config.shared_expert_intermediate_size,
+        norm_topk_prob=config.norm_topk_prob,
+        ffn_type=config.ffn_type,
+        initializer_range=config.initializer_range,
+        name="mlp",
+        dtype=policy,
+    )
+
+
+def make_head(config: Qwen3NextConfig, units: int, name: str, dtype: Any) -> keras.layers.Dense:
+    """A built head on the hidden states."""
+    head = dense(units, config.initializer_range, name, dtype)
+    # Built here and not by its model, so that its path does not begin with the model's name.
+    head.build((None, None, config.hidden_size))
+    return head

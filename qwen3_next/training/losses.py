@@ -1,0 +1,51 @@
+"""Mean cross-entropies over the labels that count."""
+
+from typing import Annotated
+
+from keras import ops
+
+from qwen3_next.layers.ops import linear_cross_entropy
+from qwen3_next.layers.ops.cross_entropy import IGNORE
+from qwen3_next.layers.ops.tensor_types import Tensor
+
+
+def masked_mean(
+    values: Annotated[Tensor, "B T"],
+    labels: Annotated[Tensor, "B T"],
+    sample_weight: Tensor | None = None,
+) -> Annotated[Tensor, ""]:
+    """Sum of the values, each times its sample weight, over the number of labels that count.
+
+    Args:
+        values: `(B, T)` float32, 0 where the label is -100.
+        labels: `(B, T)` int32.
+        sample_weight: `(B,)` or `(B, T)`, or `None` for ones.
+    """
+    if sample_weight is not None:
+        values = values * per_token(sample_weight)
+    count = ops.sum(ops.cast(labels != IGNORE, "float32"))
+    return ops.sum(values) / ops.maximum(count, 1.0)
+
+
+def fused_losses(
+    hidden: Annotated[Tensor, "B T D"],
+    kernel: Annotated[Tensor, "D V"],
+    labels: Annotated[Tensor, "B T"],
+) -> tuple[Annotated[Tensor, "B T"], Annotated[Tensor, "B T"]]:
+    """Cross-entropies and hits (1 where the largest logit is the label's), without all logits."""
+    flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
+    found = linear_cross_entropy(flat, kernel, ops.reshape(labels, (-1,)), return_correct=True)
+    losses, hits = (ops.reshape(x, ops.shape(labels)) for x in found)
+    return losses, hits
+
+
+def label_weight(labels: Annotated[Tensor, "B T"], sample_weight: Tensor | None) -> Tensor:
+    """The sample weights with 0 at ignored labels."""
+    weight = ops.cast(labels != IGNORE, "float32")
+    return weight if sample_weight is None else weight * per_token(sample_weight)
+
+
+def per_token(sample_weight: Tensor) -> Tensor:
+    """Weights of rows `(B,)` as `(B, 1)`, weights of tokens as they are."""
+    sample_weight = ops.cast(sample_weight, "float32")
+    return sample_weight[:, None] if len(sample_weight.shape) == 1 else sample_weight

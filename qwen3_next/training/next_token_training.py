@@ -1,0 +1,169 @@
+"""The train and test step of a language model.
+
+Within a step the model is called with `StepInputs` and returns hidden states, so that the loss can
+be fused with the head; everywhere else it returns logits. The loss and all metrics are computed in
+`compute_loss`, where the weights of the step are at hand; Keras keeps the metrics' updates.
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
+from qwen3_next.layers.ops.cross_entropy import IGNORE
+from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.configured_model import ConfiguredModel
+from qwen3_next.models.inputs import next_token_labels, unpack
+from qwen3_next.training.losses import label_weight, masked_mean, per_token
+from qwen3_next.training.mtp_losses import step_losses, weighted_sum
+
+
+class StepInputs(NamedTuple):
+    """What a train or test step calls the model with.
+
+    Attributes:
+        inputs: Token ids `(B, T)` or a dict, as a model takes them.
+    """
+
+    inputs: Any
+
+
+class StepOutput(NamedTuple):
+    """What a model returns for `StepInputs`.
+
+    Attributes:
+        hidden: `(B, T, D)`, which the head reads.
+        mtp_input: `(B, T, D)`, which the first MTP step reads, or `None` without MTP modules.
+        aux_loss: `()` float32, the load-balancing loss, or `None` for a dense model.
+        expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load, or
+            `None` for a dense model.
+    """
+
+    hidden: Tensor
+    mtp_input: Tensor | None
+    aux_loss: Tensor | None
+    expert_load: Tensor | None
+
+
+class NextTokenTraining(ConfiguredModel):
+    """The part of a language model that `fit` and `evaluate` use.
+
+    The model has a `backbone`, a head (`logits`, `head_kernel`) and perhaps MTP modules, and
+    returns a `StepOutput` for `StepInputs`.
+    """
+
+    def add_training_metrics(self) -> None:
+        """Creates the metrics that a step updates by itself; called by the constructor."""
+        mtp = self.config.mtp
+        steps = range(1, mtp.num_predict_tokens + 1) if mtp is not None else ()
+        self.mtp_metrics = [
+            keras.metrics.Mean(name=f"mtp_{what}_k{k}")
+            for what in ("loss", "accuracy")
+            for k in steps
+        ]
+        self.expert_load_max = self.expert_load_unused = None
+        if self.config.moe_layers:
+            self.expert_load_max = keras.metrics.Mean(name="expert_load_max")
+            self.expert_load_unused = keras.metrics.Mean(name="expert_load_unused")
+
+    def compile(
+        self,
+        optimizer: Any = "adamw",
+        loss: Any = "sparse_categorical_crossentropy",
+        metrics: Any = None,
+        weighted_metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `keras.Model.compile`; the default loss is the cross-entropy from logits.
+
+        `weighted_metrics` leave out ignored labels, `metrics` are given all positions.
+        """
+        super().compile(
+            optimizer, loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
+        )
+        self._is_token_loss = (
+            isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy)
+            and self.loss.reduction == "sum_over_batch_size"
+        )
+        self._has_metrics = bool(metrics or weighted_metrics)
+
+    def train_step(self, *args):
+        return super().train_step(*_with_step_inputs(args))
+
+    def test_step(self, *args):
+        return super().test_step(*_with_step_inputs(args))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not isinstance(y_pred, StepOutput):
+            return self._head_loss(x, self._labels(x, y), sample_weight, training, logits=y_pred)
+        labels = self._labels(x.inputs, y)
+        logits = None
+        if self._has_metrics or not self._is_token_loss:
+            logits = self.logits(y_pred.hidden)
+        loss = self._head_loss(x, labels, sample_weight, training, logits, y_pred.hidden)
+        if y_pred.aux_loss is not None and training:
+            loss = loss + self.config.router_aux_loss_coef * y_pred.aux_loss
+        if y_pred.mtp_input is not None:
+            mtp_loss = self._mtp_loss(x.inputs, labels, y_pred.mtp_input, sample_weight, training)
+            loss = loss + mtp_loss if training else loss
+        if y_pred.expert_load is not None:
+            self.expert_load_max.update_state(ops.max(y_pred.expert_load))
+            unused = ops.cast(y_pred.expert_load == 0, "float32")
+            self.expert_load_unused.update_state(ops.mean(unused))
+        if logits is not None:
+            self._update_metrics(x.inputs, labels, logits, sample_weight)
+        return loss
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if not isinstance(y_pred, StepOutput):  # Keras builds the metrics with logits
+            self._update_metrics(x, self._labels(x, y), y_pred, sample_weight)
+        return self.get_metrics_result()
+
+    def mean_loss(self, labels, sample_weight=None, *, logits=None, hidden=None) -> Tensor:
+        """Mean cross-entropy from the logits, or without them from the hidden states."""
+        if logits is not None:
+            return masked_mean(cross_entropy(logits, labels), labels, sample_weight)
+        flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
+        losses = linear_cross_entropy(flat, self.head_kernel(), ops.reshape(labels, (-1,)))
+        return masked_mean(ops.reshape(losses, ops.shape(labels)), labels, sample_weight)
+
+    def _head_loss(self, x, labels, sample_weight, training, logits=None, hidden=None):
+        """The compiled loss, with what layers added; the token loss is fused where it can be."""
+        if self._is_token_loss:
+            loss = self.mean_loss(labels, sample_weight, logits=logits, hidden=hidden)
+            return sum((ops.sum(extra) for extra in self.losses), start=loss)
+        weight = label_weight(labels, sample_weight)
+        return super().compute_loss(x, ops.maximum(labels, 0), logits, weight, training)
+
+    def _mtp_loss(self, inputs, labels, hidden, sample_weight, training):
+        weight = None
+        if sample_weight is not None:
+            weight = ops.broadcast_to(per_token(sample_weight), ops.shape(labels))
+        steps = step_losses(self, hidden, unpack(inputs), labels, weight, training)
+        for metric, value in zip(self.mtp_metrics, (*steps.losses, *steps.accuracies), strict=True):
+            metric.update_state(value)
+        loss = weighted_sum(self, steps)
+        if training and self.mtp_steps is not None:
+            self.mtp_steps.assign_add(1)
+        return loss
+
+    def _update_metrics(self, inputs, labels, logits, sample_weight):
+        weight = label_weight(labels, sample_weight)
+        super().compute_metrics(inputs, ops.maximum(labels, 0), logits, sample_weight=weight)
+
+    def _labels(self, x, y):
+        inputs = unpack(x)
+        if y is None:
+            return next_token_labels(inputs)
+        labels = ops.cast(y, "int32")
+        if inputs.padding_mask is not None:
+            labels = ops.where(inputs.padding_mask, labels, IGNORE)
+        return labels
+
+
+def _with_step_inputs(args):
+    """The arguments of a step, a state first on JAX, with the inputs of its data wrapped."""
+    *state, data = args
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    return *state, (StepInputs(x), y, sample_weight)

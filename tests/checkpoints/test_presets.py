@@ -1,0 +1,103 @@
+"""Presets: folders and hub names, with whatever configuration and head."""
+
+import json
+import sys
+
+import pytest
+
+from qwen3_next import Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig
+from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
+from tests.support.published import (
+    SMALLEST,
+    assert_same_weights,
+    load,
+    published,
+    weights,
+)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_preset_gives_the_same_bits_and_configuration(
+    checkpoint, checkpoint_weights, tmp_path, shard
+):
+    model = load(checkpoint, dropout=0.25, gradient_checkpointing=True)
+    model.save_to_preset(tmp_path, max_shard_size=shard)
+    again = load(tmp_path)
+    assert (again.config, again.gradient_checkpointing) == (model.config, True)
+    assert_same_weights(weights(again), checkpoint_weights)
+    assert load(tmp_path, rope_theta=5.0).config.rope_theta == 5.0
+
+
+def test_preset_holds_what_no_published_type_can(tmp_path):
+    config = Qwen3NextConfig(**config_from_hugging_face(published(SMALLEST)[0]))
+    model = Qwen3Next(config.replace(normalization_type="rms_norm", ffn_type="geglu"))
+    with pytest.raises(ValueError, match="attention_type='gated_attention'"):
+        model.export_to_transformers(tmp_path / "published")
+    assert not (tmp_path / "published").exists()
+    model.save_to_preset(tmp_path / "own")
+    assert_same_weights(weights(load(tmp_path / "own")), weights(model))
+
+
+def test_bfloat16_preset_keeps_every_dtype(checkpoint, tmp_path):
+    model = load(checkpoint, dtype="bfloat16")
+    model.save_to_preset(tmp_path)
+    again = load(tmp_path)
+    assert again.dtype_policy.name == "bfloat16"
+    assert_same_weights(weights(again), weights(model))
+
+
+def test_language_model_becomes_a_classifier(checkpoint, checkpoint_weights, tmp_path):
+    load(checkpoint).save_to_preset(tmp_path)
+    for folder, head in ((checkpoint, "lm_head.weight"), (tmp_path, "lm_head/kernel")):
+        model = load(folder, Qwen3NextClassifier, num_labels=3)
+        assert model.coverage_report.initialised == ("score/kernel",)
+        assert list(model.coverage_report.unused) == [head]
+        loaded = weights(model)
+        del loaded["score/kernel"]
+        backbone = {k: v for k, v in checkpoint_weights.items() if k != "lm_head/kernel"}
+        assert_same_weights(loaded, backbone)
+
+
+def test_classifier_survives_both_formats(checkpoint, tmp_path):
+    model = load(checkpoint, Qwen3NextClassifier, num_labels=3)
+    model.save_to_preset(tmp_path / "own")
+    model.export_to_transformers(tmp_path / "published")
+    for folder in ("own", "published"):
+        again = load(tmp_path / folder, Qwen3NextClassifier)
+        assert again.coverage_report.initialised == ()
+        assert_same_weights(weights(again), weights(model))
+    fields = json.loads((tmp_path / "published" / "config.json").read_text())
+    assert fields["architectures"] == ["Qwen3NextForSequenceClassification"]
+
+
+def test_hub_presets_need_the_hub_client(monkeypatch, checkpoint):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ValueError, match=r"qwen3-next-keras\[hf\]"):
+        load("hf://someone/something")
+
+
+def test_hub_presets_are_downloaded(monkeypatch, checkpoint, checkpoint_weights):
+    class Hub:
+        @staticmethod
+        def snapshot_download(name, allow_patterns):
+            assert name == "someone/something"
+            return str(checkpoint)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    assert_same_weights(weights(load("hf://someone/something")), checkpoint_weights)
+
+
+def test_directories_without_a_model_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no config.json"):
+        load(tmp_path)
+    for text, word in (
+        ("{", "not valid JSON"),
+        ("[]", "model_type"),
+        ('{"model_type": "llama"}', "llama"),
+        ('{"registered_name": "nobody>Knows", "config": {}}', "nobody>Knows"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=word):
+            load(tmp_path)
