@@ -82,6 +82,7 @@ class GatedAttention(keras.layers.Layer):
     Example:
         ```python
         import numpy as np
+        from keras import ops
         from qwen3_next.layers import GatedAttention
 
         layer = GatedAttention(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -91,7 +92,7 @@ class GatedAttention(keras.layers.Layer):
 
         cache = layer.init_cache(batch_size=1, max_length=5)
         cached, cache = layer(x, cache=cache, lengths=np.zeros(1, "int32"))
-        assert np.allclose(cached, y, atol=1e-5)
+        assert ops.max(ops.abs(cached - y)) < 1e-5
         ```
 
     Reference: Gated Attention for Large Language Models, arXiv 2505.06708 (gate G1).

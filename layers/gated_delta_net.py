@@ -83,6 +83,7 @@ class GatedDeltaNet(keras.layers.Layer):
     Example:
         ```python
         import numpy as np
+        from keras import ops
         from qwen3_next.layers import GatedDeltaNet
 
         layer = GatedDeltaNet(
@@ -96,7 +97,7 @@ class GatedDeltaNet(keras.layers.Layer):
         assert y.shape == x.shape
 
         cached, cache = layer(x, cache=layer.init_cache(batch_size=1))
-        assert np.allclose(cached, y, atol=1e-5)
+        assert ops.max(ops.abs(cached - y)) < 1e-5
         ```
 
     Reference: Gated Delta Networks, arXiv 2412.06464.

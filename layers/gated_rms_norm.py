@@ -31,11 +31,12 @@ class GatedRMSNorm(keras.layers.Layer):
     Example:
         ```python
         import numpy as np
+        from keras import ops
         from qwen3_next.layers import GatedRMSNorm
 
         x = np.ones((1, 3, 2, 8), "float32")
         assert GatedRMSNorm()(x, gate=x).shape == x.shape
-        assert not np.any(GatedRMSNorm()(x, gate=0.0 * x))
+        assert not ops.any(GatedRMSNorm()(x, gate=0.0 * x))
         ```
 
     Reference: Gated Delta Networks, arXiv 2412.06464, section 3.4.

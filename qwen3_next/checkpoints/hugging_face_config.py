@@ -13,7 +13,7 @@ from qwen3_next.config.model_config import FULL, LINEAR
 
 # Fields with the same meaning on both sides, and what transformers takes for absent keys. Only the
 # number of layers has another name there.
-_SHARED_DEFAULTS = {
+_SHARED_DEFAULTS: dict[str, Any] = {
     "vocab_size": 151936,
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
@@ -21,12 +21,12 @@ _SHARED_DEFAULTS = {
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
 }
-_EXPERT_DEFAULTS = {
+_EXPERT_DEFAULTS: dict[str, Any] = {
     "router_aux_loss_coef": 0.001,
     "mlp_only_layers": (),
     "decoder_sparse_step": 1,
 }
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {
         **_SHARED_DEFAULTS,
         "hidden_size": 4096,

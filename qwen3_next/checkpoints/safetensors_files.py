@@ -144,7 +144,7 @@ def _shards(directory):
         return {single: None}
     if not index.exists():
         raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}.")
-    shards = {}
+    shards: dict[Path, set[str]] = {}
     for name, file in _weight_map(index).items():
         if Path(file).name != file:
             raise ValueError(f"{index} must name files beside it. Received: {file!r} for {name!r}")
@@ -279,7 +279,7 @@ def write(
     if len(shards) == 1:
         _write_file(Path(directory) / SINGLE, shards[0], arrays)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_file(Path(directory) / file, shard, arrays)
@@ -312,7 +312,8 @@ def _split(specs, limit):
 
 def _write_file(path, specs, arrays):
     # Readers in torch ask for this entry.
-    header, position = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    position = 0
     # Wide types first, so that every tensor starts at a multiple of its item size.
     for name, shape, dtype in sorted(specs, key=lambda spec: -spec.dtype.itemsize):
         end = position + TensorSpec(name, shape, dtype).nbytes

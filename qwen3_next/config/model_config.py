@@ -89,7 +89,7 @@ class Qwen3NextConfig(Config):
     num_layers: int = 48
     num_attention_heads: int = 16
     num_key_value_heads: int = 2
-    head_dim: int | None = 256
+    head_dim: int = 256  # never None once it is constructed
     intermediate_size: int = 5120
     max_position_embeddings: int = 262144
     rope_theta: float = 10000000.0
@@ -98,7 +98,7 @@ class Qwen3NextConfig(Config):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     full_attention_interval: int | None = None
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[str, ...] = None  # type: ignore[assignment]  # likewise
     linear_num_key_heads: int = 16
     linear_num_value_heads: int = 32
     linear_key_head_dim: int = 128
@@ -185,7 +185,7 @@ class Qwen3NextConfig(Config):
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; layer types follow the number of layers."""
-        followers = {}
+        followers: dict[str, None] = {}
         if {"num_layers", "full_attention_interval"} & set(changes):
             followers["layer_types"] = None
         if "layer_types" in changes:

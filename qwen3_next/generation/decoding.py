@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from keras import ops
 
-from qwen3_next.generation.drafting import Drafting, PendingPairs, extend_modules
+from qwen3_next.generation.drafting import PendingPairs, extend_modules
 from qwen3_next.generation.prompts import PrefillChunk
 from qwen3_next.generation.sampling import Mode, Sampling, is_stop, sample
 from qwen3_next.layers.ops.sequence import valid_lengths
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
     limit: Tensor
     sampling: Sampling
-    drafting: Drafting | None = None
+    drafting: Any = None
 
 
 class Caches(NamedTuple):
@@ -58,13 +58,14 @@ class Newest(NamedTuple):
     """
 
     hidden: Tensor
-    mtp_input: Tensor | None = None
+    mtp_input: Tensor = None
 
 
 class DecodingMethod(Protocol):
-    """See the module's docstring; `lookahead` tokens of a step may be taken back."""
+    """See the module's docstring; a step may read `lookahead` tokens that it does not keep."""
 
-    lookahead: int
+    @property
+    def lookahead(self) -> int: ...
 
     def init(
         self, model: Any, caches: Caches, newest: Newest, request: Request, new_tokens: Tensor

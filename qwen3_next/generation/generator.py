@@ -186,7 +186,8 @@ class Generator:
 
 
 def _request(max_new_tokens, sampling: Sampling, drafting: Drafting | None = None) -> Request:
-    return Request(ops.convert_to_tensor(np.int32(max_new_tokens)), sampling, drafting)
+    limit = ops.convert_to_tensor(np.int32(max_new_tokens))
+    return Request(limit, sampling, drafting)
 
 
 def _cut(new_tokens, counts, sampling):

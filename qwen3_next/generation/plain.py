@@ -1,7 +1,7 @@
 """Plain decoding: one token per row and step."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -34,7 +34,7 @@ class PlainDecoding:
     """Reads the newest token of every row and samples the next one."""
 
     mode: Mode
-    lookahead: ClassVar[int] = 0
+    lookahead: int = dataclasses.field(default=0, init=False)
 
     def init(
         self, model: Any, caches: Caches, newest: Newest, request: Request, new_tokens: Tensor

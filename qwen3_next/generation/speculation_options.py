@@ -81,7 +81,7 @@ class SpeculationOptions:
         if token_ids.ndim != 1 or token_ids.size == 0:
             raise ValueError(
                 "`draft_vocabulary` must be a non-empty list of token ids. "
-                f"Received: shape {np.shape(self.draft_vocabulary)}"
+                f"Received: draft_vocabulary of shape {token_ids.shape}"
             )
         check_token_ids(token_ids, vocab_size)
         places = np.full(vocab_size, len(token_ids), "int32")

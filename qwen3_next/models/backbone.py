@@ -114,7 +114,7 @@ class Qwen3NextBackbone(ConfiguredModel):
         self.norm = make_norm(config.normalization_type, config.rms_norm_eps, "norm", policy)
         self.build()
 
-    def build(self, input_shape=None):
+    def build(self, input_shape: Any = None) -> None:
         if self.built:
             return
         shape = (None, None, self.config.hidden_size)

@@ -11,6 +11,9 @@ from qwen3_next.models.inputs import check_token_ids
 class ConfiguredModel(keras.Model):
     """A model described by a `Qwen3NextConfig`, whose weights exist once it is constructed."""
 
+    built: bool
+    config: Qwen3NextConfig
+
     def __init__(self, config=None, *, name=None, dtype=None, **fields):
         if config is not None and fields:
             raise ValueError(

@@ -18,7 +18,7 @@ def make_mtp_modules(
 ) -> list[MultiTokenPrediction]:
     """The built modules of a configuration."""
     modules = []
-    for number in range(config.mtp.num_modules):
+    for number in range(config.mtp.num_modules if config.mtp is not None else 0):
         module = MultiTokenPrediction(
             _make_body(config, gradient_checkpointing, dtype),
             normalization_type=config.normalization_type,

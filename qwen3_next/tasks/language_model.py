@@ -171,8 +171,9 @@ class Qwen3Next(NextTokenTraining, Task):
 
     def mtp_input(self, output: BackboneOutput) -> Annotated[Tensor, "B T D"]:
         """What the first step reads of a `BackboneOutput`."""
-        after = self.config.mtp.hidden_state == "after_norm"
-        return output.hidden if after else output.before_norm
+        mtp = self.config.mtp
+        before = mtp is not None and mtp.hidden_state == "before_norm"
+        return output.before_norm if before else output.hidden
 
     def call(self, inputs, labels=None, training=None):
         if isinstance(inputs, StepInputs):

@@ -71,7 +71,7 @@ def pack(sequences: Iterable, length: int) -> Batch:
     ```
     """
     rows = _rows(sequences, length)
-    packed = []
+    packed: list[list[np.ndarray]] = []
     for row in sorted(rows, key=len, reverse=True):
         fits = (bin_ for bin_ in packed if sum(map(len, bin_)) + len(row) <= length)
         target = next(fits, None)

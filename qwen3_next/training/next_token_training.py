@@ -62,7 +62,8 @@ class NextTokenTraining(ConfiguredModel):
             for what in ("loss", "accuracy")
             for k in steps
         ]
-        self.expert_load_max = self.expert_load_unused = None
+        self.expert_load_max: Any = None
+        self.expert_load_unused: Any = None
         if self.config.moe_layers:
             self.expert_load_max = keras.metrics.Mean(name="expert_load_max")
             self.expert_load_unused = keras.metrics.Mean(name="expert_load_unused")
