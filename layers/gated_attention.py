@@ -194,7 +194,10 @@ class GatedAttention(keras.layers.Layer):
             cache = _extend(cache, key, value, positions, padding_mask)
             key, value = cache  # (B, S, G, D)
             visible = {"limits": positions}
-        output = self._attend(query, key, value, visible, dropout_seed, training)
+        if dropout_seed is None:
+            dropout_seed = self.draw_dropout_seed(training)
+        dropout = self.attention_dropout if training else 0.0
+        output = attention(query, key, value, dropout=dropout, dropout_seed=dropout_seed, **visible)
         if gate is not None:
             gate = ops.sigmoid(ops.cast(gate, "float32"))
             output = ops.cast(ops.cast(output, "float32") * gate, self.compute_dtype)
@@ -202,20 +205,6 @@ class GatedAttention(keras.layers.Layer):
         if cache is None:
             return output
         return output, AttentionUpdate(*cache) if replayable else cache
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        visible: dict[str, Tensor],
-        dropout_seed: Tensor | None,
-        training: bool | None,
-    ) -> Tensor:
-        dropout = self.attention_dropout if training else 0.0
-        if dropout and dropout_seed is None:
-            dropout_seed = self.draw_dropout_seed(training)
-        return attention(query, key, value, dropout=dropout, dropout_seed=dropout_seed, **visible)
 
     def commit(
         self, cache: AttentionCache, update: AttentionUpdate, counts: Annotated[Tensor, "B"]

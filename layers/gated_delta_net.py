@@ -192,18 +192,9 @@ class GatedDeltaNet(keras.layers.Layer):
         )
         check_context(context, needs_lengths=False)
         x = ops.cast(x, self.compute_dtype)
-        batch, length = ops.shape(x)[:2]
-        heads = self.linear_num_value_heads
-        qkvz = self.in_proj_qkvz(x)  # (B, T, G, 2K + 2RV)
-        channels = ops.reshape(
-            qkvz[..., : self.group_channels],
-            (batch, length, self.linear_num_key_heads * self.group_channels),
-        )
-        gate = ops.reshape(
-            qkvz[..., self.group_channels :], (batch, length, heads, self.linear_value_head_dim)
-        )
+        channels, gate = self._split(self.in_proj_qkvz(x))
         conv = causal_conv1d(
-            channels,  # (B, T, C), C = G (2K + RV)
+            channels,
             ops.reshape(self.conv1d, (self.linear_conv_kernel_dim, -1)),
             state=None if cache is None else cache.conv,
             padding_mask=padding_mask,
@@ -249,6 +240,18 @@ class GatedDeltaNet(keras.layers.Layer):
         return DeltaNetCache(
             ops.cast(conv, cache.conv.dtype), replay(cache.recurrent, update.rule, counts)
         )
+
+    def _split(self, qkvz: Tensor) -> tuple[Tensor, Tensor]:
+        """`(B, T, G, 2K + 2RV)` -> channels `(B, T, C = G (2K + RV))` and gate `(B, T, H, V)`."""
+        batch, length, groups, _ = ops.shape(qkvz)
+        channels = ops.reshape(
+            qkvz[..., : self.group_channels], (batch, length, groups * self.group_channels)
+        )
+        gate = ops.reshape(
+            qkvz[..., self.group_channels :],
+            (batch, length, self.linear_num_value_heads, self.linear_value_head_dim),
+        )
+        return channels, gate
 
     def _heads(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(B, T, C)` -> unit queries and keys `(B, T, G, K)` and values `(B, T, H, V)`."""

@@ -7,6 +7,7 @@ from qwen3_next import variants
 from qwen3_next.config.mtp_config import MTPConfig
 from qwen3_next.config.validation import (
     BOOLEAN,
+    NOT_NEGATIVE,
     Config,
     Rule,
     integer,
@@ -23,7 +24,6 @@ NORMALIZATION_TYPES = ("rms_norm", "zero_centered_rms_norm")
 FFN_TYPES = ("geglu", "swiglu")
 
 POSITIVE = number("above 0", lambda value: value > 0)
-NOT_NEGATIVE = number("at least 0", lambda value: value >= 0)
 DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
 
 

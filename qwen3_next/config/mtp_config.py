@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from qwen3_next.config.validation import BOOLEAN, Config, Rule, integer, number, one_of
+from qwen3_next.config.validation import (
+    BOOLEAN,
+    NOT_NEGATIVE,
+    Config,
+    Rule,
+    integer,
+    number,
+    one_of,
+)
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head")
 HIDDEN_STATES = ("after_norm", "before_norm")
@@ -58,7 +66,7 @@ class MTPConfig(Config):
         "mtp_head_type": one_of(HEAD_TYPES),
         "share_weights_across_steps": BOOLEAN,
         "loss_weight_decay": number("in (0, 1]", lambda value: 0 < value <= 1),
-        "mtp_loss_weight": number("at least 0", lambda value: value >= 0),
+        "mtp_loss_weight": NOT_NEGATIVE,
         "speculation_lookahead": integer(1),
         "hidden_state": one_of(HIDDEN_STATES),
         "sequential_forward": BOOLEAN,

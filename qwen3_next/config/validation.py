@@ -38,6 +38,7 @@ def one_of(names: Iterable[str]) -> Rule:
 
 
 BOOLEAN = Rule("a bool", lambda value: isinstance(value, bool))
+NOT_NEGATIVE = number("at least 0", lambda value: value >= 0)
 
 
 def require(rule: Rule, name: str, value: Any) -> None:
@@ -67,6 +68,12 @@ class Config:
         if unknown:
             raise ValueError(f"Unknown fields of {cls.__name__}: {unknown}. Known fields: {known}")
         return cls(**fields)
+
+    @classmethod
+    def missing_from(cls, fields: dict[str, Any]) -> list[str]:
+        """Fields that a saved configuration lacks, but for those that are `None` by default."""
+        own = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return [f.name for f in own if f.default is not None and f.name not in fields]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from qwen3_next.config.validation import integer, require
 from qwen3_next.generation.decoding import (
     Caches,
     DecodingMethod,
@@ -118,7 +119,7 @@ class Generator:
         if request.drafting is not None:
             caches = caches._replace(modules=init_module_caches(self.model, batch, capacity))
             newest = newest._replace(mtp_input=ops.zeros_like(newest.hidden))
-        for chunk in prefill_chunks(prompts, self.prefill_chunk):
+        for chunk in prefill_chunks(prompts, self.prefill_chunk, config.max_position_embeddings):
             caches, newest = self._compiled(prefill)(caches, newest, chunk)
         new_tokens = ops.zeros((batch, bucket(max_new_tokens, SMALLEST_WIDTH)), "int32")
         return self._compiled(type(method).init, method)(caches, newest, request, new_tokens)
@@ -129,10 +130,7 @@ class Generator:
 
     def _read(self, prompts, max_new_tokens) -> Prompts:
         config = self.model.config
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(
-                f"`max_new_tokens` must be an integer of at least 1. Received: {max_new_tokens!r}"
-            )
+        require(integer(1), "max_new_tokens", max_new_tokens)
         arrays = read_prompts(prompts, config.vocab_size)
         longest = int(arrays.lengths.max())
         if longest + max_new_tokens > config.max_position_embeddings:

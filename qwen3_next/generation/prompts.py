@@ -52,11 +52,14 @@ def read_prompts(prompts: Iterable | dict | np.ndarray, vocab_size: int) -> Prom
     return Prompts(token_ids, lengths)
 
 
-def prefill_chunks(prompts: Prompts, size: int) -> Iterator[PrefillChunk]:
-    """Cuts the prompts into chunks of `size` tokens, the last one of a bucketed width."""
+def prefill_chunks(prompts: Prompts, size: int, longest: int) -> Iterator[PrefillChunk]:
+    """Cuts the prompts into chunks of `size` tokens, the last one of a bucketed width.
+
+    No chunk reaches beyond `longest` tokens, the most that the model takes.
+    """
     length = prompts.token_ids.shape[1]
     for start in range(0, length, size):
-        width = bucket(min(length - start, size), SMALLEST_CHUNK)
+        width = min(bucket(min(length - start, size), SMALLEST_CHUNK), longest - start)
         ids = np.zeros((len(prompts.lengths), width + 1), "int32")
         here = prompts.token_ids[:, start : start + width + 1]
         ids[:, : here.shape[1]] = here

@@ -9,8 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from qwen3_next.config.validation import integer, number, optional_integer, require
 from qwen3_next.layers.ops.backend.seeds import DrawnSeed
 from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.inputs import token_id_list
 
 
 class Mode(enum.Enum):
@@ -22,6 +24,11 @@ class Mode(enum.Enum):
 
 
 GREEDY, PLAIN, FILTERED = Mode
+# Logits divided by less leave the range of float32.
+LOWEST_TEMPERATURE = 1e-6
+TEMPERATURE = number(
+    f"0 or at least {LOWEST_TEMPERATURE}", lambda value: value == 0 or value >= LOWEST_TEMPERATURE
+)
 
 
 class Sampling(NamedTuple):
@@ -54,21 +61,19 @@ def make_sampling(
     stop_token_ids: Iterable[int] = (),
 ) -> tuple[Mode, Sampling]:
     """Checks the arguments of `generate` and returns `(mode, Sampling)`."""
-    checks = (
-        ("temperature", temperature, temperature >= 0, "at least 0"),
-        ("top_k", top_k, isinstance(top_k, int) and top_k >= 0, "an integer of at least 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
-        ("min_p", min_p, 0 <= min_p <= 1, "in [0, 1]"),
+    temperature, top_p, min_p = (
+        x.item() if isinstance(x, np.generic) else x for x in (temperature, top_p, min_p)
     )
-    for name, value, fine, what in checks:
-        if not fine:
-            raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
-    stops = [int(token) for token in stop_token_ids]
-    if any(not 0 <= token < vocab_size for token in stops):
-        raise ValueError(
-            f"`stop_token_ids` must be in [0, vocab_size={vocab_size}). "
-            f"Received: stop_token_ids={stops}"
-        )
+    rules = (
+        ("temperature", temperature, TEMPERATURE),
+        ("top_k", top_k, integer(0)),
+        ("top_p", top_p, number("in (0, 1]", lambda value: 0 < value <= 1)),
+        ("min_p", min_p, number("in [0, 1]", lambda value: 0 <= value <= 1)),
+        ("seed", seed, optional_integer(0)),
+    )
+    for name, value, rule in rules:
+        require(rule, name, value)
+    stops = token_id_list("stop_token_ids", stop_token_ids, vocab_size)
     if temperature == 0:
         mode = GREEDY
     else:

@@ -7,12 +7,15 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.validation import integer, number, require
 from qwen3_next.generation.decoding import DecodingMethod
 from qwen3_next.generation.drafting import Drafting, DraftVocabulary
 from qwen3_next.generation.plain import PlainDecoding
 from qwen3_next.generation.sampling import Mode
 from qwen3_next.generation.speculative import SpeculativeDecoding
-from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.models.inputs import token_id_list
+
+IN_UNIT_INTERVAL = number("in (0, 1]", lambda value: 0 < value <= 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +34,10 @@ class SpeculationOptions:
             ValueError: an option out of range, or one that a model or plain decoding cannot use.
         """
         use, mtp = self.use_speculative, config.mtp
-        if use not in (None, True, False):
-            raise ValueError(f"`use_speculative` must be None, True or False. Received: {use!r}")
+        if use is not None and not isinstance(use, bool):
+            raise ValueError(
+                f"`use_speculative` must be None, True or False. Received: use_speculative={use!r}"
+            )
         if use and mtp is None:
             raise ValueError(
                 "`use_speculative=True` needs a model with multi-token prediction, "
@@ -58,7 +63,7 @@ class SpeculationOptions:
     def _lookahead(self, mtp):
         lookahead = self.speculation_lookahead
         lookahead = mtp.speculation_lookahead if lookahead is None else lookahead
-        if not isinstance(lookahead, int) or not 1 <= lookahead <= mtp.num_predict_tokens:
+        if not integer(1).fits(lookahead) or lookahead > mtp.num_predict_tokens:
             raise ValueError(
                 "`speculation_lookahead` must be an integer from 1 to `num_predict_tokens`="
                 f"{mtp.num_predict_tokens}. Received: speculation_lookahead={lookahead!r}"
@@ -67,23 +72,18 @@ class SpeculationOptions:
 
     def _threshold(self):
         threshold = self.acceptance_threshold
-        if threshold is not None and not 0 < threshold <= 1:
-            raise ValueError(
-                "`acceptance_threshold` must be in (0, 1]. "
-                f"Received: acceptance_threshold={threshold}"
-            )
+        if threshold is not None:
+            require(IN_UNIT_INTERVAL, "acceptance_threshold", threshold)
         return threshold
 
     def _vocabulary(self, vocab_size):
         if self.draft_vocabulary is None:
             return None
-        token_ids = np.unique(np.asarray(self.draft_vocabulary))
-        if token_ids.ndim != 1 or token_ids.size == 0:
+        token_ids = np.unique(token_id_list("draft_vocabulary", self.draft_vocabulary, vocab_size))
+        if token_ids.size == 0:
             raise ValueError(
-                "`draft_vocabulary` must be a non-empty list of token ids. "
-                f"Received: draft_vocabulary of shape {token_ids.shape}"
+                "`draft_vocabulary` must hold at least one token id. Received: draft_vocabulary=[]"
             )
-        check_token_ids(token_ids, vocab_size)
         places = np.full(vocab_size, len(token_ids), "int32")
         places[token_ids] = np.arange(len(token_ids))
         token_ids, places = (ops.convert_to_tensor(x.astype("int32")) for x in (token_ids, places))

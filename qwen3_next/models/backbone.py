@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.layers import Routing, load_balancing_loss
 from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.norms import make_norm
@@ -91,6 +92,7 @@ class Qwen3NextBackbone(ConfiguredModel):
     ):
         super().__init__(config, name=name, dtype=dtype, **fields)
         self.refuse_mtp()
+        require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
         config, policy = self.config, self.dtype_policy
         self.embed_tokens = keras.layers.Embedding(
@@ -125,7 +127,9 @@ class Qwen3NextBackbone(ConfiguredModel):
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:
         """An empty cache for sequences of up to `max_length` tokens."""
-        if not 1 <= max_length <= self.config.max_position_embeddings:
+        require(integer(1), "batch_size", batch_size)
+        require(integer(1), "max_length", max_length)
+        if max_length > self.config.max_position_embeddings:
             raise ValueError(
                 "`max_length` must be between 1 and `max_position_embeddings`="
                 f"{self.config.max_position_embeddings}. Received: {max_length=}"

@@ -1,6 +1,7 @@
 """Compiled functions of a model, outside of `fit`."""
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -10,18 +11,43 @@ def compile_with_weights(
 ) -> Callable:
     """Compiles `function(*args)`, which may call `model`, for the active backend.
 
-    The weights go in as arguments, so that training does not make the compiled code stale. Args
-    are nests of tensors; those at the positions `donate` are consumed, their memory is reused.
+    The weights are read at every call, so that training does not make the compiled code stale. A
+    change of the set of variables (LoRA, another layer) drops what was compiled, as Keras drops
+    its `train_function`.
+
+    Args:
+        model: The model whose variables the function uses.
+        function: Takes and returns nests of tensors.
+        donate: Positions of arguments that are consumed, so that their memory is reused.
     """
-    return {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}[keras.backend.backend()](
-        model, function, donate
-    )
+    return _CompiledFunction(model, function, donate)
 
 
-def _jax(model, function, donate):
+class _CompiledFunction:
+    def __init__(self, model, function, donate):
+        self.model = model
+        self.function = function
+        self.donate = donate
+        self._variables: list = []
+        self._compiled: Callable | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        variables = self.model.variables
+        if self._compiled is None or _differ(variables, self._variables):
+            compiler = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
+            self._variables = variables
+            self._compiled = compiler[keras.backend.backend()](
+                variables, self.function, self.donate
+            )
+        return self._compiled(*args)
+
+
+def _differ(variables, others):
+    return len(variables) != len(others) or any(a is not b for a, b in zip(variables, others))
+
+
+def _jax(variables, function, donate):
     import jax
-
-    variables = model.variables
 
     def stateless(values, *args):
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
@@ -31,15 +57,15 @@ def _jax(model, function, donate):
     return lambda *args: compiled([variable.value for variable in variables], *args)
 
 
-def _tensorflow(model, function, donate):
+def _tensorflow(variables, function, donate):
     import tensorflow as tf
 
-    del model, donate  # variables are read where they are, buffers are reused inside the program
+    del variables, donate  # read where they are; buffers are reused inside the program
     return tf.function(function, jit_compile=True, autograph=False)
 
 
-def _torch(model, function, donate):
+def _torch(variables, function, donate):
     import torch
 
-    del model, donate
+    del variables, donate
     return torch.no_grad()(function)

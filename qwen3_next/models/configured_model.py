@@ -26,6 +26,10 @@ class ConfiguredModel(keras.Model):
             raise ValueError(f"`config` must be a Qwen3NextConfig. Received: {config=}")
         # Inputs are cast by hand: Keras would cast the float32 tensors of a cache as well.
         super().__init__(name=name, dtype=dtype, autocast=False)
+        if "float" not in self.variable_dtype or "float" not in self.compute_dtype:
+            raise ValueError(
+                f"`dtype` must be a policy of floating-point types. Received: {dtype=}"
+            )
         self.config = config
 
     def refuse_mtp(self) -> None:
@@ -61,6 +65,10 @@ class ConfiguredModel(keras.Model):
         check_token_ids(inputs, self.config.vocab_size)
         return super().__call__(inputs, *args, **kwargs)
 
+    def quantize(self, mode: Any = None, **kwargs: Any) -> None:
+        """Refused: the fused loss and the routed experts read weights as they are."""
+        raise ValueError(f"{type(self).__name__} cannot be quantized. Received: {mode=}")
+
     def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         """Shape of the output for token ids `(batch, length)`, where either may be `None`."""
         raise NotImplementedError
@@ -84,6 +92,11 @@ class ConfiguredModel(keras.Model):
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
+        missing = Qwen3NextConfig.missing_from(config)
+        if missing:  # a default would stand for another model
+            raise ValueError(
+                f"A saved configuration holds every field. Received: one without {missing}"
+            )
         if isinstance(config.get("dtype"), dict):
             config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
         return cls(**config)

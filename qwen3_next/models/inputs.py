@@ -1,5 +1,6 @@
 """What a model accepts: token ids, alone or with a padding mask and segment ids."""
 
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -114,12 +115,32 @@ def check_token_ids(inputs: Any, vocab_size: int) -> None:
     """
     token_ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
     values = _concrete(token_ids)
-    if values is None or values.size == 0:
-        return
+    if values is None or values.size == 0 or not np.issubdtype(values.dtype, np.integer):
+        return  # `unpack` refuses what are no integers
     low, high = int(values.min()), int(values.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
             f"Token ids must be in [0, vocab_size={vocab_size}). Received ids from {low} to {high}"
+        )
+
+
+def check_labels(labels: Any, num_classes: int, ignored: bool) -> None:
+    """Raises `ValueError` for labels that are no class; -100 may be `ignored`.
+
+    Looks at values where there are some, as `check_token_ids` does.
+    """
+    values = _concrete(labels)
+    if values is None or values.size == 0:
+        return
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"Labels must be integers. Received: labels of dtype {values.dtype}")
+    wrong = (values < 0) | (values >= num_classes)
+    if ignored:
+        wrong &= values != IGNORE
+    if wrong.any():
+        what = f" or {IGNORE}" if ignored else ""
+        raise ValueError(
+            f"Labels must be in [0, {num_classes}){what}. Received: {values[wrong].flat[0]}"
         )
 
 
@@ -137,15 +158,30 @@ def token_rows(what: str, sequences: Iterable) -> list[np.ndarray]:
     return rows
 
 
+def token_id_list(name: str, values: Any, vocab_size: int) -> list[int]:
+    """Token ids of a list, a range or an array, each one checked; `name` is the argument's."""
+    try:
+        found = [operator.index(value) for value in np.asarray(list(values), object)]
+    except TypeError as error:
+        raise ValueError(f"`{name}` must be a list of integers. Received: {values!r}") from error
+    if any(isinstance(value, bool | np.bool_) for value in values):
+        raise ValueError(f"`{name}` must be a list of integers. Received: {values!r}")
+    if any(not 0 <= value < vocab_size for value in found):
+        raise ValueError(
+            f"`{name}` must be in [0, vocab_size={vocab_size}). Received: {name}={found}"
+        )
+    return found
+
+
 def _concrete(x):
-    """`x` as a NumPy array of integers, or `None` where it has no values yet."""
-    if isinstance(x, list | tuple):
+    """`x` as a NumPy array, or `None` where it has no values yet."""
+    if type(x) in (list, tuple):
         x = np.asarray(x)
     if not isinstance(x, np.ndarray):
         if not keras.ops.is_tensor(x) or isinstance(x, keras.KerasTensor) or _is_traced(x):
             return None
         x = ops.convert_to_numpy(x)
-    return x if np.issubdtype(x.dtype, np.integer) else None
+    return x
 
 
 def _is_traced(x):

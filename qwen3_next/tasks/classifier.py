@@ -6,9 +6,10 @@ import keras
 from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import Qwen3NextBackbone
-from qwen3_next.models.inputs import last_hidden, unpack
+from qwen3_next.models.inputs import check_labels, last_hidden, unpack
 from qwen3_next.tasks.task import Task
 
 
@@ -66,10 +67,8 @@ class Qwen3NextClassifier(Task):
     ):
         super().__init__(config, name=name, dtype=dtype, **fields)
         self.refuse_mtp()
-        if not isinstance(num_labels, int) or num_labels < 1:
-            raise ValueError(
-                f"`num_labels` must be an integer of at least 1. Received: {num_labels=}"
-            )
+        require(integer(1), "num_labels", num_labels)
+        require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         self.num_labels = num_labels
         self.gradient_checkpointing = gradient_checkpointing
         self.backbone = Qwen3NextBackbone(
@@ -98,6 +97,10 @@ class Qwen3NextClassifier(Task):
             self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
         pooled = last_hidden(output.hidden, inputs.padding_mask)
         return self.score(self.pooled_dropout(ops.cast(pooled, "float32"), training=training))
+
+    def check_labels(self, labels: Any) -> None:
+        """Raises `ValueError` for labels that are no class."""
+        check_labels(labels, self.num_labels, ignored=False)
 
     def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         return (batch, self.num_labels)

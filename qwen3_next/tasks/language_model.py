@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.validation import BOOLEAN, require
 from qwen3_next.generation.generator import Generation, Generator
 from qwen3_next.layers import MultiTokenPrediction
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -15,7 +16,7 @@ from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache, check_capacity
 from qwen3_next.models.compiled import compile_with_weights
-from qwen3_next.models.inputs import check_token_ids, next_token_labels, unpack
+from qwen3_next.models.inputs import check_labels, check_token_ids, next_token_labels, unpack
 from qwen3_next.models.mtp import make_mtp_modules
 from qwen3_next.tasks.task import Task
 from qwen3_next.training.mtp_losses import step_losses, weighted_sum
@@ -103,6 +104,8 @@ class Qwen3Next(NextTokenTraining, Task):
         **fields: Any,
     ):
         super().__init__(config, name=name, dtype=dtype, **fields)
+        require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
+        require(BOOLEAN, "freeze_backbone", freeze_backbone)
         if freeze_backbone and self.config.mtp is None:
             raise ValueError(
                 "`freeze_backbone` leaves nothing to train without multi-token prediction. "
@@ -203,6 +206,10 @@ class Qwen3Next(NextTokenTraining, Task):
             expert_load=output.expert_load,
         )
 
+    def check_labels(self, labels: Any) -> None:
+        """Raises `ValueError` for labels that are neither token ids nor -100."""
+        check_labels(labels, self.config.vocab_size, ignored=True)
+
     def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         return (batch, length, self.config.vocab_size)
 
@@ -237,10 +244,15 @@ class Qwen3Next(NextTokenTraining, Task):
             `(logits (B, T, vocab), cache)`.
 
         Raises:
-            ValueError: the cache has no room for the new tokens.
+            ValueError: packed inputs, or a cache without room for the new tokens.
         """
         check_token_ids(inputs, self.config.vocab_size)
-        token_ids, padding_mask, _ = unpack(inputs)
+        token_ids, padding_mask, segment_ids = unpack(inputs)
+        if segment_ids is not None:
+            raise ValueError(
+                "A cache holds one sequence per row: `segment_ids` must be None with a cache. "
+                f"Received: segment_ids={segment_ids}"
+            )
         if padding_mask is None:
             padding_mask = ops.ones_like(token_ids, "bool")
         check_capacity(cache, padding_mask)

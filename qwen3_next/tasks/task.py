@@ -9,12 +9,8 @@ from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
-
-LOSSES_FROM_LOGITS = {
-    "sparse_categorical_crossentropy": keras.losses.SparseCategoricalCrossentropy,
-    "categorical_crossentropy": keras.losses.CategoricalCrossentropy,
-    "binary_crossentropy": keras.losses.BinaryCrossentropy,
-}
+from qwen3_next.tasks.checked_data import checked, values_kept
+from qwen3_next.tasks.losses_from_logits import loss_from_logits
 
 
 class Task(ConfiguredModel):
@@ -83,13 +79,7 @@ class Task(ConfiguredModel):
         **kwargs: Any,
     ) -> None:
         """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
-        if isinstance(loss, str) and loss in LOSSES_FROM_LOGITS:
-            loss = LOSSES_FROM_LOGITS[loss](from_logits=True)
-        if getattr(loss, "from_logits", True) is False:
-            raise ValueError(
-                f"{type(self).__name__} returns logits: give the loss by name or with "
-                f"`from_logits=True`. Received: loss={loss}"
-            )
+        loss = loss_from_logits(loss)
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
     def compile_from_config(self, config):
@@ -97,14 +87,54 @@ class Task(ConfiguredModel):
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
-    def fit(self, x=None, *args, **kwargs):
-        check_token_ids(x, self.config.vocab_size)
-        return super().fit(x, *args, **kwargs)
+    def check_batch(self, x: Any, y: Any) -> None:
+        """Raises `ValueError` for token ids or labels that the model has no row for.
 
-    def evaluate(self, x=None, *args, **kwargs):
+        Labels are checked where the loss takes them for indices.
+        """
         check_token_ids(x, self.config.vocab_size)
-        return super().evaluate(x, *args, **kwargs)
+        if isinstance(getattr(self, "loss", None), keras.losses.SparseCategoricalCrossentropy):
+            self.check_labels(y)
+
+    def check_labels(self, labels: Any) -> None:
+        """Raises `ValueError` for labels that are no class of the model."""
+        raise NotImplementedError
+
+    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+        if isinstance(validation_data, list | tuple):
+            self.check_batch(*validation_data[:2])
+        elif validation_data is not None:
+            validation_data = checked(self.check_batch, validation_data)
+        x = checked(self.check_batch, x, y)
+        with values_kept(self, self._stepped_variables()):
+            return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        x = checked(self.check_batch, x, y)
+        with values_kept(self, self._stepped_variables()):
+            return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
+        x = checked(self._check_inputs, x)
+        with values_kept(self, self._stepped_variables()):
+            return super().predict(x, *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, *args, **kwargs):
+        self.check_batch(x, y)
+        return super().train_on_batch(x, y, *args, **kwargs)
+
+    def test_on_batch(self, x, y=None, *args, **kwargs):
+        self.check_batch(x, y)
+        return super().test_on_batch(x, y, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        self._check_inputs(x)
+        return super().predict_on_batch(x)
+
+    def _stepped_variables(self):
+        optimizer = getattr(self, "optimizer", None)
+        own = optimizer.variables if optimizer is not None else []
+        return [*self.variables, *own, *self.metrics_variables]
+
+    def _check_inputs(self, x, y=None):
         check_token_ids(x, self.config.vocab_size)
-        return super().predict(x, *args, **kwargs)

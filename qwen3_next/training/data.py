@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from qwen3_next.config.validation import integer, require
 from qwen3_next.models.inputs import token_rows
 
 Batch = dict[str, np.ndarray]
@@ -122,8 +123,7 @@ def self_distillation_data(
     assert data["token_ids"].shape == (2, 7)
     ```
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be an integer of at least 1. Received: {batch_size=}")
+    require(integer(1), "batch_size", batch_size)
     prompts = token_rows("prompt", prompts)
     bar = keras.utils.Progbar(len(prompts), unit_name="prompt") if progress else None
     rows = []

@@ -84,8 +84,10 @@ class NextTokenTraining(ConfiguredModel):
             optimizer, loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
         )
         self._is_token_loss = (
-            isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy)
+            type(self.loss) is keras.losses.SparseCategoricalCrossentropy
             and self.loss.reduction == "sum_over_batch_size"
+            and self.loss.ignore_class is None
+            and kwargs.get("loss_weights") is None
         )
         self._has_metrics = bool(metrics or weighted_metrics)
 

@@ -6,6 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from qwen3_next.config.validation import NOT_NEGATIVE, require
+
 GROUPS = {
     "experts": r"(^|/)experts/",
     "router": r"(^|/)mlp/gate/",
@@ -60,10 +62,9 @@ class GroupedAdamW(keras.optimizers.Adam):
         self.multipliers = dict(multipliers or {})
         self.decoupled_decay = weight_decay
         for group, factor in self.multipliers.items():
-            if factor < 0:
-                raise ValueError(
-                    f"`multipliers` must be at least 0. Received: multipliers[{group!r}]={factor}"
-                )
+            require(NOT_NEGATIVE, f"multipliers[{group!r}]", factor)
+        if weight_decay is not None:
+            require(NOT_NEGATIVE, "weight_decay", weight_decay)
 
     def build(self, variables):
         super().build(variables)

@@ -188,7 +188,7 @@ def test_without_experts_and_gates_the_model_is_a_dense_transformer():
     )
     paths = " ".join(v.path for v in model.variables)
     assert "linear_attn" not in paths and "experts" not in paths
-    assert model.backbone.decoder_layers[0].self_attn.q_proj.kernel.shape == (24, 4, 8)
+    assert model.backbone.decoder_layers[0].mixer.q_proj.kernel.shape == (24, 4, 8)
 
 
 def test_the_backbone_returns_hidden_states():

@@ -17,6 +17,8 @@ FAR = -1e30  # less than any score, but differences of it are not NaN
 class Queries(NamedTuple):
     """One block of queries, or with a leading axis N all of them.
 
+    Before they are cut, they are as `attention` was given them.
+
     Attributes:
         query: `(B, C, G, R, D)`.
         limits: `(B, C)` int32, the last key that a token sees.
@@ -31,7 +33,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """All keys and their values.
+    """All keys and their values; mask and segments may be `None` as they were given.
 
     Attributes:
         key: `(B, S, G, D)`.

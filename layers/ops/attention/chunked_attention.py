@@ -39,7 +39,7 @@ from .attention_blocks import (
     scores_of,
     tile_of,
 )
-from .tile_dropout import keep_factor, tile_seed
+from .tile_dropout import keep_factor
 
 
 class BlockOptions(NamedTuple):
@@ -74,7 +74,8 @@ def forward(
             shrink = ops.exp(row_max - new_max)
             row_sum = shrink * row_sum + ops.sum(weights, axis=-1)
             if options.dropout:
-                weights = weights * _keep_factor(weights, own, number, options)
+                shape = ops.shape(weights)
+                weights = weights * keep_factor(shape, own.seed, number, options.dropout)
             read = ops.cast(ops.cast(weights, tile.value.dtype) @ tile.value, "float32")
             return new_max, row_sum, shrink[..., None] * output + read
 
@@ -123,7 +124,7 @@ def backward(
             d_weights = ops.cast(d_rows @ ops.swapaxes(tile.value, -1, -2), "float32")
             kept = weights
             if options.dropout:
-                keep = _keep_factor(weights, own, number, options)
+                keep = keep_factor(ops.shape(weights), own.seed, number, options.dropout)
                 d_weights, kept = d_weights * keep, weights * keep
             d_scores = options.scale * weights * (d_weights - row_dot)
             d_scores = ops.cast(d_scores, tile.key.dtype)
@@ -144,13 +145,6 @@ def backward(
     xs = (*_present(queries), output, lse, d_output)
     (d_key, d_value), (d_query,) = scan(block, carry, xs, (ops.zeros_like(queries.query),))
     return d_query, ops.cast(d_key, keys.key.dtype), ops.cast(d_value, keys.value.dtype)
-
-
-def _keep_factor(
-    weights: Tensor, queries: Queries, number: Tensor, options: BlockOptions
-) -> Tensor:
-    """M of the module's equations for the weights of a block's tile `number`."""
-    return keep_factor(ops.shape(weights), tile_seed(queries.seed, number), options.dropout)
 
 
 def _add(

@@ -82,10 +82,10 @@ def linear_cross_entropy(
     hidden = ops.reshape(hidden, (-1, chunk_rows, hidden.shape[1]))
     labels = ops.reshape(labels, (-1, chunk_rows))
     kernel = ops.cast(kernel, hidden.dtype)
-    found = _differentiable(return_correct)(hidden, kernel, labels)
+    results = _differentiable(return_correct)(hidden, kernel, labels)
     if return_correct:
-        return tuple(ops.reshape(x, (-1,))[:count] for x in found)
-    return ops.reshape(found, (-1,))[:count]
+        return tuple(ops.reshape(x, (-1,))[:count] for x in results)
+    return ops.reshape(results, (-1,))[:count]
 
 
 @functools.cache
@@ -94,14 +94,14 @@ def _differentiable(return_correct: bool) -> Callable[..., Any]:
         def step(carry, xs):
             rows, label = xs
             logits = rows @ kernel
-            found: tuple[Tensor, ...] = (cross_entropy(logits, label),)
+            results: tuple[Tensor, ...] = (cross_entropy(logits, label),)
             if return_correct:
-                found += (correct(logits, label),)
-            return carry, found
+                results += (correct(logits, label),)
+            return carry, results
 
         into = (ops.zeros_like(labels, "float32"),) * (1 + return_correct)
-        _, found = scan(step, (), (hidden, labels), into)
-        return found if return_correct else found[0], (hidden, kernel, labels)
+        _, results = scan(step, (), (hidden, labels), into)
+        return results if return_correct else results[0], (hidden, kernel, labels)
 
     def backward(residuals, d_losses, d_correct=None):
         del d_correct  # whole numbers: nothing to differentiate

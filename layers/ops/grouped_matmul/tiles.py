@@ -12,8 +12,8 @@ For instance, groups of [5, 0, 19] rows and the sizes (8, 16) make three tiles:
     last, size 8     group 0    rows  0 to 8, of which the first 5 are its own
     last, size 8     group 2    rows 21 to 29, of which the first 3 are its own
 
-    full_count 1, full_groups [2], full_starts [5]
-    last_groups [0, 2, 1], last_starts [0, 21, 5], last_bounds [0, 2, 2]
+    full_count 1, full_groups [2], full_offsets [0, 5, 5]
+    last_groups [0, 2, 1], last_bounds [0, 2, 2], last_starts [0, 5, 21]
 
 Entry points, in the order of use:
 
@@ -24,6 +24,7 @@ Entry points, in the order of use:
     read_tile, write_tile  a tile's own rows
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
@@ -64,22 +65,22 @@ class TilePlan(NamedTuple):
         group_ends: `(E,)` int32, where every group ends.
         full_count: `()` int32, number of tiles of size L that are full.
         full_groups: `(R // L,)` int32, their groups; entries from `full_count` on mean nothing.
-        full_starts: `(R // L,)` int32, their first rows.
+        full_offsets: `(E,)` int32; full tile n, of group e, starts at row `full_offsets[e] + n L`.
         last_groups: `(E,)` int32, the groups, sorted by the size of their last tile.
-        last_starts: `(E,)` int32, the first rows of those tiles.
         last_bounds: `(len(sizes) + 1,)` int32; the last tiles of size `sizes[i]` are numbers
-            `last_bounds[i]` to `last_bounds[i + 1]` of these lists. Groups without one stand
+            `last_bounds[i]` to `last_bounds[i + 1]` of `last_groups`. Groups without one stand
             behind all others.
+        last_starts: `(E,)` int32, where the last tile of every group starts.
     """
 
     sizes: tuple[int, ...]
     group_ends: Annotated[Tensor, "E"]
     full_count: Tensor
     full_groups: Tensor
-    full_starts: Tensor
+    full_offsets: Annotated[Tensor, "E"]
     last_groups: Annotated[Tensor, "E"]
-    last_starts: Annotated[Tensor, "E"]
     last_bounds: Tensor
+    last_starts: Annotated[Tensor, "E"]
 
 
 def tile_sizes(rows: int | None, groups: int) -> tuple[int, ...]:
@@ -100,33 +101,26 @@ def plan_tiles(
     largest = sizes[-1]
     group_ends = ops.cumsum(group_sizes)
     group_starts = group_ends - group_sizes
-
-    full = group_sizes // largest  # full tiles per group
+    full = group_sizes // largest  # full tiles of every group
     full_ends = ops.cumsum(full)
     numbers = ops.arange(rows // largest, dtype="int32")
-    full_groups = ops.cast(ops.searchsorted(full_ends, numbers, side="right"), "int32")
-    full_groups = ops.minimum(full_groups, full.shape[0] - 1)
-    # Where full tile 0 of all would start, were all of them of this group.
-    first = group_starts - (full_ends - full) * largest
-    full_starts = ops.take(first, full_groups) + numbers * largest
 
     rest = group_sizes - full * largest
     choices = ops.convert_to_tensor(np.array(sizes, "int32"))
     choice = ops.cast(ops.searchsorted(choices, rest, side="left"), "int32")
     choice = ops.where(rest == 0, len(sizes), choice)
     last_groups = ops.cast(ops.argsort(choice), "int32")
-    last_bounds = ops.searchsorted(
-        ops.take(choice, last_groups), ops.arange(len(sizes) + 1, dtype="int32"), side="left"
-    )
+    choices = ops.arange(len(sizes) + 1, dtype="int32")
+    last_bounds = ops.searchsorted(ops.take(choice, last_groups), choices, side="left")
     return TilePlan(
         sizes=sizes,
         group_ends=group_ends,
         full_count=full_ends[-1],
-        full_groups=full_groups,
-        full_starts=full_starts,
+        full_groups=ops.cast(ops.searchsorted(full_ends, numbers, side="right"), "int32"),
+        full_offsets=group_starts - (full_ends - full) * largest,
         last_groups=last_groups,
-        last_starts=ops.take(group_starts + full * largest, last_groups),
         last_bounds=ops.cast(last_bounds, "int32"),
+        last_starts=group_starts + full * largest,
     )
 
 
@@ -138,19 +132,23 @@ def pad_for_tiles(rows: Annotated[Tensor, "R ..."], plan: TilePlan) -> Tensor:
 def for_each_tile(plan: TilePlan, body: Callable[[Tile, Any], Any], carry: Any) -> Any:
     """Runs `carry = body(tile, carry)` over all tiles, in any order."""
 
-    def run(size, groups, starts):
-        def step(number, carry):
-            group, start = get_row(groups, number), get_row(starts, number)
-            own = ops.arange(size, dtype="int32") < get_row(plan.group_ends, group) - start
-            return body(Tile(size, group, start, own), carry)
+    def run(size, group, start, carry):
+        own = ops.arange(size, dtype="int32") < get_row(plan.group_ends, group) - start
+        return body(Tile(size, group, start, own), carry)
 
-        return step
+    def full(number, carry):
+        group = get_row(plan.full_groups, number)
+        start = get_row(plan.full_offsets, group) + number * plan.sizes[-1]
+        return run(plan.sizes[-1], group, start, carry)
+
+    def last(size, number, carry):
+        group = get_row(plan.last_groups, number)
+        return run(size, group, get_row(plan.last_starts, group), carry)
 
     if plan.full_groups.shape[0] != 0:
-        step = run(plan.sizes[-1], plan.full_groups, plan.full_starts)
-        carry = ops.fori_loop(0, plan.full_count, step, carry)
+        carry = ops.fori_loop(0, plan.full_count, full, carry)
     for i, size in enumerate(plan.sizes):
-        step = run(size, plan.last_groups, plan.last_starts)
+        step = functools.partial(last, size)
         carry = ops.fori_loop(plan.last_bounds[i], plan.last_bounds[i + 1], step, carry)
     return carry
 

@@ -136,7 +136,7 @@ def test_a_plan_lists_full_tiles_and_then_last_tiles_by_size():
     plan = to_numpy(
         plan_tiles(24, ops.convert_to_tensor(np.array([5, 0, 19], "int32")), (8, 16))[1:]
     )
-    expected = [5, 5, 24], 1, [2], [5], [0, 2, 1], [0, 21, 5], [0, 2, 2]
+    expected = [5, 5, 24], 1, [2], [0, 5, 5], [0, 2, 1], [0, 2, 2], [0, 5, 21]
     assert [x.tolist() for x in plan] == list(expected)
 
 

@@ -1,0 +1,109 @@
+"""Checks of training data on the host, before a compiled step meets them.
+
+A compiled step cannot refuse a value: an id outside the vocabulary becomes NaN on one backend and
+another token on the next. So everything that `fit`, `evaluate`, `predict` and the `*_on_batch`
+methods take passes here: arrays at once, data sets and generators batch by batch.
+"""
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+Check = Callable[[Any, Any], None]
+
+
+def checked(check: Check, x: Any, y: Any = None) -> Any:
+    """`x` with `check(x, y)` done, or to be done for every batch as it comes."""
+    if isinstance(x, keras.utils.PyDataset):
+        return _CheckedDataset(check, x)
+    if isinstance(x, types.GeneratorType):
+        return _checked_batches(check, x)
+    if _is_tensorflow_dataset(x):
+        return _checked_dataset(check, x)
+    check(x, y)
+    return x
+
+
+@contextlib.contextmanager
+def values_kept(model: keras.Model, variables: Iterable[keras.Variable]) -> Iterator[None]:
+    """Gives variables their values back where an error left them without.
+
+    On JAX Keras takes the values out of a model while it runs over data and puts them back at the
+    end; an error on the way, such as that of a check, would lose them.
+    """
+    before = [(variable, variable.value) for variable in variables]
+    try:
+        yield
+    except BaseException:
+        if hasattr(model, "jax_state_sync"):
+            model.jax_state_sync()
+        for variable, value in before:
+            try:
+                _ = variable.value
+            except TypeError:  # without a value there is none to return, nor an initializer
+                variable.assign(value)
+        raise
+
+
+def _check_batch(check, batch):
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    check(x, y)
+
+
+def _checked_batches(check, batches):
+    for batch in batches:
+        _check_batch(check, batch)
+        yield batch
+
+
+class _CheckedDataset(keras.utils.PyDataset):
+    """A data set that checks the batches of another."""
+
+    def __init__(self, check, dataset):
+        super().__init__(
+            workers=dataset.workers,
+            use_multiprocessing=dataset.use_multiprocessing,
+            max_queue_size=dataset.max_queue_size,
+        )
+        self.check, self.dataset = check, dataset
+
+    @property
+    def num_batches(self):
+        return self.dataset.num_batches
+
+    def __getitem__(self, index):
+        batch = self.dataset[index]
+        _check_batch(self.check, batch)
+        return batch
+
+    def on_epoch_begin(self):
+        self.dataset.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.dataset.on_epoch_end()
+
+
+def _is_tensorflow_dataset(x):
+    tensorflow = sys.modules.get("tensorflow")
+    return tensorflow is not None and isinstance(x, tensorflow.data.Dataset)
+
+
+def _checked_dataset(check, dataset):
+    import tensorflow as tf
+
+    def checked_batch(*batch):
+        def on_host(*arrays):
+            _check_batch(check, tf.nest.pack_sequence_as(batch, arrays))
+            return np.bool_(True)
+
+        done = tf.numpy_function(on_host, tf.nest.flatten(batch), tf.bool)
+        with tf.control_dependencies([done]):
+            batch = tf.nest.map_structure(tf.identity, batch)
+        return batch[0] if len(batch) == 1 else batch
+
+    return dataset.map(checked_batch)
