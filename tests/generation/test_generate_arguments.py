@@ -1,0 +1,68 @@
+"""Arguments of `generate` are what they must be, and nothing is coerced."""
+
+import numpy as np
+import pytest
+
+from qwen3_next import MTPConfig
+from tests.support.small_models import ONE_LAYER, random_ids, shared, small
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("temperature", 1e-39),
+        ("temperature", float("nan")),
+        ("temperature", "warm"),
+        ("top_k", True),
+        ("top_p", "all"),
+        ("min_p", float("inf")),
+        ("seed", 1.5),
+        ("seed", "one"),
+        ("seed", True),
+        ("stop_token_ids", ["a"]),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", 3),
+        ("stop_token_ids", [[1, 2]]),
+        ("max_new_tokens", 2.0),
+        ("max_new_tokens", True),
+    ],
+)
+def test_a_value_of_another_kind_is_named(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be.*Received"):
+        shared().generate([[1, 2]], **{name: value})
+
+
+@pytest.mark.parametrize("vocabulary", [[0.5], [True], ["a"], 3])
+def test_a_draft_vocabulary_holds_integers(vocabulary):
+    mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1, mtp_head_type="shared_lm_head")
+    model = small(**ONE_LAYER, mtp=mtp)
+    with pytest.raises(ValueError, match="`draft_vocabulary` must be"):
+        model.generate([[1, 2]], 2, draft_vocabulary=vocabulary)
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = {"temperature": np.float32(0.5), "stop_token_ids": np.array([3])}
+    assert len(shared().generate([[1, 2]], 2, seed=1, **options).tokens) == 1
+
+
+@pytest.mark.parametrize("longest, prompt", [(100, 97), (8, 5), (20, 17)])
+def test_a_prompt_may_fill_all_positions_but_the_new_ones(longest, prompt):
+    model = small(**ONE_LAYER, max_position_embeddings=longest)
+    tokens, _ = model.generate([random_ids(prompt)], longest - prompt)
+    assert len(tokens[0]) == longest - prompt
+
+
+def test_generation_follows_a_change_of_the_variables():
+    model = small(num_layers=1, layer_types=("full_attention",), mlp_only_layers=())
+    prompt = random_ids(5)
+    before, _ = model.generate([prompt], 6)
+    projection = model.backbone.decoder_layers[0].mixer.q_proj
+    projection.enable_lora(2)
+    same, _ = model.generate([prompt], 6)
+    np.testing.assert_array_equal(same[0], before[0])
+    projection.lora_kernel_b.assign(np.full(projection.lora_kernel_b.shape, 9.0))
+    tokens, _ = model.generate([prompt], 6)
+    best = np.asarray(model(np.concatenate([prompt, tokens[0][:-1]])[None])).argmax(-1)[0]
+    np.testing.assert_array_equal(tokens[0], best[4:])
+    assert (tokens[0] != before[0]).any()

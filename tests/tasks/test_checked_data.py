@@ -1,0 +1,103 @@
+"""Ids and labels that a model has no row for are refused, however the data comes."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+from qwen3_next import Qwen3NextClassifier
+from tests.support.small_models import ONE_LAYER, random_ids, small
+
+IDS = random_ids(6, 12)
+BAD_IDS = np.where(np.arange(6)[:, None] == 4, 61, IDS)
+BAD_LABELS = np.where(np.arange(6)[:, None] == 4, -5, IDS)
+
+
+class Pairs(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        rows = slice(2 * index, 2 * index + 2)
+        return self.x[rows], self.y[rows]
+
+
+def generator(x, y):
+    data = Pairs(x, y)
+    return (data[index] for index in range(len(data)))
+
+
+def dataset(x, y):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+
+
+SOURCES = {"arrays": None, "generator": generator, "PyDataset": Pairs, "tf.data": dataset}
+
+
+@functools.cache
+def model():
+    """Trained by every test: what it learns does not matter."""
+    model = small(**ONE_LAYER)
+    model.compile("sgd")
+    return model
+
+
+def run(method, source, x, y):
+    data = (x, y) if source is None else (source(x, y),)
+    return getattr(model(), method)(*data, verbose=0)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_bad_ids_and_labels_stop_a_run_and_the_model_survives(method, source):
+    for x, y, message in ((BAD_IDS, IDS, "vocab_size=61"), (IDS, BAD_LABELS, "-5")):
+        with pytest.raises(Exception, match=message):
+            run(method, SOURCES[source], x, y)
+    run(method, SOURCES[source], IDS, IDS)
+    assert np.isfinite(keras.ops.convert_to_numpy(model().head_kernel())).all()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_checked_data_gives_the_loss_of_arrays(source):
+    expected = model().evaluate(IDS, IDS, batch_size=2, verbose=0, return_dict=True)["loss"]
+    data = (IDS, IDS) if SOURCES[source] is None else (SOURCES[source](IDS, IDS),)
+    batch_size = 2 if source == "arrays" else None
+    found = model().evaluate(*data, batch_size=batch_size, verbose=0, return_dict=True)["loss"]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["train_on_batch", "test_on_batch", "predict_on_batch"])
+def test_batches_by_hand_are_checked(method):
+    for wrong in (BAD_IDS, IDS.astype("int64") + 2**32):
+        with pytest.raises(ValueError, match="vocab_size=61"):
+            getattr(model(), method)(wrong)
+
+
+def test_predict_and_validation_data_are_checked():
+    with pytest.raises(ValueError, match="vocab_size=61"):
+        model().predict(BAD_IDS, verbose=0)
+    for validation in ((IDS, BAD_LABELS), Pairs(IDS, BAD_LABELS)):
+        with pytest.raises(ValueError, match="-5"):
+            model().fit(IDS, IDS, validation_data=validation, verbose=0)
+
+
+@pytest.mark.parametrize("labels", [IDS.astype("float32"), np.full(IDS.shape, np.nan), BAD_LABELS])
+def test_labels_are_token_ids_or_ignored(labels):
+    with pytest.raises(ValueError, match="abels must be"):
+        model().fit(IDS, labels, verbose=0)
+    with pytest.raises(ValueError, match="abels must be"):
+        model()(IDS, labels=labels)
+
+
+@pytest.mark.parametrize("label", [3, -1, -100])
+def test_labels_of_a_classifier_are_classes(label):
+    classifier = small(Qwen3NextClassifier, num_labels=3, **ONE_LAYER)
+    classifier.compile("sgd")
+    with pytest.raises(ValueError, match=r"\[0, 3\)"):
+        classifier.fit(IDS, np.array([0, 1, 2, 0, 1, label]), verbose=0)
