@@ -10,6 +10,7 @@ from .partial_rotary_embedding import PartialRotaryEmbedding
 from .routed_experts import RoutedExperts
 from .sparse_moe import Routing, SparseMoE, load_balancing_loss
 from .swiglu import SwiGLU
+from .token_embedding import TokenEmbedding
 from .zero_centered_rms_norm import ZeroCenteredRMSNorm
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Routing",
     "SparseMoE",
     "SwiGLU",
+    "TokenEmbedding",
     "ZeroCenteredRMSNorm",
     "load_balancing_loss",
 ]

@@ -48,9 +48,9 @@ class Source(NamedTuple):
     optional: bool = False
     tied: tuple[str, ...] = ()
 
-    def is_in(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint has any of the tensors."""
-        return any(name in checkpoint for name in self.names)
+    def is_absent(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint has none of the tensors, and may."""
+        return self.optional and not any(name in checkpoint for name in self.names)
 
 
 def table_of(model: Any) -> list[Weight]:
@@ -108,8 +108,8 @@ def load_sources(
     Raises:
         ValueError: tensors that are missing, unexpected or misshapen, before anything is loaded.
     """
-    absent = [source for source in sources if source.optional and not source.is_in(checkpoint)]
-    sources = [source for source in sources if source not in absent]
+    absent = [source for source in sources if source.is_absent(checkpoint)]
+    sources = [source for source in sources if not source.is_absent(checkpoint)]
     unused, unexpected = _left_over(model, checkpoint, sources)
     _check(checkpoint, sources, unexpected)
     _check_tied(checkpoint, sources)

@@ -7,7 +7,7 @@ from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, require
-from qwen3_next.layers import Routing, load_balancing_loss
+from qwen3_next.layers import Routing, TokenEmbedding, load_balancing_loss
 from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.norms import make_norm
 from qwen3_next.layers.ops.sequence import valid_lengths
@@ -95,7 +95,7 @@ class Qwen3NextBackbone(ConfiguredModel):
         require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
         config, policy = self.config, self.dtype_policy
-        self.embed_tokens = keras.layers.Embedding(
+        self.embed_tokens = TokenEmbedding(
             config.vocab_size,
             config.hidden_size,
             embeddings_initializer=Normal(config.initializer_range),

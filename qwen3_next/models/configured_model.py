@@ -26,7 +26,9 @@ class ConfiguredModel(keras.Model):
             raise ValueError(f"`config` must be a Qwen3NextConfig. Received: {config=}")
         # Inputs are cast by hand: Keras would cast the float32 tensors of a cache as well.
         super().__init__(name=name, dtype=dtype, autocast=False)
-        if "float" not in self.variable_dtype or "float" not in self.compute_dtype:
+        dtypes = self.variable_dtype, self.compute_dtype
+        quantized = isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy)
+        if quantized or not all("float" in dtype for dtype in dtypes):
             raise ValueError(
                 f"`dtype` must be a policy of floating-point types. Received: {dtype=}"
             )
@@ -41,7 +43,9 @@ class ConfiguredModel(keras.Model):
             )
 
     @classmethod
-    def from_variant(cls, variant: str, *, name=None, dtype=None, **options: Any) -> Self:
+    def from_variant(
+        cls, variant: str, *, name: str | None = None, dtype: Any = None, **options: Any
+    ) -> Self:
         """Builds the model called `variant` with random weights.
 
         Args:

@@ -178,6 +178,12 @@ class Qwen3Next(NextTokenTraining, Task):
         before = mtp is not None and mtp.hidden_state == "before_norm"
         return output.before_norm if before else output.hidden
 
+    def __call__(self, inputs, labels=None, **kwargs):
+        if labels is None:
+            return super().__call__(inputs, **kwargs)
+        self.check_labels(labels)
+        return super().__call__(inputs, labels=labels, **kwargs)
+
     def call(self, inputs, labels=None, training=None):
         if isinstance(inputs, StepInputs):
             return self._step_output(inputs, training)

@@ -5,7 +5,7 @@ be fused with the head; everywhere else it returns logits. The loss and all metr
 `compute_loss`, where the weights of the step are at hand; Keras keeps the metrics' updates.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import keras
 from keras import ops
@@ -123,7 +123,14 @@ class NextTokenTraining(ConfiguredModel):
             self._update_metrics(x, self._labels(x, y), y_pred, sample_weight)
         return self.get_metrics_result()
 
-    def mean_loss(self, labels, sample_weight=None, *, logits=None, hidden=None) -> Tensor:
+    def mean_loss(
+        self,
+        labels: Annotated[Tensor, "B T"],
+        sample_weight: Tensor | None = None,
+        *,
+        logits: Annotated[Tensor, "B T V"] | None = None,
+        hidden: Annotated[Tensor, "B T D"] = None,
+    ) -> Annotated[Tensor, ""]:
         """Mean cross-entropy from the logits, or without them from the hidden states."""
         if logits is not None:
             return masked_mean(cross_entropy(logits, labels), labels, sample_weight)

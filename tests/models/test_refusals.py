@@ -15,7 +15,7 @@ def test_quantization_is_refused():
         shared().quantize("int8")
 
 
-@pytest.mark.parametrize("dtype", ["int32", "int8", "bool"])
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "int8_from_float32"])
 def test_weights_are_floating_point_numbers(dtype):
     with pytest.raises(ValueError, match="dtype"):
         small(**ONE_LAYER, dtype=dtype)

@@ -36,6 +36,8 @@ SMALL = {
 }
 # One layer of each mixer, for tests that compile a training step.
 TWO_LAYERS = {"num_layers": 2, "layer_types": ("linear_attention", "full_attention")}
+# One MoE layer with linear attention, for tests of what does not depend on layers.
+ONE_LAYER = {"num_layers": 1, "layer_types": None, "mlp_only_layers": ()}
 
 
 def small(model=Qwen3Next, **changes):

@@ -37,7 +37,7 @@ def expected():
         keras.losses.sparse_categorical_crossentropy,
         CROSS_ENTROPY(from_logits=True),
     ],
-    ids=str,
+    ids=["name", "class name", "list", "function", "instance"],
 )
 def test_every_spelling_means_from_logits(loss):
     np.testing.assert_allclose(loss_of(loss), expected().mean(), rtol=1e-5)

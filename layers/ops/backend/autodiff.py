@@ -16,6 +16,8 @@ from typing import Any
 
 import keras
 
+from ..tensor_types import Tensor
+
 BACKEND = keras.backend.backend()
 
 
@@ -31,6 +33,23 @@ def custom_gradient(
     if BACKEND == "jax":
         return _jax(forward, backward, primal)
     return {"tensorflow": _tensorflow, "torch": _torch}[BACKEND](forward, backward)
+
+
+def dense_gradient(x: Tensor) -> Tensor:
+    """`x`, whose gradient is a tensor and not a list of slices.
+
+    TensorFlow gives a lookup table the gradients of the rows that were read, one by one, and
+    optimizers that square them forget that a row may have been read twice.
+    """
+    if BACKEND != "tensorflow":
+        return x
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def function(x):
+        return tf.identity(x), tf.convert_to_tensor
+
+    return function(x)
 
 
 @contextlib.contextmanager
@@ -61,7 +80,9 @@ def _jax(forward, backward, primal):
         return tuple(backward(residuals, *_as_tuple(cotangents)))
 
     function.defvjp(forward, vjp)
-    return function
+    # A program of its own, so that layers of equal shapes are traced once and calls outside of a
+    # compiled function do not compile the loops anew.
+    return jax.jit(function)
 
 
 def _tensorflow(forward, backward):

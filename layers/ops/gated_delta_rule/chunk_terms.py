@@ -161,22 +161,27 @@ def _log_decay_gradient(
     state: Annotated[Tensor, "B G R K V"],
     d_state: Annotated[Tensor, "B G R K V"],
 ) -> Annotated[Tensor, "B G R C"]:
-    """Every exponent is a sum of g: its gradient is exp(exponent) times the gradient of that."""
+    """Every exponent is a sum of g: its gradient is exp(exponent) times the gradient of that.
+
+    g_t is in the exponents of r_i for i >= t, of w_j for j < t, of D_ij for j < t <= i and of the
+    chunk decay. Each is summed as it stands: differences of running sums would lose small
+    gradients behind large ones.
+    """
     q, k, beta = chunk.query, chunk.key, chunk.beta[..., None]
+    rows = ops.arange(beta.shape[-2])
+    from_here = ops.cast(rows[:, None] <= rows[None, :], "float32")  # (C, C), sums over i >= t
+    before = rows[:, None] > rows[None, :]
     d_span = products.overlap * terms.overlap + products.attention * terms.attention
+    d_read = _dot(products.read_query, terms.read_decay * q)
+    d_read = d_read + _dot(products.read_key, beta * terms.read_decay * k)
     d_write = _dot(products.write_key, terms.write_decay * k)
-    d_since_start = (
-        ops.sum(d_span, axis=-1)
-        - ops.sum(d_span, axis=-2)
-        + _dot(products.read_query, terms.read_decay * q)
-        + _dot(products.read_key, beta * terms.read_decay * k)
-        - d_write
-    )
     d_chunk_decay = ops.sum(terms.chunk_decay * d_state * state, axis=(-2, -1))
-    d_end = ops.sum(d_write, axis=-1) + d_chunk_decay
-    # g_t is in the sums up to t and beyond: a running sum from the end.
-    after = ops.sum(d_since_start, axis=-1, keepdims=True) - ops.cumsum(d_since_start, axis=-1)
-    return after + d_since_start + d_end[..., None]
+    return (
+        ops.sum(ops.where(before, from_here @ d_span, 0.0), axis=-1)
+        + (from_here @ d_read[..., None])[..., 0]
+        + (ops.cast(before, "float32") @ d_write[..., None])[..., 0]
+        + d_chunk_decay[..., None]
+    )
 
 
 def transpose(x: Tensor) -> Tensor:

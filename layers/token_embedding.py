@@ -1,0 +1,40 @@
+"""The embedding of token ids."""
+
+from typing import Annotated
+
+import keras
+from keras import ops
+
+from .ops.backend.autodiff import dense_gradient
+from .ops.tensor_types import Tensor
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class TokenEmbedding(keras.layers.Embedding):
+    """Rows of a table, `y_t = E[token_t]`, with one dense gradient on every backend.
+
+    Args:
+        input_dim: Rows V of the table.
+        output_dim: Width D.
+        **kwargs: As for `keras.layers.Embedding`.
+
+    Call arguments:
+        inputs: `(B, T)` integers in `[0, V)`.
+
+    Returns:
+        `(B, T, D)` in the compute dtype.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from qwen3_next.layers import TokenEmbedding
+
+    y = TokenEmbedding(10, 4)(np.array([[1, 2, 1]]))
+    assert y.shape == (1, 3, 4)
+    ```
+    """
+
+    def call(self, inputs: Annotated[Tensor, "B T"]) -> Annotated[Tensor, "B T D"]:
+        table = dense_gradient(ops.convert_to_tensor(self.embeddings))
+        return ops.cast(ops.take(table, ops.cast(inputs, "int32"), axis=0), self.compute_dtype)
