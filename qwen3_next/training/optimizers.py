@@ -43,11 +43,11 @@ class GroupedAdamW(keras.optimizers.Adam):
     import keras
     from qwen3_next import GroupedAdamW
 
-    experts = keras.Variable([1.0, 2.0], name="experts")
-    optimizer = GroupedAdamW(1e-3, {"experts": 0.5})
-    optimizer.build([experts])
+    table = keras.Variable([1.0, 2.0], name="table")
+    optimizer = GroupedAdamW(1e-3, {"table": 0.5}, weight_decay=0.0)
+    optimizer.build([table])
     optimizer.apply([keras.ops.ones((2,))])
-    assert abs(float(experts[0]) - (1.0 - 0.5e-3)) < 1e-5
+    assert abs(float(table[0]) - (1.0 - 0.5e-3)) < 1e-5
     ```
     """
 
