@@ -150,6 +150,7 @@ class GatedAttention(keras.layers.Layer):
         self.o_proj.build((None, None, self.num_attention_heads, dim))
         self.q_norm.build((None, None, self.num_attention_heads, dim))
         self.k_norm.build((None, None, self.num_key_value_heads, dim))
+        self.rotary.build((None, None, self.num_attention_heads, dim))
 
     def init_cache(self, batch_size: int, max_length: int) -> AttentionCache:
         """An empty cache for `max_length` tokens per row, in the compute dtype."""

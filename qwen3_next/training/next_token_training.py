@@ -99,12 +99,20 @@ class NextTokenTraining(ConfiguredModel):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not isinstance(y_pred, StepOutput):
-            return self._head_loss(x, self._labels(x, y), sample_weight, training, logits=y_pred)
+            labels = self._labels(x, y)
+            loss = self._loss_of_logits(x, labels, y_pred, sample_weight, training)
+            if self._is_token_loss:
+                return self.mean_loss(labels, sample_weight, logits=y_pred)
+            return loss
         labels = self._labels(x.inputs, y)
         logits = None
         if self._has_metrics or not self._is_token_loss:
             logits = self.logits(y_pred.hidden)
-        loss = self._head_loss(x, labels, sample_weight, training, logits, y_pred.hidden)
+        if self._is_token_loss:
+            loss = self.mean_loss(labels, sample_weight, logits=logits, hidden=y_pred.hidden)
+            loss = sum((ops.sum(extra) for extra in self.losses), start=loss)
+        else:
+            loss = self._loss_of_logits(x, labels, logits, sample_weight, training)
         if y_pred.aux_loss is not None and training:
             loss = loss + self.config.router_aux_loss_coef * y_pred.aux_loss
         if y_pred.mtp_input is not None:
@@ -138,11 +146,12 @@ class NextTokenTraining(ConfiguredModel):
         losses = linear_cross_entropy(flat, self.head_kernel(), ops.reshape(labels, (-1,)))
         return masked_mean(ops.reshape(losses, ops.shape(labels)), labels, sample_weight)
 
-    def _head_loss(self, x, labels, sample_weight, training, logits=None, hidden=None):
-        """The compiled loss, with what layers added; the token loss is fused where it can be."""
-        if self._is_token_loss:
-            loss = self.mean_loss(labels, sample_weight, logits=logits, hidden=hidden)
-            return sum((ops.sum(extra) for extra in self.losses), start=loss)
+    def _loss_of_logits(self, x, labels, logits, sample_weight, training):
+        """The compiled loss as Keras computes it.
+
+        Where the loss is fused, Keras asks for it once and symbolically, before the first step: a
+        compiled loss that was never built would make it trace the model again at every call.
+        """
         weight = label_weight(labels, sample_weight)
         return super().compute_loss(x, ops.maximum(labels, 0), logits, weight, training)
 
