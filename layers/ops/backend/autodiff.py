@@ -49,7 +49,7 @@ def dense_gradient(x: Tensor) -> Tensor:
     def function(x):
         return tf.identity(x), tf.convert_to_tensor
 
-    return function(x)
+    return function(tf.convert_to_tensor(x))  # a variable read inside would want a gradient, too
 
 
 @contextlib.contextmanager
