@@ -20,9 +20,9 @@ from qwen3_next.checkpoints.safetensors_files import (
     DTYPES,
     Checkpoint,
     TensorSpec,
-    staged,
     write,
 )
+from qwen3_next.checkpoints.staging import staged
 from qwen3_next.models.weight_layouts import SAME, Layout
 from qwen3_next.models.weight_table import Weight, unneeded_tensors, weight_table
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
 from qwen3_next.checkpoints.interchange import Source, load_hugging_face, load_sources, table_of
-from qwen3_next.checkpoints.safetensors_files import Checkpoint, TensorSpec, staged, write
+from qwen3_next.checkpoints.safetensors_files import Checkpoint, TensorSpec, write
+from qwen3_next.checkpoints.staging import files_of, staged
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
 from qwen3_next.models.weight_layouts import SAME
@@ -83,8 +84,8 @@ def _directory(preset):
 
 
 def _read_config(directory):
-    path = directory / "config.json"
-    if not path.exists():
+    path = files_of(directory).get("config.json")
+    if path is None:
         raise ValueError(f"{directory} is no preset: it holds no config.json.")
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -11,19 +11,17 @@ here a truncated file is refused with the name of its broken tensor, and writing
 Source: https://huggingface.co/docs/safetensors
 """
 
-import contextlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from qwen3_next.checkpoints.staging import INDEX, SINGLE, files_of
+
 DTYPES = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
@@ -137,25 +135,27 @@ class _Entry(NamedTuple):
 
 def _shards(directory):
     """The files of a checkpoint, each with the names its index gives it (`None` without one)."""
-    single, index = directory / SINGLE, directory / INDEX
-    if single.exists() and index.exists():
+    files = files_of(directory)
+    if SINGLE in files and INDEX in files:
         raise ValueError(f"{directory} holds both {SINGLE} and {INDEX}: remove the stale one.")
-    if single.exists():
-        return {single: None}
-    if not index.exists():
+    if SINGLE in files:
+        return {files[SINGLE]: None}
+    if INDEX not in files:
         raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}.")
-    shards: dict[Path, set[str]] = {}
-    for name, file in _weight_map(index).items():
+    names: dict[str, set[str]] = {}
+    for name, file in _weight_map(files[INDEX]).items():
         if Path(file).name != file:
-            raise ValueError(f"{index} must name files beside it. Received: {file!r} for {name!r}")
-        shards.setdefault(directory / file, set()).add(name)
-    for path, names in shards.items():
-        if not path.exists():
             raise ValueError(
-                f"{path} is missing: by {INDEX} it holds {min(names)!r} and "
-                f"{len(names) - 1} other tensors."
+                f"{files[INDEX]} must name files beside it. Received: {file!r} for {name!r}"
             )
-    return shards
+        names.setdefault(file, set()).add(name)
+    for file, held in names.items():
+        if file not in files:
+            raise ValueError(
+                f"{directory / file} is missing: by {INDEX} it holds {min(held)!r} and "
+                f"{len(held) - 1} other tensors."
+            )
+    return {files[file]: held for file, held in names.items()}
 
 
 def _weight_map(index):
@@ -220,39 +220,6 @@ def _check_data(path, start, size, entries):
         position = entry.end
     if position != size:
         raise ValueError(f"{path} is corrupt: {size - position} bytes follow its last tensor.")
-
-
-@contextlib.contextmanager
-def staged(directory: str | Path) -> Iterator[Path]:
-    """A new folder to write to, whose files replace those in `directory` at the end.
-
-    Weight files of an earlier checkpoint go away with it, other files stay. After an error
-    `directory` is what it was.
-    """
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"`directory` must not be a file. Received: {directory}")
-    existed = directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        # Inside the target, so that moving a file from one to the other is a mere renaming.
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as folder:
-            yield Path(folder)
-            _replace_files(Path(folder), directory)
-    except BaseException:
-        if not existed and not any(directory.iterdir()):
-            directory.rmdir()
-        raise
-
-
-def _replace_files(folder, directory):
-    new = {path.name for path in folder.iterdir()}
-    old = {path.name for path in directory.glob("model-*-of-*.safetensors")} | {SINGLE}
-    # No index while the shards change: a checkpoint caught in between is refused, not misread.
-    for name in {INDEX} | old - new:
-        (directory / name).unlink(missing_ok=True)
-    for name in sorted(new, key=lambda name: name.endswith(".json")):
-        os.replace(folder / name, directory / name)
 
 
 def write(

@@ -7,6 +7,7 @@ import keras
 
 from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
+from qwen3_next.checkpoints.staging import replaced
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
 from qwen3_next.tasks.checked_data import checked, values_kept
@@ -50,6 +51,23 @@ class Task(ConfiguredModel):
             max_shard_size: Size of a file, a string such as `"5GB"` or a number of bytes.
         """
         save_to_preset(self, directory, max_shard_size)
+
+    def save(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
+        """As `keras.Model.save`; a `.keras` file is replaced once the new one is on the disk."""
+        self._replace(super().save, ".keras", filepath, overwrite, kwargs)
+
+    def save_weights(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
+        """As `keras.Model.save_weights`; the file is replaced once the new one is on the disk."""
+        self._replace(super().save_weights, ".weights.h5", filepath, overwrite, kwargs)
+
+    def _replace(self, save, suffix, filepath, overwrite, options):
+        path = Path(filepath)
+        asks_first = not overwrite and path.exists()
+        if asks_first or options or not path.name.endswith(suffix):  # Keras has other formats
+            save(filepath, overwrite=overwrite, **options)
+            return
+        with replaced(path) as temporary:
+            save(temporary)
 
     def export_to_transformers(
         self,

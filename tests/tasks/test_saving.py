@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -96,3 +97,20 @@ def test_a_broken_file_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"model\.keras"):
         keras.models.load_model(path)
+
+
+@pytest.mark.parametrize("method, name", [("save", "m.keras"), ("save_weights", "m.weights.h5")])
+def test_a_save_that_fails_leaves_the_old_file(method, name, tmp_path, monkeypatch):
+    model = small(**TWO_LAYERS)
+    getattr(model, method)(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+
+    def half(self, path, **options):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(keras.Model, method, half)
+    with pytest.raises(OSError, match=rf"No space.*{name}"):
+        getattr(model, method)(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == [name]

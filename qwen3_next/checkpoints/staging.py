@@ -1,0 +1,151 @@
+"""Replacing a file, or the weights and the configuration in a directory, all at once or not at all.
+
+New files are written to a folder inside the directory, with a list of their names. Once all of it
+is on the disk, the folder is renamed to `COMMITTED`: until then the old files count, from then on
+the new ones. They are moved to their places afterwards. Whoever is stopped in between leaves a
+directory that `files_of` reads as the old or as the new checkpoint; the next save tidies it up.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+WRITING, COMMITTED, LIST = ".writing-", ".committed", ".files.json"
+
+
+@contextlib.contextmanager
+def staged(directory: str | Path) -> Iterator[Path]:
+    """A new folder to write to, whose files replace those in `directory` at the end.
+
+    Weight files of an earlier checkpoint go away with it, other files stay. After an error
+    `directory` is what it was.
+
+    Raises:
+        ValueError: `directory` is a file.
+        OSError: what went wrong with the disk, and where.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` must not be a file. Received: {directory}")
+    existed = directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with _errors_name(directory):
+            _tidy(directory)
+            folder = Path(tempfile.mkdtemp(prefix=WRITING, dir=directory))
+            try:
+                yield folder
+                _commit(folder, directory)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if not existed and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+@contextlib.contextmanager
+def replaced(path: str | Path) -> Iterator[Path]:
+    """A new file beside `path`, which takes its place at the end; after an error it is gone.
+
+    Raises:
+        OSError: what went wrong with the disk, and where.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{WRITING}{path.name}")
+    try:
+        with _errors_name(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def files_of(directory: str | Path) -> dict[str, Path]:
+    """The files in a directory by name, those of an unfinished replacement in its place."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return {}
+    found = {path.name: path for path in directory.iterdir() if path.is_file()}
+    committed = _committed(directory)
+    if committed:
+        for name in _stale(found, committed):
+            del found[name]
+        for name in committed:
+            path = directory / COMMITTED / name
+            if path.exists():
+                found[name] = path
+    return found
+
+
+@contextlib.contextmanager
+def _errors_name(path):
+    """Errors of the disk say what was being written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(error.errno, f"{reason}, while writing {path}") from error
+
+
+def _commit(folder, directory):
+    names = sorted(path.name for path in folder.iterdir())
+    (folder / LIST).write_text(json.dumps(names), encoding="utf-8")
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
+    os.rename(folder, directory / COMMITTED)
+    _sync(directory)
+    _finish(directory)
+
+
+def _tidy(directory):
+    """Finishes a replacement that was stopped, and removes what another had only begun."""
+    _finish(directory)
+    for path in directory.glob(f"{WRITING}*"):
+        shutil.rmtree(path)
+
+
+def _finish(directory):
+    committed = _committed(directory)
+    for name in committed:
+        path = directory / COMMITTED / name
+        if path.exists():
+            os.replace(path, directory / name)
+    if committed:
+        for name in _stale([path.name for path in directory.iterdir()], committed):
+            os.unlink(directory / name)
+        _sync(directory)
+        os.unlink(directory / COMMITTED / LIST)
+    if (directory / COMMITTED).exists():
+        os.rmdir(directory / COMMITTED)
+
+
+def _committed(directory):
+    """Names of the files of a replacement that counts but may not have been finished."""
+    path = directory / COMMITTED / LIST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _stale(names, committed):
+    """Weight files that are none of the new ones."""
+    weights = [name for name in names if name in (SINGLE, INDEX) or SHARD.fullmatch(name)]
+    return [name for name in weights if name not in committed]
+
+
+def _sync(path):
+    """Waits until a file or the entries of a folder are on the disk."""
+    if os.name == "nt" and path.is_dir():  # a folder cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
