@@ -93,6 +93,21 @@ _CLASSES = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next"
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
 
+def check_model_type(fields: dict[str, Any]) -> str:
+    """The `model_type` of a `config.json`; `ValueError` for one that is not read here."""
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
+        raise ValueError(
+            f"`model_type` must be one of {sorted(_DEFAULTS)}. Received: model_type={kind!r}"
+        )
+    if "text_config" in fields:
+        raise ValueError(
+            "Models of several kinds of input are not supported. Received: a config.json with "
+            "`text_config`"
+        )
+    return kind
+
+
 def config_from_hugging_face(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of a `Qwen3NextConfig` from those of a `config.json`.
 
@@ -109,11 +124,7 @@ def config_from_hugging_face(fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a model type or a setting that this model has no counterpart for.
     """
-    kind = fields.get("model_type")
-    if kind not in _DEFAULTS:
-        raise ValueError(
-            f"`model_type` must be one of {sorted(_DEFAULTS)}. Received: model_type={kind!r}"
-        )
+    kind = check_model_type(fields)
     given = dict(fields)
     for ours, theirs in (("num_layers", "num_hidden_layers"), ("num_experts", "num_local_experts")):
         if theirs in given:

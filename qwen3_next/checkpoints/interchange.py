@@ -16,8 +16,6 @@ import numpy as np
 from qwen3_next.checkpoints.coverage import CoverageReport, listed
 from qwen3_next.checkpoints.hugging_face_config import config_to_hugging_face
 from qwen3_next.checkpoints.safetensors_files import (
-    COUNTER_DTYPES,
-    DTYPES,
     Checkpoint,
     TensorSpec,
     write,
@@ -33,7 +31,7 @@ class Source(NamedTuple):
     """Where a variable comes from.
 
     Attributes:
-        variable: The variable.
+        path: Path of the variable.
         names: The tensors it is made of.
         shape: Shape of each of them.
         layout: How they make it up.
@@ -41,16 +39,26 @@ class Source(NamedTuple):
         tied: Tensors that may be there as well, with the values of the first of `names`.
     """
 
-    variable: Any
+    path: str
     names: tuple[str, ...]
     shape: tuple[int, ...]
     layout: Layout
     optional: bool = False
     tied: tuple[str, ...] = ()
 
-    def is_absent(self, checkpoint: Checkpoint) -> bool:
-        """Whether a checkpoint has none of the tensors, and may."""
-        return self.optional and not any(name in checkpoint for name in self.names)
+
+class Plan(NamedTuple):
+    """A checkpoint that fits, compared by its headers alone.
+
+    Attributes:
+        sources: What is to be read.
+        absent: Paths of optional variables that the checkpoint lacks.
+        unused: For every tensor that is not needed, the reason.
+    """
+
+    sources: list[Source]
+    absent: tuple[str, ...]
+    unused: dict[str, str]
 
 
 def table_of(model: Any) -> list[Weight]:
@@ -73,57 +81,67 @@ def load_hugging_face(model: Any, directory: str | Path, progress: bool = True) 
         ValueError: a damaged file, or tensors that are missing, unexpected or misshapen. The
             model then has the weights it had.
     """
-    variables = _variables(model)
     with Checkpoint(directory) as checkpoint:
-        sources = []
-        for row in table_of(model):
-            names, shape, layout = row.tensors, row.tensor_shape, row.layout
-            if row.fused is not None and row.fused.tensor in checkpoint:
-                names, shape, layout = (row.fused.tensor,), row.fused.shape, row.fused.layout
-            variable = variables.pop(row.path)
-            sources.append(Source(variable, names, shape, layout, row.optional, row.tied))
-        return load_sources(model, checkpoint, sources, tuple(variables), progress)
+        sources = published_sources(table_of(model), checkpoint)
+        plan = plan_loading(checkpoint, sources, _num_labels(model))
+        return load(model, checkpoint, plan, progress)
 
 
-def load_sources(
-    model: Any,
-    checkpoint: Checkpoint,
-    sources: list[Source],
-    others: tuple[str, ...] = (),
-    progress: bool = True,
-) -> CoverageReport:
-    """Assigns every variable from its tensors.
+def published_sources(rows: list[Weight], checkpoint: Checkpoint) -> list[Source]:
+    """The published tensors of every weight, experts in one tensor or in one each."""
+    sources = []
+    for row in rows:
+        names, shape, layout = row.tensors, row.tensor_shape, row.layout
+        if row.fused is not None and row.fused.tensor in checkpoint:
+            names, shape, layout = (row.fused.tensor,), row.fused.shape, row.fused.layout
+        sources.append(Source(row.path, names, shape, layout, row.optional, row.tied))
+    return sources
+
+
+def plan_loading(
+    checkpoint: Checkpoint, sources: list[Source], num_labels: int | None = None
+) -> Plan:
+    """Compares a checkpoint with what a model needs, before there is a model.
 
     Args:
-        model: The model of the variables.
         checkpoint: An open `Checkpoint`.
         sources: A list of `Source`, all of which the checkpoint must have, the optional ones
             excepted.
-        others: Paths of variables that no checkpoint of this kind has.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        A `CoverageReport`.
+        num_labels: Number of classes of a classifier, `None` for a language model.
 
     Raises:
-        ValueError: tensors that are missing, unexpected or misshapen, before anything is loaded.
+        ValueError: tensors that are missing, unexpected, misshapen or of a wrong type.
     """
-    absent = [source for source in sources if source.is_absent(checkpoint)]
-    sources = [source for source in sources if not source.is_absent(checkpoint)]
-    unused, unexpected = _left_over(model, checkpoint, sources)
-    _check(checkpoint, sources, unexpected)
-    _check_tied(checkpoint, sources)
-    bar = keras.utils.Progbar(len(sources), unit_name="weight") if progress else None
-    for source in sources:
-        dtype = np.dtype(source.variable.dtype)
-        source.variable.assign(source.layout.load(_Tensors(checkpoint, source.names, dtype)))
+    found = [s for s in sources if not s.optional or any(name in checkpoint for name in s.names)]
+    absent = {source.path for source in sources} - {source.path for source in found}
+    unused, unexpected = _left_over(checkpoint, found, num_labels)
+    _check(checkpoint, found, unexpected)
+    _check_tied(checkpoint, found)
+    return Plan(found, tuple(sorted(absent)), unused)
+
+
+def load(model: Any, checkpoint: Checkpoint, plan: Plan, progress: bool = True) -> CoverageReport:
+    """Assigns every variable of a model from its tensors, one after the other.
+
+    Counters are read from a preset of one's own; published checkpoints have none.
+    """
+    variables = {variable.path: variable for variable in model.weights}
+    bar = keras.utils.Progbar(len(plan.sources), unit_name="weight") if progress else None
+    for source in plan.sources:
+        variable = variables.pop(source.path)
+        tensors = _Tensors(checkpoint, source.names, np.dtype(variable.dtype))
+        variable.assign(source.layout.load(tensors))
         if bar is not None:
             bar.add(1)
+    counters = [path for path in variables if path in checkpoint]
+    for path in counters:
+        variables.pop(path).assign(checkpoint.read(path))
+    copied = [source.path for source in plan.sources if source.layout is SAME]
     return CoverageReport(
-        copied=tuple(s.variable.path for s in sources if s.layout is SAME),
-        transformed=tuple(s.variable.path for s in sources if s.layout is not SAME),
-        initialised=(*(source.variable.path for source in absent), *others),
-        unused=unused,
+        copied=(*copied, *counters),
+        transformed=tuple(s.path for s in plan.sources if s.layout is not SAME),
+        initialised=(*plan.absent, *(path for path in variables if path not in plan.absent)),
+        unused=plan.unused,
     )
 
 
@@ -208,14 +226,14 @@ class _Tensors(Sequence):
         return self.checkpoint.read(self.names[index]).astype(self.dtype, copy=False)
 
 
-def _left_over(model, checkpoint, sources):
+def _left_over(checkpoint, sources, num_labels):
     """Tensors that no source asks for: with a good reason, by name, and without one, a list."""
     used = {name for source in sources for name in source.names}
     tied = {name for source in sources for name in source.tied}
-    kinds = unneeded_tensors(_num_labels(model))
+    kinds = unneeded_tensors(num_labels)
     unused, unexpected = {}, []
     for name in checkpoint.names:
-        if name in used:
+        if name in used or checkpoint.is_counter(name):
             continue
         dotted = name.replace("/", ".")
         reasons = [kind.reason for kind in kinds if kind.matches(dotted)]
@@ -239,8 +257,7 @@ def _check(checkpoint, sources, unexpected):
                     f"{name} {checkpoint.shape(name)} instead of {tuple(source.shape)}"
                 )
             else:
-                is_counter = "int" in source.variable.dtype
-                checkpoint.dtype(name, COUNTER_DTYPES if is_counter else DTYPES)
+                checkpoint.dtype(name)
     found = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items() if names]
     if problems:

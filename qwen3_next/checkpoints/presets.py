@@ -3,24 +3,50 @@
 Two layouts are read. The published one has a `config.json` with a `model_type`. Our own has a
 `config.json` with the class and what its `get_config` gives, and the weights under the paths of
 the variables; it also holds what no published model type can express.
+
+A configuration is compared with the headers of the weight files before anything is allocated.
 """
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
-from qwen3_next.checkpoints.interchange import Source, load_hugging_face, load_sources, table_of
+from qwen3_next.checkpoints.hugging_face_config import check_model_type, config_from_hugging_face
+from qwen3_next.checkpoints.interchange import (
+    Source,
+    load,
+    plan_loading,
+    published_sources,
+    table_of,
+)
 from qwen3_next.checkpoints.safetensors_files import Checkpoint, TensorSpec, write
 from qwen3_next.checkpoints.staging import files_of, staged
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
 from qwen3_next.models.weight_layouts import SAME
+from qwen3_next.models.weight_table import weight_table
 
 HUB = "hf://"
+# What is listed item by item, and so must be no larger than the files before it is listed.
+COUNTS = ("num_hidden_layers", "num_layers", "num_experts", "num_local_experts")
+
+
+class Described(NamedTuple):
+    """The model that a preset describes, before it is built.
+
+    Attributes:
+        cls: Its class.
+        config: Its configuration.
+        arguments: Other arguments of the class.
+    """
+
+    cls: Any
+    config: Qwen3NextConfig
+    arguments: dict[str, Any]
 
 
 def from_preset(
@@ -29,14 +55,26 @@ def from_preset(
     """Builds a model of class `cls` from a preset; see `Task.from_preset`."""
     directory = _directory(preset)
     saved = _read_config(directory)
-    own = "registered_name" in saved
-    with weights_to_be_loaded():
-        model = (_from_own if own else _from_published)(cls, saved, dtype, options)
-    if own:
-        with Checkpoint(directory) as checkpoint:
-            report = load_sources(model, checkpoint, _own_sources(model), progress=progress)
-    else:
-        report = load_hugging_face(model, directory, progress)
+    own = {name: options.pop(name) for name in cls.constructor_options() if name in options}
+    is_own = "registered_name" in saved
+    saved_class = _saved_class(saved) if is_own else check_model_type(saved)
+    with Checkpoint(directory) as checkpoint:
+        _check_counts(saved["config"] if is_own else saved, checkpoint)
+        if is_own:
+            cls, config, arguments = _describe_own(cls, saved_class, saved["config"])
+        else:
+            cls, config, arguments = _describe_published(cls, saved)
+        arguments |= own if dtype is None else {**own, "dtype": dtype}
+        config = config.replace(**options)
+        rows = weight_table(config, arguments.get("num_labels"))
+        if is_own:
+            sources = [Source(r.path, (r.path,), r.shape, SAME, r.optional) for r in rows]
+        else:
+            sources = published_sources(rows, checkpoint)
+        plan = plan_loading(checkpoint, sources, arguments.get("num_labels"))
+        with weights_to_be_loaded():
+            model = cls(config, **arguments)
+        report = load(model, checkpoint, plan, progress)
     _draw_initialised(model, report)
     model.coverage_report = report
     if progress:
@@ -96,37 +134,57 @@ def _read_config(directory):
     return saved
 
 
-def _from_published(cls, saved, dtype, options):
-    own = {name: options.pop(name) for name in cls.constructor_options() if name in options}
+def _describe_published(cls, saved):
+    arguments = {}
     if "num_labels" in cls.constructor_options() and "id2label" in saved:
-        own.setdefault("num_labels", len(saved["id2label"]))
+        arguments["num_labels"] = len(saved["id2label"])
     config = Qwen3NextConfig.from_dict(config_from_hugging_face(saved))
-    return cls(config.replace(**options), dtype=dtype, **own)
+    return Described(cls, config, arguments)
 
 
-def _from_own(cls, saved, dtype, options):
-    """A model of the saved class if that is a `cls`, else a `cls` with the saved configuration."""
+def _saved_class(saved):
+    """The class of a preset of one's own, whose configuration is complete."""
     saved_class = keras.saving.get_registered_object(saved["registered_name"])
     if saved_class is None:
         raise ValueError(
             "The class of a preset must be registered: import it first. "
             f"Received: registered_name={saved['registered_name']!r}"
         )
+    fields = saved.get("config")
+    missing = Qwen3NextConfig.missing_from(fields) if isinstance(fields, dict) else "any field"
+    if missing:
+        raise ValueError(
+            f"A saved configuration holds every field. Received: one without {missing}"
+        )
+    return saved_class
+
+
+def _describe_own(cls, saved_class, fields):
+    """A model of the saved class if that is a `cls`, else a `cls` with the saved configuration."""
     if issubclass(saved_class, cls):
         cls = saved_class
-    foreign = set(saved_class.constructor_options()) - set(cls.constructor_options())
-    fields = {name: value for name, value in saved["config"].items() if name not in foreign}
-    if dtype is not None:
-        fields["dtype"] = dtype
-    return cls.from_config({**fields, **options})
+    known = {field.name for field in dataclasses.fields(Qwen3NextConfig)}
+    others = {*saved_class.constructor_options(), "name", "dtype"} - known
+    config = Qwen3NextConfig.from_dict({k: v for k, v in fields.items() if k not in others})
+    wanted = others & {*cls.constructor_options(), "name", "dtype"}
+    arguments = {name: fields[name] for name in wanted if name in fields}
+    if isinstance(arguments.get("dtype"), dict):
+        arguments["dtype"] = keras.dtype_policies.deserialize(arguments["dtype"])
+    return Described(cls, config, arguments)
 
 
-def _own_sources(model):
-    optional = {row.path for row in table_of(model) if row.optional}
-    return [
-        Source(v, (v.path,), tuple(v.shape), SAME, optional=v.path in optional)
-        for v in model.weights
-    ]
+def _check_counts(fields, checkpoint):
+    most = max(len(checkpoint.names), checkpoint.largest_dim)
+    mtp = fields.get("mtp")
+    given = [(name, fields.get(name)) for name in COUNTS]
+    if isinstance(mtp, dict):
+        given.append(("num_predict_tokens", mtp.get("num_predict_tokens")))
+    for name, value in given:
+        if isinstance(value, int) and value > most:
+            raise ValueError(
+                f"`{name}` must be at most {most}, as the weights in {checkpoint.directory} have "
+                f"no larger dim nor number of tensors. Received: {name}={value}"
+            )
 
 
 def _draw_initialised(model, report):

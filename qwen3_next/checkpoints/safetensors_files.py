@@ -102,6 +102,15 @@ class Checkpoint:
             )
         return known[entry.code]
 
+    def is_counter(self, name: str) -> bool:
+        """Whether a tensor holds integers: no weight, but a counter of a preset of one's own."""
+        return self._entries[name].code in COUNTER_DTYPES
+
+    @property
+    def largest_dim(self) -> int:
+        """The largest dim of any tensor."""
+        return max((dim for entry in self._entries.values() for dim in entry.shape), default=0)
+
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor as a NumPy array of its own dtype."""
         dtype, entry = self.dtype(name, DTYPES | COUNTER_DTYPES), self._entries[name]

@@ -1,11 +1,13 @@
 """Presets: folders and hub names, with whatever configuration and head."""
 
 import json
+import shutil
 import sys
+import tracemalloc
 
 import pytest
 
-from qwen3_next import Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig
+from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
 from tests.support.published import (
     SMALLEST,
@@ -101,3 +103,53 @@ def test_directories_without_a_model_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=word):
             load(tmp_path)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "published"])
+@pytest.mark.parametrize("size", ["layers", "experts", "width"])
+def test_nothing_is_allocated_for_sizes_that_the_files_do_not_have(own, size, checkpoint, tmp_path):
+    if own:
+        load(checkpoint).save_to_preset(tmp_path)
+    else:
+        shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    fields = saved["config"] if own else saved
+    names = {"experts": "num_experts", "width": "hidden_size"}
+    names["layers"] = "num_layers" if own else "num_hidden_layers"
+    fields[names[size]] = 10**9
+    fields.pop("layer_types", None)
+    if own:
+        fields["full_attention_interval"] = None
+    path.write_text(json.dumps(saved))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"Received|instead of"):
+        load(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("config", [{}, None, [], "text"])
+def test_an_own_preset_without_its_configuration_is_damaged(config, checkpoint, tmp_path):
+    load(checkpoint).save_to_preset(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "config": config}))
+    with pytest.raises(ValueError, match="every field"):
+        load(tmp_path)
+
+
+def test_a_model_of_several_inputs_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "qwen3_next", "text_config": {}}))
+    with pytest.raises(ValueError, match="text_config"):
+        load(tmp_path)
+
+
+def test_a_preset_keeps_the_counters_of_training(tmp_path):
+    mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1, warmup_steps=5)
+    config = Qwen3NextConfig(**config_from_hugging_face(published(SMALLEST)[0]))
+    model = Qwen3Next(config.replace(mtp=mtp))
+    model.mtp_steps.assign(3)
+    model.save_to_preset(tmp_path)
+    assert int(load(tmp_path).mtp_steps.value) == 3
