@@ -7,7 +7,7 @@ WORKERS ?= 2
 export TF_CPP_MIN_LOG_LEVEL := 3
 
 BENCH ?=
-.PHONY: demo bench test lint types test-jax test-tensorflow test-torch clean
+.PHONY: demo bench test quick lint types test-jax test-tensorflow test-torch clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python notebooks/standard_library_demo.py
@@ -17,6 +17,11 @@ bench: $(VENV)/.bench
 	$(VENV)/bin/python -m benchmarks.run $(BENCH)
 
 test: lint types test-jax test-tensorflow test-torch
+
+# The inner loop: everything but whole models, on JAX.
+quick: lint types
+	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/test_rooms.py tests/config tests/layers \
+	  tests/models/test_refusals.py tests/models/test_weight_table.py tests/checkpoints/test_staging.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

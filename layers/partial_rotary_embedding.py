@@ -18,7 +18,7 @@ class PartialRotaryEmbedding(keras.layers.Layer):
         angle = position * rope_theta^(-2i / r)
         (x_i, x_{i+r/2}) -> (x_i cos - x_{i+r/2} sin,  x_{i+r/2} cos + x_i sin)
 
-    Angles and rotation are computed in float32, the result has the dtype of x.
+    Angles and rotation are computed in float32, the result has the compute dtype.
 
     Args:
         rope_theta: Base of the wavelengths. Defaults to `10000.0`.
@@ -29,7 +29,7 @@ class PartialRotaryEmbedding(keras.layers.Layer):
         positions: `(B, T)` or `(1, T)` integers.
 
     Returns:
-        `(B, T, H, D)` in the dtype of x.
+        `(B, T, H, D)` in the compute dtype.
 
     Example:
         ```python
@@ -52,9 +52,13 @@ class PartialRotaryEmbedding(keras.layers.Layer):
         self.rope_theta = rope_theta
         self.partial_rotary_factor = partial_rotary_factor
 
+    def build(self, x_shape: Shape, positions_shape: Shape | None = None) -> None:
+        """There are no weights; Keras asks for one argument per argument of `call`."""
+
     def call(
         self, x: Annotated[Tensor, "B T H D"], positions: Annotated[Tensor, "B T"]
     ) -> Annotated[Tensor, "B T H D"]:
+        x = ops.cast(x, self.compute_dtype)
         rotated = rotary_dim(x.shape[-1], self.partial_rotary_factor)
         half = rotated // 2
         exponents = ops.arange(0, rotated, 2, dtype="float32") / rotated
