@@ -37,12 +37,14 @@ def cross_entropy(
         labels: `(...)` integers; `IGNORE` (-100) is ignored.
 
     Returns:
-        `(...)` float32, 0 at ignored labels.
+        `(...)` float32, 0 at ignored labels, NaN at any other label that is no class: a program
+        cannot refuse a value, and a finite number would hide it.
     """
     logits = ops.cast(logits, "float32")
     labels = ops.cast(labels, "int32")
     losses = ops.logsumexp(logits, axis=-1) - _logit_of(logits, labels)
-    return ops.where(labels == IGNORE, 0.0, losses)
+    is_class = (labels >= 0) & (labels < logits.shape[-1])
+    return ops.where(labels == IGNORE, 0.0, ops.where(is_class, losses, float("nan")))
 
 
 def linear_cross_entropy(
@@ -135,5 +137,5 @@ def correct(
 
 
 def _logit_of(logits: Tensor, labels: Tensor) -> Tensor:
-    index = ops.expand_dims(ops.maximum(labels, 0), -1)
+    index = ops.expand_dims(ops.clip(labels, 0, logits.shape[-1] - 1), -1)
     return ops.take_along_axis(logits, index, axis=-1)[..., 0]

@@ -86,6 +86,18 @@ def test_all_labels_ignored_is_a_zero_loss():
     assert not run(linear(8), hidden, kernel, labels).any()
 
 
+@pytest.mark.parametrize("wrong", [VOCAB, VOCAB + 1000, -1, -99])
+def test_a_label_that_is_no_class_has_no_finite_loss(wrong, compiled):
+    hidden, kernel, labels = inputs()
+    labels[3] = wrong
+    for losses in (
+        run(linear(8), hidden, kernel, labels, mode=compiled),
+        run(cross_entropy, hidden @ kernel, labels, mode=compiled),
+    ):
+        assert np.isnan(losses[3])
+        assert np.isfinite(np.delete(losses, 3)).all()
+
+
 def test_large_logits_do_not_overflow():
     hidden, kernel, labels = inputs()
     arrays = [hidden * 100, kernel * 10, labels]
