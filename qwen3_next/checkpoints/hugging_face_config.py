@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.model_config import FULL, LINEAR
+from qwen3_next.config.model_config import FULL, LINEAR, POSITIVE
+from qwen3_next.config.validation import Rule, integer, is_list_of, require
 
 # Fields with the same meaning on both sides, and what transformers takes for absent keys. Only the
 # number of layers has another name there.
@@ -89,6 +90,27 @@ _PLAIN = {
     "partial_rotary_factor": 1.0,
 }
 _GATED = {"attention_type": "gated_attention", "normalization_type": "zero_centered_rms_norm"}
+_TABLE = Rule("None or an object", lambda value: value is None or isinstance(value, dict))
+_POSITIVE_OR_NONE = Rule("None or above 0", lambda value: value is None or POSITIVE.fits(value))
+# What the rules below compute with, before the configuration checks the result.
+_KINDS_OF_VALUES = {
+    "num_hidden_layers": integer(1),
+    "full_attention_interval": integer(1),
+    "layer_types": Rule(
+        "None or a list of names",
+        lambda value: value is None or is_list_of(value, lambda item: isinstance(item, str)),
+    ),
+    "mlp_only_layers": Rule(
+        "None or a list of layer numbers",
+        lambda value: value is None or is_list_of(value, integer(0).fits),
+    ),
+    "rope_theta": _POSITIVE_OR_NONE,
+    "partial_rotary_factor": _POSITIVE_OR_NONE,
+    "rope_parameters": _TABLE,
+    "rope_scaling": _TABLE,
+    "hidden_act": Rule("a name", lambda value: isinstance(value, str)),
+    "max_window_layers": integer(0),
+}
 _CLASSES = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen3_next": "Qwen3Next"}
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
@@ -125,6 +147,9 @@ def config_from_hugging_face(fields: dict[str, Any]) -> dict[str, Any]:
         ValueError: a model type or a setting that this model has no counterpart for.
     """
     kind = check_model_type(fields)
+    for name, rule in _KINDS_OF_VALUES.items():
+        if name in fields:
+            require(rule, name, fields[name])
     given = dict(fields)
     for ours, theirs in (("num_layers", "num_hidden_layers"), ("num_experts", "num_local_experts")):
         if theirs in given:
@@ -196,12 +221,14 @@ def _rope(fields, kind):
         "rope_theta": 10000.0,
         "partial_rotary_factor": 0.25 if kind == "qwen3_next" else 1.0,
     }
-    unknown = sorted(set(rope) - set(defaults))
+    unknown = sorted(map(str, set(rope) - set(defaults)))
     if unknown:
         raise ValueError(f"`rope_parameters` must hold {list(defaults)}. Received: {unknown}")
     result = {}
     for name, default in defaults.items():
         values = [source[name] for source in (rope, fields) if source.get(name) is not None]
+        for value in values:
+            require(POSITIVE, name, value)
         if len(set(values)) > 1:
             raise ValueError(f"`{name}` has two values. Received: {name}={values}")
         result[name] = float(values[0]) if values else default

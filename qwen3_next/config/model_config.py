@@ -11,6 +11,7 @@ from qwen3_next.config.validation import (
     Config,
     Rule,
     integer,
+    is_list_of,
     number,
     one_of,
     optional_integer,
@@ -25,10 +26,6 @@ FFN_TYPES = ("geglu", "swiglu")
 
 POSITIVE = number("above 0", lambda value: value > 0)
 DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
-
-
-def _is_tuple_of(rule, value):
-    return isinstance(value, tuple) and all(rule.fits(item) for item in value)
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class Qwen3NextConfig(Config):
         "full_attention_interval": optional_integer(1),
         "layer_types": Rule(
             f"None or a list of {LINEAR!r} and {FULL!r}",
-            lambda value: value is None or _is_tuple_of(one_of((LINEAR, FULL)), value),
+            lambda value: value is None or is_list_of(value, one_of((LINEAR, FULL)).fits),
         ),
         "linear_num_key_heads": integer(1),
         "linear_num_value_heads": integer(1),
@@ -150,7 +147,7 @@ class Qwen3NextConfig(Config):
         "norm_topk_prob": BOOLEAN,
         "router_aux_loss_coef": NOT_NEGATIVE,
         "mlp_only_layers": Rule(
-            "a list of layer numbers", lambda value: _is_tuple_of(integer(0), value)
+            "a list of layer numbers", lambda value: is_list_of(value, integer(0).fits)
         ),
         "decoder_sparse_step": integer(1),
         "dropout": DROPOUT_RATE,

@@ -41,6 +41,11 @@ BOOLEAN = Rule("a bool", lambda value: isinstance(value, bool))
 NOT_NEGATIVE = number("at least 0", lambda value: value >= 0)
 
 
+def is_list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether a value is a list or a tuple of such items."""
+    return isinstance(value, list | tuple) and all(fits(item) for item in value)
+
+
 def require(rule: Rule, name: str, value: Any) -> None:
     """Raises `ValueError` that names the argument and its value unless the value fits the rule."""
     if not rule.fits(value):
@@ -63,8 +68,10 @@ class Config:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         """Builds a configuration; an unknown key raises `ValueError` that lists the known ones."""
+        if not isinstance(fields, dict):
+            raise ValueError(f"Fields of {cls.__name__} must be a dict. Received: {fields!r}")
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        unknown = sorted(set(fields) - set(known))
+        unknown = sorted(set(fields) - set(known), key=str)
         if unknown:
             raise ValueError(f"Unknown fields of {cls.__name__}: {unknown}. Known fields: {known}")
         return cls(**fields)

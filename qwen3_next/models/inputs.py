@@ -146,6 +146,8 @@ def check_labels(labels: Any, num_classes: int, ignored: bool) -> None:
 
 def token_rows(what: str, sequences: Iterable) -> list[np.ndarray]:
     """Sequences of token ids as arrays, each one checked; `what` is the word for one of them."""
+    if not isinstance(sequences, Iterable) or isinstance(sequences, str | bytes | dict):
+        raise ValueError(f"`{what}s` must be a list of sequences. Received: {sequences!r}")
     rows = [np.asarray(sequence) for sequence in sequences]
     if not rows:
         raise ValueError(f"`{what}s` must hold at least one row. Received: none")

@@ -71,6 +71,7 @@ def pack(sequences: Iterable, length: int) -> Batch:
     assert batch["segment_ids"].tolist() == [[1, 1, 1, 2], [1, 1, 0, 0]]
     ```
     """
+    require(integer(1), "length", length)
     rows = _rows(sequences, length)
     packed: list[list[np.ndarray]] = []
     for row in sorted(rows, key=len, reverse=True):
@@ -137,6 +138,8 @@ def self_distillation_data(
 
 
 def _rows(sequences, length):
+    if length is not None:
+        require(integer(1), "length", length)
     rows = token_rows("sequence", sequences)
     for number, row in enumerate(rows):
         if length is not None and row.size > length:

@@ -59,6 +59,8 @@ class GroupedAdamW(keras.optimizers.Adam):
         **kwargs: Any,
     ):
         super().__init__(learning_rate=learning_rate, **kwargs)
+        if multipliers is not None and not isinstance(multipliers, dict):
+            raise ValueError(f"`multipliers` must be a dict. Received: {multipliers=}")
         self.multipliers = dict(multipliers or {})
         self.decoupled_decay = weight_decay
         for group, factor in self.multipliers.items():
