@@ -24,7 +24,7 @@ from qwen3_next.checkpoints.interchange import (
     table_of,
 )
 from qwen3_next.checkpoints.safetensors_files import Checkpoint, TensorSpec, write
-from qwen3_next.checkpoints.staging import files_of, staged
+from qwen3_next.checkpoints.staging import files_of, read_json, staged
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
 from qwen3_next.models.weight_layouts import SAME
@@ -125,10 +125,7 @@ def _read_config(directory):
     path = files_of(directory).get("config.json")
     if path is None:
         raise ValueError(f"{directory} is no preset: it holds no config.json.")
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    saved = read_json(path)
     if not isinstance(saved, dict) or not {"model_type", "registered_name"} & set(saved):
         raise ValueError(f"{path} must name a `model_type` or, as saved here, a `registered_name`.")
     return saved

@@ -5,22 +5,36 @@ A file is the length of its header (8 bytes, little-endian), the header, a JSON 
 A checkpoint is `model.safetensors`, or several files (shards) with `model.safetensors.index.json`,
 which names the shard of every tensor.
 
-The safetensors library checks a file as a whole and writes it from tensors that are all in memory;
-here a truncated file is refused with the name of its broken tensor, and writing streams.
+Files are read and judged by the safetensors library. What it cannot do is done here:
+
+- its errors do not say which file, nor which tensor of a file is cut off;
+- it knows no index of shards, and waits forever for the other end of a named pipe;
+- it has no view of NumPy's bfloat16, which comes with `ml_dtypes`;
+- it writes tensors that are all in memory, where a model may fill it: writing is a stream.
 
 Source: https://huggingface.co/docs/safetensors
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from qwen3_next.checkpoints.staging import INDEX, SINGLE, files_of
+from qwen3_next.checkpoints.staging import (
+    INDEX,
+    SINGLE,
+    files_of,
+    is_file_name,
+    read_json,
+    require_regular,
+)
+from qwen3_next.config.validation import Rule, require, shown
 
 DTYPES = {
     "F64": np.dtype("float64"),
@@ -66,19 +80,22 @@ class Checkpoint:
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
         self._entries: dict[str, _Entry] = {}
-        self._open: dict[Path, BinaryIO] = {}
-        for path, indexed in _shards(self.directory).items():
-            entries = _read_header(path)
-            _check_index(path, indexed, entries)
-            self._entries.update(entries)
+        with contextlib.ExitStack() as opened:
+            for path, indexed in _shards(self.directory).items():
+                file = opened.enter_context(_open(path))
+                names = file.offset_keys()
+                _check_index(path, indexed, set(names))
+                for name in names:
+                    tensor = file.get_slice(name)
+                    shape = tuple(tensor.get_shape())
+                    self._entries[name] = _Entry(path, file, tensor.get_dtype(), shape)
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+        self._opened.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -108,20 +125,18 @@ class Checkpoint:
 
     @property
     def largest_dim(self) -> int:
-        """The largest dim of any tensor."""
-        return max((dim for entry in self._entries.values() for dim in entry.shape), default=0)
+        """The largest dim of any tensor that has values."""
+        shapes = (entry.shape for entry in self._entries.values() if 0 not in entry.shape)
+        return max((dim for shape in shapes for dim in shape), default=0)
 
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor as a NumPy array of its own dtype."""
-        dtype, entry = self.dtype(name, DTYPES | COUNTER_DTYPES), self._entries[name]
-        if entry.path not in self._open:
-            self._open[entry.path] = entry.path.open("rb")
-        file = self._open[entry.path]
-        file.seek(entry.begin)
-        data = np.fromfile(file, np.uint8, entry.end - entry.begin)
-        if data.size != entry.end - entry.begin:
-            raise ValueError(f"{entry.path} was truncated while it was read, at tensor {name!r}.")
-        return data.view(dtype).reshape(entry.shape)
+        self.dtype(name, DTYPES | COUNTER_DTYPES)
+        entry = self._entries[name]
+        try:
+            return entry.file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{entry.path} cannot be read at tensor {name!r}: {error}") from error
 
 
 class _Entry(NamedTuple):
@@ -129,17 +144,29 @@ class _Entry(NamedTuple):
 
     Attributes:
         path: The file.
+        file: The file, opened by the library.
         code: Its dtype as the format spells it.
         shape: Its shape.
-        begin: Its first byte, counted from the start of the file.
-        end: The byte behind its last.
     """
 
     path: Path
+    file: Any
     code: str
     shape: tuple[int, ...]
-    begin: int
-    end: int
+
+
+_SHARD = Rule(
+    "the name of a .safetensors file beside the index",
+    lambda name: is_file_name(name) and name.endswith(".safetensors"),
+)
+_WEIGHT_MAP = Rule(
+    "an object with a `weight_map` that names files",
+    lambda saved: isinstance(saved, dict) and _is_filled(saved.get("weight_map")),
+)
+
+
+def _is_filled(table):
+    return isinstance(table, dict) and len(table) > 0
 
 
 def _shards(directory):
@@ -151,12 +178,11 @@ def _shards(directory):
         return {files[SINGLE]: None}
     if INDEX not in files:
         raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}.")
+    index = read_json(files[INDEX])
+    require(_WEIGHT_MAP, str(files[INDEX]), index)
     names: dict[str, set[str]] = {}
-    for name, file in _weight_map(files[INDEX]).items():
-        if Path(file).name != file:
-            raise ValueError(
-                f"{files[INDEX]} must name files beside it. Received: {file!r} for {name!r}"
-            )
+    for name, file in index["weight_map"].items():
+        require(_SHARD, f"weight_map[{name!r}]` of `{files[INDEX]}", file)
         names.setdefault(file, set()).add(name)
     for file, held in names.items():
         if file not in files:
@@ -167,68 +193,38 @@ def _shards(directory):
     return {files[file]: held for file, held in names.items()}
 
 
-def _weight_map(index):
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{index} is no index of shards: {error!r}") from error
-
-
-def _check_index(path, indexed, entries):
-    if indexed is None or indexed == set(entries):
+def _check_index(path, indexed, found):
+    if indexed is None or indexed == found:
         return
-    lacking, extra = sorted(indexed - set(entries)), sorted(set(entries) - indexed)
+    lacking, extra = sorted(indexed - found), sorted(found - indexed)
     raise ValueError(
         f"{path} and {INDEX} disagree: tensors that the file lacks {lacking[:10]}, "
         f"tensors that the index lacks {extra[:10]}."
     )
 
 
-def _read_header(path):
-    size = path.stat().st_size
+def _open(path):
+    """A file whose header the library has found to be right, down to the length of the data."""
+    require_regular(path)
+    try:
+        # Mapped into memory, a file that is truncated later would end the process.
+        return safe_open(path, framework="np", backend="pread")
+    except SafetensorError as error:
+        cut = _first_beyond_end(path) if "not fully covered" in str(error) else None
+        if cut is not None:
+            raise ValueError(f"{path} is truncated at tensor {cut!r}.") from error
+        raise ValueError(f"{path} is truncated, corrupt or no safetensors file: {error}") from error
+
+
+def _first_beyond_end(path):
+    """The first tensor that ends behind the end of a file; the header is known to be valid."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(
-                f"{path} is truncated or no safetensors file: a header of {length} bytes in a "
-                f"file of {size}."
-            )
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(path, 8 + length, fields) for name, fields in header.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"The header of {path} is corrupt: {error!r}") from error
-    _check_data(path, 8 + length, size, entries)
-    return entries
-
-
-def _entry(path, start, fields):
-    begin, end = (start + int(offset) for offset in fields["data_offsets"])
-    return _Entry(path, fields["dtype"], tuple(int(n) for n in fields["shape"]), begin, end)
-
-
-def _check_data(path, start, size, entries):
-    """The tensors must fill the file, one behind the other."""
-    position = start
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        if entry.end > size:
-            raise ValueError(
-                f"{path} is truncated: tensor {name!r} ends at byte {entry.end} of {size}."
-            )
-        known = (DTYPES | COUNTER_DTYPES).get(entry.code)
-        length = entry.end - entry.begin
-        if entry.begin != position or (
-            known is not None and length != TensorSpec(name, entry.shape, known).nbytes
-        ):
-            raise ValueError(
-                f"The header of {path} is corrupt: tensor {name!r}, {entry.code} of shape "
-                f"{entry.shape}, cannot be bytes {entry.begin} to {entry.end}."
-            )
-        position = entry.end
-    if position != size:
-        raise ValueError(f"{path} is corrupt: {size - position} bytes follow its last tensor.")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    held = path.stat().st_size - 8 - length
+    ends = [(fields["data_offsets"][1], name) for name, fields in header.items()]
+    return next((name for end, name in sorted(ends) if end > held), None)
 
 
 def write(
@@ -268,9 +264,14 @@ def write(
 def parse_size(size: str | int) -> int:
     """Bytes of a size such as `"5GB"`, `"500MB"` or a plain number."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", str(size).strip().upper())
+    size = int(size) if isinstance(size, np.integer) else size
+    text = size if isinstance(size, str) else shown(size)
+    match = re.fullmatch(r"(\d{1,30}(?:\.\d+)?)\s*([KMGT]B|)", text.strip().upper())
     if match is None or float(match[1]) <= 0:
-        raise ValueError(f"`max_shard_size` must be like '5GB' or a number. Received: {size!r}")
+        raise ValueError(
+            "`max_shard_size` must be like '5GB' or a number above 0. "
+            f"Received: max_shard_size={shown(size)}"
+        )
     return int(float(match[1]) * units[match[2]])
 
 

@@ -14,10 +14,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from qwen3_next.config.validation import Rule, is_list_of, require
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 WRITING, COMMITTED, LIST = ".writing-", ".committed", ".files.json"
+_NAMES = Rule("a list of file names", lambda names: is_list_of(names, is_file_name))
 
 
 @contextlib.contextmanager
@@ -74,7 +78,7 @@ def files_of(directory: str | Path) -> dict[str, Path]:
     directory = Path(directory)
     if not directory.is_dir():
         return {}
-    found = {path.name: path for path in directory.iterdir() if path.is_file()}
+    found = {p.name: p for p in directory.iterdir() if p.exists() and not p.is_dir()}
     committed = _committed(directory)
     if committed:
         for name in _stale(found, committed):
@@ -84,6 +88,26 @@ def files_of(directory: str | Path) -> dict[str, Path]:
             if path.exists():
                 found[name] = path
     return found
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether a value is the name of a file, and no way to another directory."""
+    return isinstance(value, str) and Path(value).name == value and value not in ("", "..")
+
+
+def require_regular(path: Path) -> None:
+    """Raises `ValueError` for what may be in a directory but is no file, such as a named pipe."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a regular file. Received: something else of that name")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; `ValueError` that names the file if it holds something else."""
+    require_regular(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 @contextlib.contextmanager
@@ -131,7 +155,11 @@ def _finish(directory):
 def _committed(directory):
     """Names of the files of a replacement that counts but may not have been finished."""
     path = directory / COMMITTED / LIST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    if not path.exists():
+        return []
+    names = read_json(path)
+    require(_NAMES, str(path), names)
+    return names
 
 
 def _stale(names, committed):

@@ -1,7 +1,7 @@
 """What all configurations share: rules for their fields, and the way in from and out to a dict."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -18,8 +18,14 @@ class Rule(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-def integer(low: int) -> Rule:
-    return Rule(f"an integer of at least {low}", lambda value: _is_integer(value) and value >= low)
+# Sizes are indices and shapes of 32 bits on the way to the accelerator.
+LARGEST = 2**31 - 1
+LONGEST_SHOWN = 200
+
+
+def integer(low: int, high: int = LARGEST) -> Rule:
+    what = f"an integer of at least {low}" if high == LARGEST else f"an integer, {low} to {high}"
+    return Rule(what, lambda value: _is_integer(value) and low <= value <= high)
 
 
 def optional_integer(low: int) -> Rule:
@@ -29,7 +35,8 @@ def optional_integer(low: int) -> Rule:
 
 def number(what: str, fits: Callable[[float], bool]) -> Rule:
     """A finite number for which `fits` holds; `what` says so in words."""
-    return Rule(what, lambda value: _is_number(value) and math.isfinite(value) and fits(value))
+    largest = sys.float_info.max
+    return Rule(what, lambda value: _is_number(value) and abs(value) <= largest and fits(value))
 
 
 def one_of(names: Iterable[str]) -> Rule:
@@ -49,7 +56,16 @@ def is_list_of(value: Any, fits: Callable[[Any], bool]) -> bool:
 def require(rule: Rule, name: str, value: Any) -> None:
     """Raises `ValueError` that names the argument and its value unless the value fits the rule."""
     if not rule.fits(value):
-        raise ValueError(f"`{name}` must be {rule.what}. Received: {name}={value!r}")
+        raise ValueError(f"`{name}` must be {rule.what}. Received: {name}={shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: not all of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 class Config:
