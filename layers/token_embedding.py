@@ -6,12 +6,16 @@ import keras
 from keras import ops
 
 from .ops.backend.autodiff import dense_gradient
+from .ops.checks import to_int32
 from .ops.tensor_types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
 class TokenEmbedding(keras.layers.Embedding):
     """Rows of a table, `y_t = E[token_t]`, with one dense gradient on every backend.
+
+    An id that has no row gives NaN on every backend: a compiled program cannot refuse a value, and
+    the row of another token would hide it. A loss that it enters is NaN, and so are its gradients.
 
     Args:
         input_dim: Rows V of the table.
@@ -37,4 +41,8 @@ class TokenEmbedding(keras.layers.Embedding):
 
     def call(self, inputs: Annotated[Tensor, "B T"]) -> Annotated[Tensor, "B T D"]:
         table = dense_gradient(ops.convert_to_tensor(self.embeddings))
-        return ops.cast(ops.take(table, ops.cast(inputs, "int32"), axis=0), self.compute_dtype)
+        ids = to_int32(inputs)
+        known = (ids >= 0) & (ids < self.input_dim)
+        rows = ops.take(table, ops.where(known, ids, 0), axis=0)
+        rows = ops.cast(rows, self.compute_dtype)
+        return ops.where(known[..., None], rows, ops.cast(float("nan"), rows.dtype))

@@ -8,11 +8,21 @@ import keras
 import numpy as np
 from keras import ops
 
+from qwen3_next.config.validation import Rule, require, shown
+from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.sequence import token_ranks
 from qwen3_next.layers.ops.tensor_types import Tensor
 
 KEYS = ("token_ids", "padding_mask", "segment_ids")
+_SEQUENCES = Rule(
+    "a list of sequences",
+    lambda x: (
+        isinstance(x, Iterable)
+        and not isinstance(x, str | bytes | dict)
+        and getattr(x, "ndim", 1) > 0  # an array without dims calls itself iterable, too
+    ),
+)
 
 
 class Inputs(NamedTuple):
@@ -38,21 +48,17 @@ def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
     if isinstance(inputs, Inputs):
         return inputs
     fields = inputs if isinstance(inputs, dict) else {"token_ids": inputs}
-    unknown = sorted(set(fields) - set(KEYS))
+    unknown = set(fields) - set(KEYS)
     if unknown or "token_ids" not in fields:
         raise ValueError(
             f"Inputs must be token ids or a dict with 'token_ids' and optionally {KEYS[1:]}. "
-            f"Received keys: {sorted(fields)}"
+            f"Received keys: {shown([*fields])}"
         )
-    token_ids = ops.convert_to_tensor(fields["token_ids"])
+    token_ids = _integers("token_ids", fields["token_ids"])
     if len(token_ids.shape) != 2:
         raise ValueError(
             "`token_ids` must have shape (batch, tokens). "
             f"Received: token_ids.shape={tuple(token_ids.shape)}"
-        )
-    if "int" not in keras.backend.standardize_dtype(token_ids.dtype):
-        raise ValueError(
-            f"`token_ids` must be integers. Received: token_ids.dtype={token_ids.dtype}"
         )
     if token_ids.shape[1] == 0:
         raise ValueError("`token_ids` must hold at least one token per row. Received: 0 tokens")
@@ -60,7 +66,7 @@ def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
     for key in KEYS[1:]:
         value = fields.get(key)
         if value is not None:
-            value = ops.convert_to_tensor(value)
+            value = _tensor(key, value, "buif")
             if not _same_shape(value.shape, token_ids.shape):
                 raise ValueError(
                     f"`{key}` must have the shape of `token_ids`, {tuple(token_ids.shape)}. "
@@ -68,7 +74,7 @@ def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
                 )
             value = ops.cast(value, "bool" if key == "padding_mask" else "int32")
         others.append(value)
-    return Inputs(ops.cast(token_ids, "int32"), *others)
+    return Inputs(token_ids, *others)
 
 
 def next_token_labels(inputs: Inputs, labels: Tensor | None = None) -> Tensor:
@@ -80,7 +86,7 @@ def next_token_labels(inputs: Inputs, labels: Tensor | None = None) -> Tensor:
         inputs: `Inputs`.
         labels: `(B, T)` unshifted, -100 where ignored. Defaults to the token ids.
     """
-    labels = inputs.token_ids if labels is None else ops.cast(labels, "int32")
+    labels = inputs.token_ids if labels is None else _integers("labels", labels)
     if not _same_shape(labels.shape, inputs.token_ids.shape):
         raise ValueError(
             f"`labels` must have the shape of `token_ids`, {tuple(inputs.token_ids.shape)}. "
@@ -114,7 +120,7 @@ def check_token_ids(inputs: Any, vocab_size: int) -> None:
     there are no values to look at.
     """
     token_ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
-    values = _concrete(token_ids)
+    values = host_values("token_ids", token_ids)
     if values is None or values.size == 0 or not np.issubdtype(values.dtype, np.integer):
         return  # `unpack` refuses what are no integers
     low, high = int(values.min()), int(values.max())
@@ -129,7 +135,7 @@ def check_labels(labels: Any, num_classes: int, ignored: bool) -> None:
 
     Looks at values where there are some, as `check_token_ids` does.
     """
-    values = _concrete(labels)
+    values = host_values("labels", labels)
     if values is None or values.size == 0:
         return
     if not np.issubdtype(values.dtype, np.integer):
@@ -146,9 +152,8 @@ def check_labels(labels: Any, num_classes: int, ignored: bool) -> None:
 
 def token_rows(what: str, sequences: Iterable) -> list[np.ndarray]:
     """Sequences of token ids as arrays, each one checked; `what` is the word for one of them."""
-    if not isinstance(sequences, Iterable) or isinstance(sequences, str | bytes | dict):
-        raise ValueError(f"`{what}s` must be a list of sequences. Received: {sequences!r}")
-    rows = [np.asarray(sequence) for sequence in sequences]
+    require(_SEQUENCES, f"{what}s", sequences)
+    rows = [_array(f"{what}s[{number}]", sequence) for number, sequence in enumerate(sequences)]
     if not rows:
         raise ValueError(f"`{what}s` must hold at least one row. Received: none")
     for number, row in enumerate(rows):
@@ -163,27 +168,53 @@ def token_rows(what: str, sequences: Iterable) -> list[np.ndarray]:
 def token_id_list(name: str, values: Any, vocab_size: int) -> list[int]:
     """Token ids of a list, a range or an array, each one checked; `name` is the argument's."""
     try:
-        found = [operator.index(value) for value in np.asarray(list(values), object)]
+        given = list(values)
+        found = [operator.index(value) for value in given]
     except TypeError as error:
-        raise ValueError(f"`{name}` must be a list of integers. Received: {values!r}") from error
-    if any(isinstance(value, bool | np.bool_) for value in values):
-        raise ValueError(f"`{name}` must be a list of integers. Received: {values!r}")
+        raise ValueError(
+            f"`{name}` must be a list of integers. Received: {name}={shown(values)}"
+        ) from error
+    if any(isinstance(value, bool | np.bool_) for value in given):
+        raise ValueError(f"`{name}` must be a list of integers. Received: {name}={shown(values)}")
     if any(not 0 <= value < vocab_size for value in found):
         raise ValueError(
-            f"`{name}` must be in [0, vocab_size={vocab_size}). Received: {name}={found}"
+            f"`{name}` must be in [0, vocab_size={vocab_size}). Received: {name}={shown(found)}"
         )
     return found
 
 
-def _concrete(x):
-    """`x` as a NumPy array, or `None` where it has no values yet."""
+def host_values(name: str, x: Any) -> np.ndarray | None:
+    """An argument as a NumPy array, or `None` where it has no values yet."""
     if type(x) in (list, tuple):
-        x = np.asarray(x)
-    if not isinstance(x, np.ndarray):
-        if not keras.ops.is_tensor(x) or isinstance(x, keras.KerasTensor) or _is_traced(x):
-            return None
-        x = ops.convert_to_numpy(x)
-    return x
+        return _array(name, x)
+    if isinstance(x, np.ndarray):
+        return x
+    if not ops.is_tensor(x) or isinstance(x, keras.KerasTensor) or _is_traced(x):
+        return None
+    return ops.convert_to_numpy(x)
+
+
+def _array(name, x):
+    try:
+        return np.asarray(x)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"`{name}` must be an array. Received: {name}={shown(x)}") from error
+
+
+def _tensor(name, x, kinds):
+    """`x` as a tensor; `ValueError` for an array of another kind than NumPy's `kinds`."""
+    if not ops.is_tensor(x) and not isinstance(x, keras.KerasTensor | keras.Variable):
+        x = _array(name, x)
+        if x.dtype.kind not in kinds:
+            raise ValueError(f"`{name}` must be an array of numbers. Received: {name}={shown(x)}")
+    return ops.convert_to_tensor(x)
+
+
+def _integers(name, x):
+    x = _tensor(name, x, "buif")
+    if "int" not in keras.backend.standardize_dtype(x.dtype):
+        raise ValueError(f"`{name}` must be integers. Received: {name}.dtype={x.dtype}")
+    return to_int32(x)
 
 
 def _is_traced(x):

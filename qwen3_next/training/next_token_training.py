@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
+from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
@@ -175,7 +176,7 @@ class NextTokenTraining(ConfiguredModel):
         inputs = unpack(x)
         if y is None:
             return next_token_labels(inputs)
-        labels = ops.cast(y, "int32")
+        labels = to_int32(y)
         if inputs.padding_mask is not None:
             labels = ops.where(inputs.padding_mask, labels, IGNORE)
         return labels

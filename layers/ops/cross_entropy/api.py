@@ -19,7 +19,7 @@ from keras import ops
 
 from ..backend.autodiff import custom_gradient
 from ..backend.loops import scan
-from ..checks import require_shape
+from ..checks import require_shape, to_int32
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
 
@@ -41,7 +41,7 @@ def cross_entropy(
         cannot refuse a value, and a finite number would hide it.
     """
     logits = ops.cast(logits, "float32")
-    labels = ops.cast(labels, "int32")
+    labels = to_int32(labels)
     losses = ops.logsumexp(logits, axis=-1) - _logit_of(logits, labels)
     is_class = (labels >= 0) & (labels < logits.shape[-1])
     return ops.where(labels == IGNORE, 0.0, ops.where(is_class, losses, float("nan")))
@@ -80,7 +80,7 @@ def linear_cross_entropy(
     if isinstance(count, int):
         chunk_rows = max(1, min(chunk_rows, count))
     hidden = pad_to_multiple(hidden, chunk_rows)
-    labels = pad_to_multiple(ops.cast(labels, "int32"), chunk_rows, fill=IGNORE)
+    labels = pad_to_multiple(to_int32(labels), chunk_rows, fill=IGNORE)
     hidden = ops.reshape(hidden, (-1, chunk_rows, hidden.shape[1]))
     labels = ops.reshape(labels, (-1, chunk_rows))
     kernel = ops.cast(kernel, hidden.dtype)
