@@ -21,10 +21,15 @@ from qwen3_next.checkpoints.safetensors_files import (
     write,
 )
 from qwen3_next.checkpoints.staging import staged
+from qwen3_next.config.validation import Rule, one_of, require
 from qwen3_next.models.weight_layouts import SAME, Layout
 from qwen3_next.models.weight_table import Weight, unneeded_tensors, weight_table
 
 TIED = "tied to another weight, which has the same values"
+_EXPORTED = Rule(
+    "None, 'float32', 'bfloat16' or 'float16'",
+    lambda dtype: dtype is None or one_of(("float32", "bfloat16", "float16")).fits(dtype),
+)
 
 
 class Source(NamedTuple):
@@ -169,15 +174,12 @@ def export_hugging_face(
     extra = sorted(set(variables) - {row.path for row in rows})
     if extra:
         raise ValueError(f"The published format has no place for the variables {listed(extra)}")
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(
-            f"`dtype` must be None, 'float32', 'bfloat16' or 'float16'. Received: {dtype=}"
-        )
+    require(_EXPORTED, "dtype", dtype)
     dtypes = {row.path: np.dtype(dtype or variables[row.path].dtype) for row in rows}
     fields["torch_dtype"] = dtypes[rows[0].path].name
     num_labels = _num_labels(model)
     if num_labels is not None:
-        fields |= _classifier_fields(fields, num_labels)
+        fields |= _classifier_fields(fields, num_labels, model.pad_token_id)
     specs = [
         TensorSpec(name, row.tensor_shape, dtypes[row.path]) for row in rows for name in row.tensors
     ]
@@ -203,13 +205,15 @@ def _variables(model):
     return {v.path: v for v in model.weights if "int" not in v.dtype}
 
 
-def _classifier_fields(fields, num_labels):
+def _classifier_fields(fields, num_labels, pad_token_id):
     labels = [f"LABEL_{i}" for i in range(num_labels)]
     causal = fields["architectures"][0]
     return {
         "architectures": [causal.replace("ForCausalLM", "ForSequenceClassification")],
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
+        # Without it transformers takes no more than one row at a time.
+        "pad_token_id": pad_token_id,
     }
 
 

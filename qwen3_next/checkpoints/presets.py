@@ -9,12 +9,14 @@ A configuration is compared with the headers of the weight files before anything
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
+from qwen3_next.checkpoints.coverage import listed
 from qwen3_next.checkpoints.hugging_face_config import check_model_type, config_from_hugging_face
 from qwen3_next.checkpoints.interchange import (
     Source,
@@ -23,14 +25,20 @@ from qwen3_next.checkpoints.interchange import (
     published_sources,
     table_of,
 )
-from qwen3_next.checkpoints.safetensors_files import Checkpoint, TensorSpec, write
-from qwen3_next.checkpoints.staging import files_of, read_json, staged
+from qwen3_next.checkpoints.safetensors_files import COUNTER_DTYPES, Checkpoint, TensorSpec, write
+from qwen3_next.checkpoints.staging import PATH, files_of, read_json, staged
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.validation import Rule, integer, require, shown
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
+from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.weight_layouts import SAME
 from qwen3_next.models.weight_table import weight_table
 
 HUB = "hf://"
+_COUNTERS = {str(dtype) for dtype in COUNTER_DTYPES.values()}
+_LABELS = Rule(
+    "None or an object of labels", lambda value: value is None or isinstance(value, dict)
+)
 # What is listed item by item, and so must be no larger than the files before it is listed.
 COUNTS = ("num_hidden_layers", "num_layers", "num_experts", "num_local_experts")
 
@@ -65,6 +73,8 @@ def from_preset(
         else:
             cls, config, arguments = _describe_published(cls, saved)
         arguments |= own if dtype is None else {**own, "dtype": dtype}
+        if "num_labels" in cls.constructor_options():
+            require(integer(1), "num_labels", arguments.get("num_labels"))
         config = config.replace(**options)
         rows = weight_table(config, arguments.get("num_labels"))
         if is_own:
@@ -88,6 +98,7 @@ def save_to_preset(model: Any, directory: str | Path, max_shard_size: str | int 
         "registered_name": keras.saving.get_registered_name(type(model)),
         "config": model.get_config(),
     }
+    _check_readable(model, saved)
     specs = [
         TensorSpec(variable.path, tuple(variable.shape), np.dtype(variable.dtype))
         for variable in model.weights
@@ -102,10 +113,31 @@ def save_to_preset(model: Any, directory: str | Path, max_shard_size: str | int 
         (folder / "config.json").write_text(text, encoding="utf-8")
 
 
+def _check_readable(model, saved):
+    """Raises `ValueError` for a model that `from_preset` would refuse or make into another."""
+    cls = _saved_class(saved)
+    if cls is not type(model):
+        raise ValueError(
+            "The class of a preset must be registered with Keras. "
+            f"Received: a model of class {type(model).__name__}"
+        )
+    config = _describe_own(cls, cls, saved["config"]).config
+    rows = {row.path: row.shape for row in weight_table(config, getattr(model, "num_labels", None))}
+    found = {v.path: tuple(v.shape) for v in model.weights if v.dtype not in _COUNTERS}
+    if config != model.config or found != rows:
+        differing = sorted(path for path, _ in rows.items() ^ found.items())
+        raise ValueError(
+            "A preset holds the variables that its configuration asks for, nothing that was "
+            "added (by LoRA, or in a class of one's own) or taken away. "
+            f"Received: {listed(differing)}"
+        )
+
+
 def _directory(preset):
     """The local directory of a preset, downloaded if it is on the hub."""
+    require(PATH, "preset", preset)
     if not str(preset).startswith(HUB):
-        if not Path(preset).is_dir():
+        if not os.path.isdir(preset):
             raise ValueError(
                 f"`preset` must be a directory or begin with {HUB!r}. Received: {preset=}"
             )
@@ -133,19 +165,24 @@ def _read_config(directory):
 
 def _describe_published(cls, saved):
     arguments = {}
-    if "num_labels" in cls.constructor_options() and "id2label" in saved:
-        arguments["num_labels"] = len(saved["id2label"])
+    if "num_labels" in cls.constructor_options():
+        require(_LABELS, "id2label", saved.get("id2label"))
+        if saved.get("id2label") is not None:
+            arguments["num_labels"] = len(saved["id2label"])
+        if saved.get("pad_token_id") is not None:
+            arguments["pad_token_id"] = saved["pad_token_id"]
     config = Qwen3NextConfig.from_dict(config_from_hugging_face(saved))
     return Described(cls, config, arguments)
 
 
 def _saved_class(saved):
     """The class of a preset of one's own, whose configuration is complete."""
-    saved_class = keras.saving.get_registered_object(saved["registered_name"])
-    if saved_class is None:
+    name = saved["registered_name"]
+    saved_class = keras.saving.get_registered_object(name) if isinstance(name, str) else None
+    if not (isinstance(saved_class, type) and issubclass(saved_class, ConfiguredModel)):
         raise ValueError(
-            "The class of a preset must be registered: import it first. "
-            f"Received: registered_name={saved['registered_name']!r}"
+            "The class of a preset must be a model that is registered with Keras: import it "
+            f"first. Received: registered_name={shown(name)}"
         )
     fields = saved.get("config")
     missing = Qwen3NextConfig.missing_from(fields) if isinstance(fields, dict) else "any field"
@@ -165,8 +202,6 @@ def _describe_own(cls, saved_class, fields):
     config = Qwen3NextConfig.from_dict({k: v for k, v in fields.items() if k not in others})
     wanted = others & {*cls.constructor_options(), "name", "dtype"}
     arguments = {name: fields[name] for name in wanted if name in fields}
-    if isinstance(arguments.get("dtype"), dict):
-        arguments["dtype"] = keras.dtype_policies.deserialize(arguments["dtype"])
     return Described(cls, config, arguments)
 
 

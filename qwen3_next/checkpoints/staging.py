@@ -21,6 +21,7 @@ from qwen3_next.config.validation import Rule, is_list_of, require
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 WRITING, COMMITTED, LIST = ".writing-", ".committed", ".files.json"
+PATH = Rule("a path", lambda value: isinstance(value, str | os.PathLike))
 _NAMES = Rule("a list of file names", lambda names: is_list_of(names, is_file_name))
 
 
@@ -35,6 +36,7 @@ def staged(directory: str | Path) -> Iterator[Path]:
         ValueError: `directory` is a file.
         OSError: what went wrong with the disk, and where.
     """
+    require(PATH, "directory", directory)
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`directory` must not be a file. Received: {directory}")

@@ -85,7 +85,7 @@ class Config:
     def from_dict(cls, fields: dict[str, Any]) -> Self:
         """Builds a configuration; an unknown key raises `ValueError` that lists the known ones."""
         if not isinstance(fields, dict):
-            raise ValueError(f"Fields of {cls.__name__} must be a dict. Received: {fields!r}")
+            raise ValueError(f"Fields of {cls.__name__} must be a dict. Received: {shown(fields)}")
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         unknown = sorted(set(fields) - set(known), key=str)
         if unknown:

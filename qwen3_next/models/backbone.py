@@ -13,7 +13,7 @@ from qwen3_next.layers.norms import make_norm
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_decoder_layer
-from qwen3_next.models.cache import Cache, CacheUpdate
+from qwen3_next.models.cache import Cache, CacheUpdate, check_cache
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import unpack
 
@@ -172,6 +172,8 @@ class Qwen3NextBackbone(ConfiguredModel):
                 f"Sequences must have at most `max_position_embeddings`={longest} tokens. "
                 f"Received: {length} tokens"
             )
+        if cache is not None:
+            check_cache(cache, inputs.token_ids.shape[0])
         if cache is not None and inputs.segment_ids is not None:
             raise ValueError(
                 "A cache holds one sequence per row: `segment_ids` must be None with a cache. "

@@ -1,9 +1,10 @@
 """What a model keeps of the tokens it has read, so that the next ones need not read them again."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from keras import ops
 
+from qwen3_next.config.validation import Rule, require
 from qwen3_next.layers import AttentionCache
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -23,6 +24,9 @@ class Cache(NamedTuple):
     layers: tuple
 
 
+_CACHE = Rule("a `Cache` from `init_cache`", lambda value: isinstance(value, Cache))
+
+
 class CacheUpdate(NamedTuple):
     """What a replayable pass would write: `Qwen3NextBackbone.commit` makes a `Cache` of it.
 
@@ -33,8 +37,20 @@ class CacheUpdate(NamedTuple):
     layers: tuple
 
 
+def check_cache(cache: Any, batch_size: int | None) -> None:
+    """Raises `ValueError` for what is no `Cache`, or one of another number of rows."""
+    require(_CACHE, "cache", cache)
+    rows = cache.lengths.shape[0]
+    if None not in (rows, batch_size) and rows != batch_size:
+        raise ValueError(
+            f"The cache must have as many rows as there are sequences, {batch_size}. "
+            f"Received: cache.lengths.shape={tuple(cache.lengths.shape)}"
+        )
+
+
 def check_capacity(cache: Cache, padding_mask: Tensor) -> None:
     """Raises `ValueError` if the attention caches cannot hold the new tokens as well."""
+    check_cache(cache, padding_mask.shape[0])
     found = [layer for passes in cache.layers for layer in passes]
     capacities = [layer.keys.shape[1] for layer in found if isinstance(layer, AttentionCache)]
     if not capacities:

@@ -5,7 +5,14 @@ from typing import Any, Self
 import keras
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.config.validation import Rule, require, shown
+from qwen3_next.models.inputs import check_token_ids, require_inputs
+
+_FLOATING = "`dtype` must be a policy of floating-point types"
+_FIELDS = Rule(
+    "a dict from names to values",
+    lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+)
 
 
 class ConfiguredModel(keras.Model):
@@ -25,13 +32,11 @@ class ConfiguredModel(keras.Model):
         elif not isinstance(config, Qwen3NextConfig):
             raise ValueError(f"`config` must be a Qwen3NextConfig. Received: {config=}")
         # Inputs are cast by hand: Keras would cast the float32 tensors of a cache as well.
-        super().__init__(name=name, dtype=dtype, autocast=False)
+        super().__init__(name=name, dtype=_policy(dtype), autocast=False)
         dtypes = self.variable_dtype, self.compute_dtype
         quantized = isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy)
         if quantized or not all("float" in dtype for dtype in dtypes):
-            raise ValueError(
-                f"`dtype` must be a policy of floating-point types. Received: {dtype=}"
-            )
+            raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}")
         self.config = config
 
     def refuse_mtp(self) -> None:
@@ -66,6 +71,7 @@ class ConfiguredModel(keras.Model):
         return ("gradient_checkpointing",)
 
     def __call__(self, inputs, *args, **kwargs):
+        require_inputs(inputs)
         check_token_ids(inputs, self.config.vocab_size)
         return super().__call__(inputs, *args, **kwargs)
 
@@ -95,12 +101,21 @@ class ConfiguredModel(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
+        require(_FIELDS, "config", config)
         missing = Qwen3NextConfig.missing_from(config)
         if missing:  # a default would stand for another model
             raise ValueError(
                 f"A saved configuration holds every field. Received: one without {missing}"
             )
-        if isinstance(config.get("dtype"), dict):
-            config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
         return cls(**config)
+
+
+def _policy(dtype):
+    """The dtype policy that a name, a policy or a saved one stands for."""
+    try:
+        policy = keras.dtype_policies.get(dtype)
+    except Exception as error:  # whatever Keras meets on its way through a damaged one
+        raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}") from error
+    if not isinstance(policy, keras.dtype_policies.DTypePolicy):
+        raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}")
+    return policy

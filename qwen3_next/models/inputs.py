@@ -15,6 +15,10 @@ from qwen3_next.layers.ops.sequence import token_ranks
 from qwen3_next.layers.ops.tensor_types import Tensor
 
 KEYS = ("token_ids", "padding_mask", "segment_ids")
+_INPUTS = Rule(
+    "an array (batch, tokens) of token ids, or a dict of arrays",
+    lambda x: all(map(_is_array, x.values())) if isinstance(x, dict) else _is_array(x),
+)
 _SEQUENCES = Rule(
     "a list of sequences",
     lambda x: (
@@ -113,6 +117,11 @@ def last_hidden(hidden: Tensor, mask: Tensor | None) -> Tensor:
     return ops.take_along_axis(hidden, place, axis=1)[:, 0]
 
 
+def require_inputs(inputs: Any) -> None:
+    """Raises `ValueError` for what is no array, nor a dict or a named tuple of arrays."""
+    require(_INPUTS, "inputs", inputs)
+
+
 def check_token_ids(inputs: Any, vocab_size: int) -> None:
     """Raises `ValueError` for a token id outside the vocabulary.
 
@@ -153,7 +162,7 @@ def check_labels(labels: Any, num_classes: int, ignored: bool) -> None:
 def token_rows(what: str, sequences: Iterable) -> list[np.ndarray]:
     """Sequences of token ids as arrays, each one checked; `what` is the word for one of them."""
     require(_SEQUENCES, f"{what}s", sequences)
-    rows = [_array(f"{what}s[{number}]", sequence) for number, sequence in enumerate(sequences)]
+    rows = [host_array(f"{what}s[{number}]", sequence) for number, sequence in enumerate(sequences)]
     if not rows:
         raise ValueError(f"`{what}s` must hold at least one row. Received: none")
     for number, row in enumerate(rows):
@@ -186,7 +195,7 @@ def token_id_list(name: str, values: Any, vocab_size: int) -> list[int]:
 def host_values(name: str, x: Any) -> np.ndarray | None:
     """An argument as a NumPy array, or `None` where it has no values yet."""
     if type(x) in (list, tuple):
-        return _array(name, x)
+        return host_array(name, x)
     if isinstance(x, np.ndarray):
         return x
     if not ops.is_tensor(x) or isinstance(x, keras.KerasTensor) or _is_traced(x):
@@ -194,9 +203,17 @@ def host_values(name: str, x: Any) -> np.ndarray | None:
     return ops.convert_to_numpy(x)
 
 
-def _array(name, x):
+def _is_array(x):
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind in "buif"
+    known = x is None or isinstance(x, keras.KerasTensor) or ops.is_tensor(x)
+    return known or hasattr(x, "__array__") or hasattr(x, "_fields")
+
+
+def host_array(name: str, x: Any) -> np.ndarray:
+    """An argument as a NumPy array; `ValueError` for what cannot be one, such as ragged lists."""
     try:
-        return np.asarray(x)
+        return ops.convert_to_numpy(x) if ops.is_tensor(x) else np.asarray(x)
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"`{name}` must be an array. Received: {name}={shown(x)}") from error
 
@@ -204,7 +221,7 @@ def _array(name, x):
 def _tensor(name, x, kinds):
     """`x` as a tensor; `ValueError` for an array of another kind than NumPy's `kinds`."""
     if not ops.is_tensor(x) and not isinstance(x, keras.KerasTensor | keras.Variable):
-        x = _array(name, x)
+        x = host_array(name, x)
         if x.dtype.kind not in kinds:
             raise ValueError(f"`{name}` must be an array of numbers. Received: {name}={shown(x)}")
     return ops.convert_to_tensor(x)

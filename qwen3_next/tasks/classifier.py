@@ -26,6 +26,9 @@ class Qwen3NextClassifier(Task):
     Args:
         config: `Qwen3NextConfig`, or its fields as keyword arguments.
         num_labels: Number of classes.
+        pad_token_id: The token that `export_to_transformers` names as padding. This class looks at
+            the padding mask alone, but its counterpart in transformers takes the last token with
+            another id for the end of a row. Presets keep it; 0 is what `pad` writes.
         gradient_checkpointing: Whether training recomputes the inside of every layer in the
             backward pass instead of keeping it.
         dtype: Dtype policy of all layers.
@@ -60,6 +63,7 @@ class Qwen3NextClassifier(Task):
         config: Qwen3NextConfig | None = None,
         *,
         num_labels: int,
+        pad_token_id: int = 0,
         gradient_checkpointing: bool = False,
         name: str | None = None,
         dtype: Any = None,
@@ -68,8 +72,10 @@ class Qwen3NextClassifier(Task):
         super().__init__(config, name=name, dtype=dtype, **fields)
         self.refuse_mtp()
         require(integer(1), "num_labels", num_labels)
+        require(integer(0, self.config.vocab_size - 1), "pad_token_id", pad_token_id)
         require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         self.num_labels = num_labels
+        self.pad_token_id = pad_token_id
         self.gradient_checkpointing = gradient_checkpointing
         self.backbone = Qwen3NextBackbone(
             self.config,
@@ -83,7 +89,7 @@ class Qwen3NextClassifier(Task):
 
     @staticmethod
     def constructor_options() -> tuple[str, ...]:
-        return ("gradient_checkpointing", "num_labels")
+        return ("gradient_checkpointing", "num_labels", "pad_token_id")
 
     def call(self, inputs, training=None):
         inputs = unpack(inputs)
@@ -113,5 +119,6 @@ class Qwen3NextClassifier(Task):
         return {
             **super().get_config(),
             "num_labels": self.num_labels,
+            "pad_token_id": self.pad_token_id,
             "gradient_checkpointing": self.gradient_checkpointing,
         }

@@ -49,6 +49,10 @@ class Task(ConfiguredModel):
         Args:
             directory: Where to write.
             max_shard_size: Size of a file, a string such as `"5GB"` or a number of bytes.
+
+        Raises:
+            ValueError: a model that `from_preset` could not read back: variables that were added
+                (as by LoRA), or a class that is not registered with Keras.
         """
         save_to_preset(self, directory, max_shard_size)
 

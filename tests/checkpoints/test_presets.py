@@ -5,17 +5,20 @@ import shutil
 import sys
 import tracemalloc
 
+import keras
 import pytest
 
-from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig
+from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig, pad
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
 from tests.support.published import (
     SMALLEST,
     assert_same_weights,
     load,
     published,
+    save,
     weights,
 )
+from tests.support.small_models import ONE_LAYER, small
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
@@ -70,6 +73,78 @@ def test_classifier_survives_both_formats(checkpoint, tmp_path):
         assert_same_weights(weights(again), weights(model))
     fields = json.loads((tmp_path / "published" / "config.json").read_text())
     assert fields["architectures"] == ["Qwen3NextForSequenceClassification"]
+
+
+@pytest.mark.parametrize("given", [{}, {"pad_token_id": 5}])
+def test_the_padding_token_of_a_classifier_survives_every_format(given, tmp_path):
+    config, tensors = published(SMALLEST)
+    first = save(tmp_path / "first", {**config, "pad_token_id": 7}, tensors)
+    model = load(first, Qwen3NextClassifier, num_labels=3, **given)
+    model.save_to_preset(tmp_path / "own")
+    load(tmp_path / "own", Qwen3NextClassifier).export_to_transformers(tmp_path / "second")
+    fields = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert fields["pad_token_id"] == given.get("pad_token_id", 7)
+    assert load(tmp_path / "second", Qwen3NextClassifier).pad_token_id == fields["pad_token_id"]
+
+
+def test_a_classifier_without_a_padding_token_is_exported_with_that_of_pad(checkpoint, tmp_path):
+    model = load(checkpoint, Qwen3NextClassifier, num_labels=2)
+    model.export_to_transformers(tmp_path)
+    batch = pad([[1, 2, 3], [4]])
+    assert (
+        batch["token_ids"][1, 1]
+        == json.loads((tmp_path / "config.json").read_text())["pad_token_id"]
+    )
+
+
+@pytest.mark.parametrize("wrong", [-1, 71, None, True])
+def test_a_padding_token_is_a_token(wrong, checkpoint):
+    with pytest.raises(ValueError, match=r"pad_token_id.* 0 to 70. Received"):
+        load(checkpoint, Qwen3NextClassifier, num_labels=2, pad_token_id=wrong)
+
+
+def test_the_number_of_classes_is_asked_for(checkpoint):
+    with pytest.raises(ValueError, match="num_labels=None"):
+        load(checkpoint, Qwen3NextClassifier)
+
+
+class Unregistered(Qwen3Next):
+    pass
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Widened(Qwen3Next):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bias = self.add_weight(name="bias", shape=(3,))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Talkative(Qwen3Next):
+    def get_config(self):
+        return {**super().get_config(), "greeting": "hello"}
+
+
+def with_lora():
+    model = small(**ONE_LAYER)
+    model.lm_head.enable_lora(2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (with_lora, "lm_head/lora_kernel_a, lm_head/lora_kernel_b"),
+        (lambda: small(Unregistered, **ONE_LAYER), "Unregistered"),
+        (lambda: small(Widened, **ONE_LAYER), "bias"),
+        (lambda: small(Talkative, **ONE_LAYER), "greeting"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(make, name, tmp_path):
+    with pytest.raises(ValueError) as error:
+        make().save_to_preset(tmp_path / "preset")
+    assert name in str(error.value)
+    assert not (tmp_path / "preset").exists()
 
 
 def test_hub_presets_need_the_hub_client(monkeypatch, checkpoint):
