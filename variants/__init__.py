@@ -13,6 +13,6 @@ def names():
 
 def load(name):
     """The fields of a variant; an unknown name raises `ValueError` that lists the known ones."""
-    if name not in names():
+    if not isinstance(name, str) or name not in names():
         raise ValueError(f"Unknown variant. Known variants: {names()}. Received: {name!r}")
     return json.loads((FOLDER / f"{name}.json").read_text())

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from qwen3_next.config.validation import integer, require
+from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.generation.decoding import (
     Caches,
     DecodingMethod,
@@ -77,6 +77,7 @@ class Generator:
         )
         mode, sample_options = make_sampling(config.vocab_size, **sampling)
         method, drafting = speculation.choose(config, mode)
+        require(BOOLEAN, "measure_baseline", measure_baseline)
         if measure_baseline and drafting is None:
             raise ValueError(
                 "`measure_baseline` compares speculative decoding with plain decoding. "

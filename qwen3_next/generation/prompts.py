@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.inputs import check_token_ids, token_rows
+from qwen3_next.models.inputs import check_token_ids, host_array, token_rows
 
 SMALLEST_CHUNK = 16
 
@@ -98,9 +98,9 @@ def _unpadded_rows(prompts):
             "Prompts must be a dict with 'token_ids' and optionally 'padding_mask'. "
             f"Received keys: {sorted(prompts)}"
         )
-    token_ids = ops.convert_to_numpy(prompts["token_ids"])
+    token_ids = host_array("token_ids", prompts["token_ids"])
     mask = prompts.get("padding_mask")
-    mask = np.ones(token_ids.shape, bool) if mask is None else ops.convert_to_numpy(mask)
+    mask = np.ones(token_ids.shape, bool) if mask is None else host_array("padding_mask", mask)
     if token_ids.ndim != 2 or mask.shape != token_ids.shape:
         raise ValueError(
             "`token_ids` must have shape (batch, tokens) and `padding_mask` the same. "

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qwen3_next.config import MTPConfig, Qwen3NextConfig
+from qwen3_next.config.validation import one_of, require
 from qwen3_next.tasks.classifier import Qwen3NextClassifier
 from qwen3_next.tasks.language_model import Qwen3Next
 
@@ -32,10 +33,7 @@ def create_qwen3_next(
     assert model.num_labels == 2
     ```
     """
-    if task_type not in ("generation", "classification"):
-        raise ValueError(
-            f"`task_type` must be 'generation' or 'classification'. Received: {task_type=}"
-        )
+    require(one_of(("generation", "classification")), "task_type", task_type)
     if task_type == "classification":
         if num_labels is None:
             raise ValueError("Classification needs `num_labels`. Received: num_labels=None")

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.validation import BOOLEAN, require
+from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.generation.generator import Generation, Generator
 from qwen3_next.layers import MultiTokenPrediction
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -130,10 +130,10 @@ class Qwen3Next(NextTokenTraining, Task):
                 name="model",
                 dtype=self.dtype_policy,
             )
-        elif backbone.config != config:
+        elif getattr(backbone, "config", None) != config:
             raise ValueError(
                 "`backbone` must have the configuration of the model, but for `mtp`. "
-                f"Received: backbone.config={backbone.config}, config={config}"
+                f"Received: backbone={backbone}, config={config}"
             )
         self.backbone = backbone
         if self.freeze_backbone:
@@ -170,6 +170,8 @@ class Qwen3Next(NextTokenTraining, Task):
 
     def mtp_module(self, step: int) -> MultiTokenPrediction:
         """The module that runs step `step` (from 1) of multi-token prediction."""
+        steps = 0 if self.config.mtp is None else self.config.mtp.num_predict_tokens
+        require(integer(1, steps), "step", step)
         return self.mtp_modules[0 if len(self.mtp_modules) == 1 else step - 1]
 
     def mtp_input(self, output: BackboneOutput) -> Annotated[Tensor, "B T D"]:

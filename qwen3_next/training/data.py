@@ -6,10 +6,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from qwen3_next.config.validation import integer, require
+from qwen3_next.config.validation import Rule, integer, one_of, require
 from qwen3_next.models.inputs import token_rows
 
 Batch = dict[str, np.ndarray]
+_GENERATES = Rule("a model that generates", lambda model: hasattr(model, "generate"))
 
 
 def pad(sequences: Iterable, length: int | None = None, side: str = "right") -> Batch:
@@ -35,8 +36,7 @@ def pad(sequences: Iterable, length: int | None = None, side: str = "right") -> 
     assert batch["padding_mask"].tolist() == [[True, True, True], [False, True, True]]
     ```
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"`side` must be 'left' or 'right'. Received: {side=}")
+    require(one_of(("left", "right")), "side", side)
     rows = _rows(sequences, length)
     length = max(len(row) for row in rows) if length is None else length
     token_ids = np.zeros((len(rows), length), np.int32)
@@ -124,6 +124,7 @@ def self_distillation_data(
     assert data["token_ids"].shape == (2, 7)
     ```
     """
+    require(_GENERATES, "model", model)
     require(integer(1), "batch_size", batch_size)
     prompts = token_rows("prompt", prompts)
     bar = keras.utils.Progbar(len(prompts), unit_name="prompt") if progress else None

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from qwen3_next.config.validation import NOT_NEGATIVE, require
+from qwen3_next.config.validation import NOT_NEGATIVE, Rule, require
 
 GROUPS = {
     "experts": r"(^|/)experts/",
@@ -14,6 +14,14 @@ GROUPS = {
 }
 # Rates of decay and norm weights around 1 have no reason to shrink towards 0; zero-centred norm
 # weights do, towards a scale of 1, and are decayed like the rest.
+_RATE = Rule(
+    "a float of at least 0, a schedule or a function",
+    lambda value: callable(value) or (isinstance(value, float) and NOT_NEGATIVE.fits(value)),
+)
+_MULTIPLIERS = Rule(
+    f"None or a dict whose keys are {sorted(GROUPS)} or regular expressions",
+    lambda value: value is None or (isinstance(value, dict) and all(map(_is_pattern, value))),
+)
 NOT_DECAYED = r"(^|/)(A_log|dt_bias|scale|linear_attn/norm/weight)$"
 
 
@@ -58,9 +66,9 @@ class GroupedAdamW(keras.optimizers.Adam):
         weight_decay: float | None = 0.004,
         **kwargs: Any,
     ):
+        require(_RATE, "learning_rate", learning_rate)
+        require(_MULTIPLIERS, "multipliers", multipliers)
         super().__init__(learning_rate=learning_rate, **kwargs)
-        if multipliers is not None and not isinstance(multipliers, dict):
-            raise ValueError(f"`multipliers` must be a dict. Received: {multipliers=}")
         self.multipliers = dict(multipliers or {})
         self.decoupled_decay = weight_decay
         for group, factor in self.multipliers.items():
@@ -96,6 +104,13 @@ class GroupedAdamW(keras.optimizers.Adam):
             "multipliers": self.multipliers,
             "weight_decay": self.decoupled_decay,
         }
+
+
+def _is_pattern(group):
+    try:
+        return isinstance(group, str) and re.compile(group) is not None
+    except re.error:
+        return False
 
 
 def _matches(group, path):

@@ -10,7 +10,23 @@ from qwen3_next.checkpoints.hugging_face_config import (
     config_to_hugging_face,
 )
 
-VALUES = [None, True, 0, -1, 1, 3, 10**6, 2.5, -0.5, float("nan"), float("inf"), 1e-40, "", "a"]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    1,
+    3,
+    10**6,
+    10**400,
+    2.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    1e-40,
+    "",
+    "a",
+]
 VALUES += ["full_attention", b"x", [], [1], ["a"], [None], [[1]], (1, 2), {}, {"a": 1}]
 PUBLISHED = "rope_parameters rope_scaling hidden_act layer_types mlp_only_layers sliding_window"
 PUBLISHED += " use_sliding_window max_window_layers num_local_experts quantization_config"
@@ -39,6 +55,8 @@ DOORS = {
     "pad length": lambda rng: pad([[1, 2], [3]], rng.choice(VALUES)),
     "pack": lambda rng: pack(rng.choice(VALUES), rng.choice([4, *VALUES])),
     "pack length": lambda rng: pack([[1, 2], [3]], rng.choice(VALUES)),
+    "learning rate": lambda rng: GroupedAdamW(rng.choice(VALUES)),
+    "group": lambda rng: GroupedAdamW(1e-3, {rng.choice(["(", "*", 5, None, "a", b"x"]): 1.0}),
     "multipliers": lambda rng: GroupedAdamW(1e-3, rng.choice(VALUES)),
     "multiplier": lambda rng: GroupedAdamW(1e-3, {"experts": rng.choice(VALUES)}),
 }
