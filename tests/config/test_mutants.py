@@ -10,23 +10,8 @@ from qwen3_next.checkpoints.hugging_face_config import (
     config_to_hugging_face,
 )
 
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    1,
-    3,
-    10**6,
-    10**400,
-    2.5,
-    -0.5,
-    float("nan"),
-    float("inf"),
-    1e-40,
-    "",
-    "a",
-]
+VALUES = [None, True, 0, -1, 1, 3, 10**6, 10**400, 2.5, -0.5, float("nan"), float("inf"), 1e-40]
+VALUES += ["", "a"]
 VALUES += ["full_attention", b"x", [], [1], ["a"], [None], [[1]], (1, 2), {}, {"a": 1}]
 PUBLISHED = "rope_parameters rope_scaling hidden_act layer_types mlp_only_layers sliding_window"
 PUBLISHED += " use_sliding_window max_window_layers num_local_experts quantization_config"
