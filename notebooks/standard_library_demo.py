@@ -149,6 +149,9 @@ def speed_up(model, data, steps, prompts, new_tokens=128):
             rates.append(stats["acceptance_rate_by_position"])
         shares = "  ".join(f"{rate:.0%}" for rate in np.mean(rates, axis=0))
         print(f"{lookahead:>6}{np.mean(speeds):>13.2f}{np.mean(ratios):>7.2f}x   {shares}")
+    for prompt in prompts:  # the first calls measure
+        _, stats = model.generate([prompt], new_tokens)
+    print(f"left to choose, generation goes on with {stats['lookahead']} drafts per step")
     return model
 
 

@@ -228,6 +228,11 @@ class Qwen3NextConfig(Config):
                 f"`mlp_only_layers` must be layers below `num_layers`={self.num_layers}. "
                 f"Received: mlp_only_layers={self.mlp_only_layers}"
             )
+        if self.mtp is not None and (self.mtp.draft_vocab_size or 0) > self.vocab_size:
+            raise ValueError(
+                "`draft_vocab_size` must be at most `vocab_size`. Received: "
+                f"draft_vocab_size={self.mtp.draft_vocab_size}, vocab_size={self.vocab_size}"
+            )
         if self.layer_types is not None:
             self._check_layer_types()
 

@@ -11,10 +11,13 @@ from qwen3_next.config.validation import (
     integer,
     number,
     one_of,
+    optional_integer,
 )
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head")
 HIDDEN_STATES = ("after_norm", "before_norm")
+# Above this vocabulary the product of a draft with the whole head costs more than it gives.
+LARGE_VOCABULARY, DRAFT_VOCABULARY = 32768, 8192
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class MTPConfig(Config):
         sequential_forward: Whether training holds the logits of one chunk of one step at a time
             and computes them again for the gradient. Otherwise the logits of all steps are kept.
         warmup_steps: Training steps over which w rises from 0 to `mtp_loss_weight`.
+        draft_vocab_size: Most frequent tokens that are drafted from, of those the modules learned
+            in `fit`; 0 for all tokens. `None` for 8,192 of a vocabulary above 32,768, otherwise
+            all. Any token may be generated in any case.
 
     Raises:
         ValueError: a value out of range, or an unknown name.
@@ -60,6 +66,7 @@ class MTPConfig(Config):
     hidden_state: str = "after_norm"
     sequential_forward: bool = True
     warmup_steps: int = 0
+    draft_vocab_size: int | None = None
 
     RULES: ClassVar[dict[str, Rule]] = {
         "num_predict_tokens": integer(1),
@@ -71,6 +78,7 @@ class MTPConfig(Config):
         "hidden_state": one_of(HIDDEN_STATES),
         "sequential_forward": BOOLEAN,
         "warmup_steps": integer(0),
+        "draft_vocab_size": optional_integer(0),
     }
 
     def __post_init__(self) -> None:
@@ -87,6 +95,12 @@ class MTPConfig(Config):
         """The weights `a_1 .. a_K` of the steps, which add up to 1."""
         powers = [self.loss_weight_decay**k for k in range(self.num_predict_tokens)]
         return [power / sum(powers) for power in powers]
+
+    def draft_vocab_size_of(self, vocab_size: int) -> int:
+        """Most frequent tokens of a vocabulary that are drafted from, 0 for all."""
+        if self.draft_vocab_size is not None:
+            return self.draft_vocab_size
+        return DRAFT_VOCABULARY if vocab_size > LARGE_VOCABULARY else 0
 
     @property
     def num_modules(self) -> int:

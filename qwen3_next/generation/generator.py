@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.generation.decoding import (
@@ -22,10 +22,11 @@ from qwen3_next.generation.decoding import (
     prefill,
 )
 from qwen3_next.generation.drafting import Drafting, init_module_caches
+from qwen3_next.generation.lookahead_choice import LookaheadChoice
 from qwen3_next.generation.plain import PlainDecoding
 from qwen3_next.generation.prompts import Prompts, bucket, prefill_chunks, read_prompts
 from qwen3_next.generation.sampling import Sampling, make_sampling
-from qwen3_next.generation.speculation_options import SpeculationOptions
+from qwen3_next.generation.speculation_options import Candidate, SpeculationOptions
 from qwen3_next.models.compiled import compile_with_weights
 
 PREFILL_CHUNK = 512
@@ -57,6 +58,8 @@ class Generator:
         self.model = model
         self.prefill_chunk = prefill_chunk
         self._functions: dict[tuple, Callable] = {}
+        mtp = model.config.mtp
+        self.choice = LookaheadChoice(0 if mtp is None else mtp.speculation_lookahead)
 
     def generate(
         self,
@@ -65,25 +68,28 @@ class Generator:
         *,
         use_speculative: bool | None = None,
         speculation_lookahead: int | None = None,
-        draft_vocabulary: Iterable[int] | None = None,
+        draft_vocabulary: Iterable[int] | str | None = None,
         acceptance_threshold: float | None = None,
         measure_baseline: bool = False,
         **sampling: Any,
     ) -> Generation:
         """See `Qwen3Next.generate`."""
-        config = self.model.config
-        speculation = SpeculationOptions(
-            use_speculative, speculation_lookahead, draft_vocabulary, acceptance_threshold
-        )
-        mode, sample_options = make_sampling(config.vocab_size, **sampling)
-        method, drafting = speculation.choose(config, mode)
+        mode, sample_options = make_sampling(self.model.config.vocab_size, **sampling)
         require(BOOLEAN, "measure_baseline", measure_baseline)
-        if measure_baseline and drafting is None:
+        if measure_baseline and use_speculative is None:
+            use_speculative = True
+        candidates = SpeculationOptions(
+            use_speculative, speculation_lookahead, draft_vocabulary, acceptance_threshold
+        ).candidates(self.model, mode)
+        if measure_baseline and candidates[0].drafting is None:
             raise ValueError(
                 "`measure_baseline` compares speculative decoding with plain decoding. "
                 f"Received: {measure_baseline=}, {use_speculative=}"
             )
         arrays = self._read(prompts, max_new_tokens)
+        if len(candidates) > 1:
+            return self._run_fastest(arrays, max_new_tokens, candidates, sample_options)
+        method, drafting = candidates[0]
         request = _request(max_new_tokens, sample_options, drafting)
         generation = self._run(arrays, max_new_tokens, method, request)
         if measure_baseline:
@@ -93,7 +99,7 @@ class Generator:
                 plain = self._run(arrays, max_new_tokens, PlainDecoding(mode), plain_request)
             generation = self._run(arrays, max_new_tokens, method, request)
             ratio = _seconds(plain.stats) / _seconds(generation.stats)
-            generation.stats["wall_clock_speedup"] = ratio
+            generation.stats.update(speedup=ratio, wall_clock_speedup=ratio)
         return generation
 
     def stream(
@@ -112,9 +118,7 @@ class Generator:
     ) -> Any:
         """Reads the prompts and picks the first token: the carry that a method begins with."""
         config = self.model.config
-        batch, longest = prompts.token_ids.shape
-        capacity = bucket(longest + max_new_tokens + method.lookahead, SMALLEST_CAPACITY)
-        capacity = min(capacity, config.max_position_embeddings)
+        batch, capacity = len(prompts.lengths), self._capacity(prompts, max_new_tokens, method)
         caches = Caches(self.model.init_cache(batch, capacity))
         newest = Newest(ops.zeros((batch, config.hidden_size), self.model.compute_dtype))
         if request.drafting is not None:
@@ -124,6 +128,11 @@ class Generator:
             caches, newest = self._compiled(prefill)(caches, newest, chunk)
         new_tokens = ops.zeros((batch, bucket(max_new_tokens, SMALLEST_WIDTH)), "int32")
         return self._compiled(type(method).init, method)(caches, newest, request, new_tokens)
+
+    def _capacity(self, prompts, max_new_tokens, method):
+        longest = prompts.token_ids.shape[1]
+        capacity = bucket(longest + max_new_tokens + method.lookahead, SMALLEST_CAPACITY)
+        return min(capacity, self.model.config.max_position_embeddings)
 
     def decode(self, method: DecodingMethod, carry: Any, request: Request) -> Any:
         """Decodes until every row has finished: the carry at the end. The first one is consumed."""
@@ -142,9 +151,44 @@ class Generator:
             )
         return arrays
 
-    def _run(self, prompts, max_new_tokens, method, request) -> Generation:
+    def _run_fastest(
+        self, prompts: Prompts, max_new_tokens: int, candidates: list[Candidate], sampling: Sampling
+    ) -> Generation:
+        """Runs the candidate that `LookaheadChoice` picks, and lets it learn from the times."""
+        requests = [_request(max_new_tokens, sampling, drafting) for _, drafting in candidates]
+        programs = [
+            self._program(prompts, max_new_tokens, method, request)
+            for (method, _), request in zip(candidates, requests)
+        ]
+        choice = self.choice
+        choice.follow(self.model)
+        k = choice.pick(programs, max_new_tokens)
+        is_new = max_new_tokens > 1 and not choice.has_timed(programs[k])
+        generation = self._run(
+            prompts, max_new_tokens, candidates[k].method, requests[k], compile_first=is_new
+        )
+        stats = generation.stats
+        choice.record(programs[k], k, stats)
+        seconds = choice.known(programs)
+        if k and 0 in seconds and k in seconds:
+            stats["speedup"] = seconds[0] / seconds[k]
+        stats["seconds_per_token"] = seconds
+        return generation
+
+    def _program(self, prompts, max_new_tokens, method, request):
+        """What the decoding loop is compiled for."""
+        capacity = self._capacity(prompts, max_new_tokens, method)
+        width = bucket(max_new_tokens, SMALLEST_WIDTH)
+        shapes = [None if x is None else tuple(x.shape) for x in tree.flatten(request)]
+        return method, len(prompts.lengths), capacity, width, *shapes
+
+    def _run(self, prompts, max_new_tokens, method, request, *, compile_first=False) -> Generation:
         started = time.perf_counter()
         carry = self.prefill(prompts, max_new_tokens, method, request)
+        if compile_first:  # and takes one step: the first run of a program is slower, too
+            copied = tree.map_structure(lambda x: None if x is None else ops.copy(x), carry)
+            one_step = request._replace(limit=ops.convert_to_tensor(np.int32(2)))
+            ops.convert_to_numpy(self.decode(method, copied, one_step).token)
         ops.convert_to_numpy(carry.token)  # waits: JAX returns before it has computed
         prefilled = time.perf_counter()
         carry = self.decode(method, carry, request)
@@ -156,13 +200,22 @@ class Generator:
         stats = {
             "prompt_tokens": int(prompts.lengths.sum()),
             "new_tokens": new,
+            "lookahead": method.lookahead,
             **method.stats(carry),
+            **self._drafting_stats(request),
             "finish_reasons": reasons,
             "prefill_seconds": prefilled - started,
             "decode_seconds": finished - prefilled,
             "tokens_per_second": new / (finished - started),
         }
         return Generation(rows, stats)
+
+    def _drafting_stats(self, request):
+        if request.drafting is None:
+            return {}
+        vocabulary = request.drafting.vocabulary
+        size = self.model.config.vocab_size if vocabulary is None else len(vocabulary.token_ids)
+        return {"draft_vocab_size": size, "speedup": None}
 
     def _steps(self, method, carry, request, max_new_tokens):
         finished = np.zeros(carry.new_tokens.shape[0], bool)

@@ -136,7 +136,6 @@ class SpeculativeDecoding:
             "acceptance_rate_by_position": rates,
             "avg_acceptance_rate": sum(rates) / len(rates),
             "tokens_per_step": tokens_per_step,
-            "speedup": tokens_per_step,
             "lossy": self.lossy,
         }
 

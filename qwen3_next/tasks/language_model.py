@@ -18,6 +18,7 @@ from qwen3_next.models.cache import Cache, check_capacity
 from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.inputs import check_labels, check_token_ids, next_token_labels, unpack
 from qwen3_next.models.mtp import make_mtp_modules
+from qwen3_next.models.token_counts import TokenCounts
 from qwen3_next.tasks.task import Task
 from qwen3_next.training.mtp_losses import step_losses, weighted_sum
 from qwen3_next.training.next_token_training import NextTokenTraining, StepInputs, StepOutput
@@ -157,7 +158,7 @@ class Qwen3Next(NextTokenTraining, Task):
 
     def _add_mtp_modules(self):
         mtp = self.config.mtp
-        self.mtp_modules, self.mtp_steps = [], None
+        self.mtp_modules, self.mtp_steps, self.token_counts = [], None, None
         if mtp is None:
             return
         self.mtp_modules = make_mtp_modules(
@@ -167,6 +168,15 @@ class Qwen3Next(NextTokenTraining, Task):
             self.mtp_steps = self.add_weight(
                 name="mtp_steps", shape=(), dtype="int32", initializer="zeros", trainable=False
             )
+        if mtp.draft_vocab_size_of(self.config.vocab_size):
+            self.token_counts = TokenCounts(self.config.vocab_size, name="token_counts")
+
+    def frequent_tokens(self) -> Annotated[np.ndarray, "n"] | None:
+        """The tokens to draft from, or `None` for all: by choice, or as nothing was learned yet."""
+        mtp = self.config.mtp
+        if mtp is None or self.token_counts is None:
+            return None
+        return self.token_counts.most_frequent(mtp.draft_vocab_size_of(self.config.vocab_size))
 
     def mtp_module(self, step: int) -> MultiTokenPrediction:
         """The module that runs step `step` (from 1) of multi-token prediction."""
@@ -284,14 +294,15 @@ class Qwen3Next(NextTokenTraining, Task):
         stop_token_ids: Iterable[int] = (),
         use_speculative: bool | None = None,
         speculation_lookahead: int | None = None,
-        draft_vocabulary: Iterable[int] | None = None,
+        draft_vocabulary: Iterable[int] | str | None = None,
         acceptance_threshold: float | None = None,
         measure_baseline: bool = False,
     ) -> Generation:
         """Continues every prompt.
 
         With multi-token prediction the modules draft and the model verifies: the tokens follow the
-        same distribution as without it, and are the same with `temperature=0`.
+        same distribution as without it, and are the same with `temperature=0` (in float32; in
+        bfloat16 passes of different widths round differently).
 
         Args:
             prompts: List of token-id sequences of any lengths, an array `(B, T)`, or a dict with
@@ -304,24 +315,37 @@ class Qwen3Next(NextTokenTraining, Task):
             seed: Integer that makes sampling repeatable; by default drawn from Python's `random`,
                 which `keras.utils.set_random_seed` seeds.
             stop_token_ids: Tokens that end a row. The row keeps the one it met.
-            use_speculative: Whether to speculate; `None` for whenever the model has the modules.
+            use_speculative: Whether to speculate. With `None` one of the arguments below asks for
+                it. Without them, at `temperature=0`, it is done where it is faster: of new shapes
+                the first calls measure, see `generation.lookahead_choice`. Other temperatures
+                decode plainly, so that what is drawn does not depend on times, and a seed gives
+                the same tokens in every run.
             speculation_lookahead: Tokens to draft before a verification, at most
                 `num_predict_tokens`. Defaults to the configuration's.
-            draft_vocabulary: Token ids that may be drafted, such as the most frequent ones: a
-                smaller product for every draft. Any token may still be generated.
+            draft_vocabulary: Token ids that may be drafted: a smaller product for every draft. Any
+                token may still be generated. `"all"` for all of them. Defaults to the
+                `draft_vocab_size` most frequent tokens of the data the modules learned from in
+                `fit`, to all before that.
             acceptance_threshold: Lossy: accept also every draft that the model gives at least this
                 probability. The tokens no longer follow the model's distribution.
             measure_baseline: Whether to time plain decoding as well (both run once before).
 
         Returns:
             `Generation(tokens, stats)`: a list with one int32 array of new tokens per row, and a
-            dict with `prompt_tokens`, `new_tokens`, `steps`, `finish_reasons` (`"stop"` or
-            `"length"`), `prefill_seconds`, `decode_seconds` (both with compilation where it was
-            needed) and `tokens_per_second`. Speculation adds `verify_steps` (passes through the
-            backbone after the prompt), `drafted` and `accepted` tokens,
-            `acceptance_rate_by_position` (how often a draft and all before it were accepted),
-            `avg_acceptance_rate`, `tokens_per_step` of a row (also as `speedup`), `lossy` and, if
-            asked for, `wall_clock_speedup` over plain decoding.
+            dict with `prompt_tokens`, `new_tokens`, `lookahead` (drafts per step, 0 in plain
+            decoding), `steps`, `finish_reasons` (`"stop"` or `"length"`), `prefill_seconds`,
+            `decode_seconds` (both with compilation where it was needed) and `tokens_per_second`.
+
+            Speculation adds `verify_steps` (passes through the backbone after the prompt),
+            `drafted` and `accepted` tokens, `acceptance_rate_by_position` (how often a draft and
+            all before it were accepted), `avg_acceptance_rate`, `tokens_per_step` of a row,
+            `draft_vocab_size` (tokens that were drafted from), `lossy`, and `speedup` over plain
+            decoding: the measured one, `None` where none was measured. `measure_baseline` measures
+            the whole call (also as `wall_clock_speedup`).
+
+            Where `use_speculative=None` left the choice to measurements, `seconds_per_token` maps
+            every number of drafts that was timed at these shapes to the time of a token, at the
+            rate at which drafts are being accepted; `speedup` compares these.
 
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, an argument out of range,

@@ -166,6 +166,8 @@ class NextTokenTraining(ConfiguredModel):
         loss = weighted_sum(self, steps)
         if training and self.mtp_steps is not None:
             self.mtp_steps.assign_add(1)
+        if training and self.token_counts is not None:
+            self.token_counts.add(labels)
         return loss
 
     def _update_metrics(self, inputs, labels, logits, sample_weight):

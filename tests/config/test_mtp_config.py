@@ -17,6 +17,8 @@ from qwen3_next import MTPConfig, Qwen3NextConfig
         ("sequential_forward", 1),
         ("warmup_steps", -1),
         ("share_weights_across_steps", None),
+        ("draft_vocab_size", -1),
+        ("draft_vocab_size", "all"),
     ],
 )
 def test_every_field_is_checked(field, value):
@@ -27,3 +29,12 @@ def test_every_field_is_checked(field, value):
 def test_unknown_fields_are_named():
     with pytest.raises(ValueError, match="main_loss_weight"):
         Qwen3NextConfig(mtp={"main_loss_weight": 1.0})
+
+
+def test_a_large_vocabulary_is_drafted_from_in_part():
+    sizes = [32768, 32769, 151_936]
+    assert [MTPConfig().draft_vocab_size_of(size) for size in sizes] == [0, 8192, 8192]
+    for given in (0, 100):
+        assert MTPConfig(draft_vocab_size=given).draft_vocab_size_of(151_936) == given
+    with pytest.raises(ValueError, match=r"draft_vocab_size.*Received"):
+        Qwen3NextConfig(vocab_size=50, mtp={"draft_vocab_size": 51})

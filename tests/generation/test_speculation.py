@@ -54,34 +54,37 @@ def test_greedy_gives_the_tokens_of_plain_decoding(lookahead, plain):
     ],
 )
 def test_every_kind_of_module_is_lossless(fields, plain):
-    assert_same(model(**fields).generate(PROMPTS, NEW).tokens, plain.tokens)
+    found = model(**fields).generate(PROMPTS, NEW, use_speculative=True)
+    assert_same(found.tokens, plain.tokens)
 
 
 def test_a_row_ends_with_its_first_stop_token(plain):
     for offset in range(NEW):
         stop = [int(plain.tokens[1][offset])]
         expected = model().generate(PROMPTS, NEW, use_speculative=False, stop_token_ids=stop)
-        found = model().generate(PROMPTS, NEW, stop_token_ids=stop)
+        found = model().generate(PROMPTS, NEW, use_speculative=True, stop_token_ids=stop)
         assert_same(found.tokens, expected.tokens)
         assert found.stats["finish_reasons"] == expected.stats["finish_reasons"]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5])
 def test_limits_are_exact(limit, plain):
-    tokens, _ = model().generate(PROMPTS, limit)
+    tokens, _ = model().generate(PROMPTS, limit, use_speculative=True)
     assert_same(tokens, [row[:limit] for row in plain.tokens])
 
 
 def test_a_smaller_draft_vocabulary_changes_nothing(plain):
     found = model().generate(PROMPTS, NEW, draft_vocabulary=range(0, 61, 3))
     assert_same(found.tokens, plain.tokens)
+    assert found.stats["draft_vocab_size"] == 21
 
 
 def prefilled(model, prompts, new, method=None, **options):
     """A decoding method, by default the one the options ask for, and what it begins with."""
     vocab_size = model.config.vocab_size
     mode, sampling = make_sampling(vocab_size)
-    chosen, drafting = SpeculationOptions(**options).choose(model.config, mode)
+    options = {"use_speculative": True, **options}
+    ((chosen, drafting),) = SpeculationOptions(**options).candidates(model, mode)
     method = chosen if method is None else method
     request = Request(ops.convert_to_tensor(np.int32(new)), sampling, drafting)
     carry = model.generator.prefill(read_prompts(prompts, vocab_size), new, method, request)
@@ -163,7 +166,7 @@ def pair_counts():
     rows, draws = 4096, np.zeros((8, 8))
     for seed in range(6):
         prompts = np.tile(np.array([[3, 1, 4]], "int32"), (rows, 1))
-        tokens, stats = model.generate(prompts, 3, seed=seed, **options)
+        tokens, stats = model.generate(prompts, 3, seed=seed, use_speculative=True, **options)
         np.add.at(draws, tuple(np.stack(tokens)[:, 1:].T), 1)
     return draws, stats, _pair_probabilities(model, [3, 1, 4], **options)
 
@@ -216,13 +219,38 @@ def test_the_test_of_the_distribution_sees_a_bias_of_five_percent(pair_counts):
 
 def test_a_lossy_threshold_says_so(plain):
     tokens, stats = model().generate(PROMPTS, NEW, acceptance_threshold=0.001)
-    assert stats["lossy"] and not model().generate(PROMPTS, NEW).stats["lossy"]
+    assert stats["lossy"]
+    assert not model().generate(PROMPTS, NEW, use_speculative=True).stats["lossy"]
     assert any((row != other).any() for row, other in zip(tokens, plain.tokens))
 
 
 def test_a_baseline_is_measured_when_asked_for():
     _, stats = model().generate(PROMPTS, NEW, measure_baseline=True)
-    assert stats["wall_clock_speedup"] > 0
+    assert stats["speedup"] == stats["wall_clock_speedup"] > 0
+    assert model().generate(PROMPTS, NEW, use_speculative=True).stats["speedup"] is None
+
+
+def test_what_is_left_open_is_measured_and_changes_no_token(plain):
+    found = [model().generate(PROMPTS, NEW) for _ in range(4)]
+    for tokens, _ in found:
+        assert_same(tokens, plain.tokens)
+    first, second, *_, last = (stats for _, stats in found)
+    assert (first["lookahead"], second["lookahead"]) == (0, 3)
+    assert list(first["seconds_per_token"]) == [0]
+    seconds = second["seconds_per_token"]
+    assert second["speedup"] == pytest.approx(seconds[0] / seconds[3])
+    assert last["lookahead"] in last["seconds_per_token"]
+    # Compilation is no part of what was measured.
+    assert second["decode_seconds"] < second["prefill_seconds"]
+
+
+def test_drawn_tokens_do_not_depend_on_measurements():
+    options = {"temperature": 1.0, "seed": 3}
+    plain = model().generate(PROMPTS, NEW, use_speculative=False, **options)
+    for _ in range(3):
+        tokens, stats = model().generate(PROMPTS, NEW, **options)
+        assert_same(tokens, plain.tokens)
+        assert stats["lookahead"] == 0
 
 
 @pytest.mark.parametrize(
