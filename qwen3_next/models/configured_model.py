@@ -85,6 +85,11 @@ class ConfiguredModel(keras.Model):
         shape = self.output_shape_of(*token_ids.shape)
         return keras.KerasTensor(shape, dtype=self.output_dtype)
 
+    def compute_output_shape(self, input_shape: Any) -> tuple:
+        if isinstance(input_shape, dict):
+            input_shape = input_shape["token_ids"]
+        return self.output_shape_of(*input_shape)
+
     @property
     def output_dtype(self) -> str:
         return self.compute_dtype
