@@ -1,11 +1,14 @@
 """What all models share: construction from a configuration or a variant, and checked inputs."""
 
+from pathlib import Path
 from typing import Any, Self
 
 import keras
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.models.trainable_layers import FIELD, set_trainable_by_layer, trainable_by_layer
+from qwen3_next.models.values import values_needed
 
 
 class ConfiguredModel(keras.Model):
@@ -67,7 +70,27 @@ class ConfiguredModel(keras.Model):
 
     def __call__(self, inputs, *args, **kwargs):
         check_token_ids(inputs, self.config.vocab_size)
-        return super().__call__(inputs, *args, **kwargs)
+        with values_needed(self):
+            return super().__call__(inputs, *args, **kwargs)
+
+    def export(
+        self,
+        filepath: str | Path,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `keras.Model.export`, with a default signature: token ids alone.
+
+        On TensorFlow they are `(batch, tokens)` of any size. Elsewhere shapes are fixed, and the
+        default is `(1, max_position_embeddings)`: pad on the right, which changes no logits before.
+        """
+        if input_signature is None:
+            dynamic = keras.backend.backend() == "tensorflow"
+            shape = (None, None) if dynamic else (1, self.config.max_position_embeddings)
+            input_signature = [keras.InputSpec(shape=shape, dtype="int32")]
+        super().export(filepath, format, verbose, input_signature, **kwargs)
 
     def quantize(self, mode: Any = None, **kwargs: Any) -> None:
         """Refused: the fused loss and the routed experts read weights as they are."""
@@ -96,11 +119,13 @@ class ConfiguredModel(keras.Model):
 
     def get_config(self) -> dict:
         base = super().get_config()
-        return {**self.config.to_dict(), "name": base["name"], "dtype": base["dtype"]}
+        own = {"name": base["name"], "dtype": base["dtype"], FIELD: trainable_by_layer(self)}
+        return {**self.config.to_dict(), **own}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
+        flags = config.pop(FIELD, None)  # files of before have none
         missing = Qwen3NextConfig.missing_from(config)
         if missing:  # a default would stand for another model
             raise ValueError(
@@ -108,4 +133,7 @@ class ConfiguredModel(keras.Model):
             )
         if isinstance(config.get("dtype"), dict):
             config["dtype"] = keras.dtype_policies.deserialize(config["dtype"])
-        return cls(**config)
+        model = cls(**config)
+        if flags is not None:
+            set_trainable_by_layer(model, flags)
+        return model
