@@ -10,7 +10,7 @@ from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
 from .mixer_context import MixerContext
 from .norms import make_norm
 from .ops.tensor_types import Tensor
-from .shapes import Shape
+from .shapes import Shape, spec_like
 from .sparse_moe import Routing, SparseMoE
 
 LayerCache = AttentionCache | DeltaNetCache
@@ -20,16 +20,18 @@ LayerUpdate = AttentionUpdate | DeltaNetUpdate
 class DecoderLayerOutput(NamedTuple):
     """What a pass through a decoder layer gives.
 
+    What there is not is an empty tuple, which Keras takes among the outputs of a functional model.
+
     Attributes:
         hidden: `(B, T, D)` in the compute dtype.
-        cache: The mixer's cache with the new tokens, its update in a replayable pass, `None`
-            without a cache.
-        routing: `Routing` statistics of a `SparseMoE`, `None` for another feed-forward network.
+        cache: The mixer's cache with the new tokens, its update in a replayable pass, `()` without
+            a cache.
+        routing: `Routing` statistics of a `SparseMoE`, `()` for another feed-forward network.
     """
 
     hidden: Annotated[Tensor, "B T D"]
-    cache: LayerCache | LayerUpdate | None
-    routing: Routing | None
+    cache: LayerCache | LayerUpdate | tuple[()]
+    routing: Routing | tuple[()]
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -55,12 +57,13 @@ class DecoderLayer(keras.layers.Layer):
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
         cache: The mixer's cache to continue from, or `None`.
         lengths: `(B,)` int32, tokens already in the cache, or `None`.
+        full_output: Whether to return a `DecoderLayerOutput` without a cache, too.
         replayable: Whether the pass may be taken back: it then returns an update for `commit`
             in place of the next cache.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
-        `DecoderLayerOutput(hidden, cache, routing)`.
+        `(B, T, D)`; with a cache or `full_output` a `DecoderLayerOutput(hidden, cache, routing)`.
 
     Example:
         ```python
@@ -69,9 +72,13 @@ class DecoderLayer(keras.layers.Layer):
 
         mixer = GatedAttention(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
         layer = DecoderLayer(mixer, SwiGLU(intermediate_size=16))
-        output = layer(np.ones((1, 3, 8), "float32"))
-        assert output.hidden.shape == (1, 3, 8)
-        assert output.cache is None and output.routing is None
+        x = np.ones((1, 3, 8), "float32")
+        assert layer(x).shape == (1, 3, 8)
+
+        cache = layer.init_cache(batch_size=1, max_length=4)
+        output = layer(x, cache=cache, lengths=np.zeros(1, "int32"))
+        assert output.cache.keys.shape == cache.keys.shape
+        assert output.routing == ()
         ```
     """
 
@@ -144,17 +151,19 @@ class DecoderLayer(keras.layers.Layer):
         segment_ids: Annotated[Tensor, "B T"] | None = None,
         cache: LayerCache | None = None,
         lengths: Annotated[Tensor, "B"] | None = None,
+        full_output: bool = False,
         replayable: bool = False,
         training: bool | None = None,
-    ) -> DecoderLayerOutput:
+    ) -> Annotated[Tensor, "B T D"] | DecoderLayerOutput:
         x = ops.cast(x, self.compute_dtype)
         # The seed is drawn here, because a rematerialised function must not assign the generator.
         seed = self.mixer.draw_dropout_seed(training)
         context = MixerContext(
             padding_mask, segment_ids, cache, lengths, replayable, seed, training
         )
+        full_output = full_output or cache is not None
         routed = isinstance(self.mlp, SparseMoE)
-        options = {"padding_mask": padding_mask, "return_routing": True} if routed else {}
+        options = {"padding_mask": padding_mask, "return_routing": full_output} if routed else {}
 
         def mix(x: Tensor) -> Any:
             return self.mixer(self.input_layernorm(x), **context._asdict())
@@ -165,12 +174,28 @@ class DecoderLayer(keras.layers.Layer):
         if self.gradient_checkpointing and training:
             mix, feed_forward = keras.remat(mix), keras.remat(feed_forward)
         mixed = mix(x)
-        mixed, left = (mixed, None) if cache is None else mixed
+        mixed, left = (mixed, ()) if cache is None else mixed
         hidden = x + self.residual_dropout(mixed, training=training)
         fed = feed_forward(hidden)
-        fed, routing = fed if routed else (fed, None)
+        fed, routing = fed if routed and full_output else (fed, ())
         hidden = hidden + self.residual_dropout(fed, training=training)
-        return DecoderLayerOutput(hidden, left, routing)
+        return DecoderLayerOutput(hidden, left, routing) if full_output else hidden
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        return input_shape
+
+    def compute_output_spec(
+        self, x: Any, *args: Any, full_output: bool = False, **kwargs: Any
+    ) -> Any:
+        context = MixerContext(*args, **kwargs)
+        mixed = self.mixer.compute_output_spec(x, **context._asdict())
+        hidden, cached = spec_like(x, self.compute_dtype), context.cache is not None
+        if not cached and not full_output:
+            return hidden
+        routing: Any = ()
+        if isinstance(self.mlp, SparseMoE):
+            _, routing = self.mlp.compute_output_spec(x, return_routing=True)
+        return DecoderLayerOutput(hidden, mixed[1] if cached else (), routing)
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object

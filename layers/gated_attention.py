@@ -13,7 +13,7 @@ from .ops.sequence import segment_index, segment_positions
 from .ops.tensor_types import Tensor
 from .partial_rotary_embedding import PartialRotaryEmbedding, rotary_dim
 from .projection import from_heads, to_heads
-from .shapes import Shape
+from .shapes import Shape, spec_like
 
 
 class AttentionCache(NamedTuple):
@@ -192,7 +192,7 @@ class GatedAttention(keras.layers.Layer):
         if cache is None:
             visible = {"key_mask": padding_mask, "query_segments": segment, "key_segments": segment}
         else:
-            cache = _extend(cache, key, value, positions, padding_mask)
+            cache = _extend(AttentionCache(*cache), key, value, positions, padding_mask)
             key, value = cache  # (B, S, G, D)
             visible = {"limits": positions}
         if dropout_seed is None:
@@ -228,6 +228,15 @@ class GatedAttention(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
+
+    def compute_output_spec(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        context = MixerContext(*args, **kwargs)
+        check_context(context, needs_lengths=True)
+        output = spec_like(x, self.compute_dtype)
+        if context.cache is None:
+            return output
+        kind = AttentionUpdate if context.replayable else AttentionCache
+        return output, kind(*map(spec_like, context.cache))
 
     def get_config(self) -> dict[str, Any]:
         return {

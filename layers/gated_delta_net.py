@@ -12,7 +12,7 @@ from .ops import causal_conv1d, gated_delta_rule, gated_delta_rule_with_replay, 
 from .ops.gated_delta_rule import Replay
 from .ops.tensor_types import Tensor
 from .projection import from_heads, to_heads
-from .shapes import Shape
+from .shapes import Shape, spec_like
 
 L2_EPSILON = 1e-6
 
@@ -191,6 +191,7 @@ class GatedDeltaNet(keras.layers.Layer):
             padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training
         )
         check_context(context, needs_lengths=False)
+        cache = None if cache is None else DeltaNetCache(*cache)
         x = ops.cast(x, self.compute_dtype)
         channels, gate = self._split(self.in_proj_qkvz(x))
         conv = causal_conv1d(
@@ -278,6 +279,29 @@ class GatedDeltaNet(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
+
+    def compute_output_spec(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        context = MixerContext(*args, **kwargs)
+        check_context(context, needs_lengths=False)
+        output = spec_like(x, self.compute_dtype)
+        if context.cache is None:
+            return output
+        cache = DeltaNetCache(*map(spec_like, context.cache))
+        return output, self._update_spec(x, cache) if context.replayable else cache
+
+    def _update_spec(self, x: Any, cache: DeltaNetCache) -> DeltaNetUpdate:
+        (batch, length, _), (_, before, channels) = x.shape, cache.conv.shape
+        groups, repeats = self.linear_num_key_heads, self.repeats
+        # How far the op fills up the tokens is its own affair.
+        by_group, by_head = (batch, groups, 1, None), (batch, groups, repeats, None)
+        record = Replay(
+            keras.KerasTensor((*by_group, self.linear_key_head_dim), "float32"),
+            keras.KerasTensor((*by_head, self.linear_value_head_dim), "float32"),
+            keras.KerasTensor(by_head, "float32"),
+        )
+        longer = None if length is None else before + length
+        conv = keras.KerasTensor((batch, longer, channels), self.compute_dtype)
+        return DeltaNetUpdate(conv, record)
 
     def get_config(self) -> dict[str, Any]:
         return {

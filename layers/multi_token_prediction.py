@@ -9,7 +9,7 @@ from .decoder_layer import DecoderLayer, LayerCache
 from .norms import make_norm
 from .ops.tensor_types import Tensor
 from .projection import dense
-from .shapes import Shape
+from .shapes import Shape, spec_like
 
 
 class MTPOutput(NamedTuple):
@@ -17,11 +17,11 @@ class MTPOutput(NamedTuple):
 
     Attributes:
         hidden: `(B, T, D)` in the compute dtype, which the next step and the head read.
-        cache: `AttentionCache` of the body with the new pairs, or `None` without one.
+        cache: `AttentionCache` of the body with the new pairs, or `()` without one.
     """
 
     hidden: Annotated[Tensor, "B T D"]
-    cache: LayerCache | None
+    cache: LayerCache | tuple[()]
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -46,12 +46,14 @@ class MultiTokenPrediction(keras.layers.Layer):
         embedding, hidden: `(B, T, D)`.
         padding_mask: `(B, T)` bool, true at real pairs, or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
-        cache: `AttentionCache` of the body to read and extend, or `None`.
+        cache: `AttentionCache` of the body to read and extend, or `None`; only for a body with
+            attention.
         lengths: `(B,)` int32, pairs already in the cache; required with a cache.
+        full_output: Whether to return an `MTPOutput` without a cache, too.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
-        `MTPOutput(hidden, cache)`.
+        `(B, T, D)`; with a cache or `full_output` an `MTPOutput(hidden, cache)`.
 
     Example:
         ```python
@@ -60,7 +62,7 @@ class MultiTokenPrediction(keras.layers.Layer):
 
         layer = MultiTokenPrediction(body=SwiGLU(intermediate_size=16))
         x = np.ones((1, 3, 8), "float32")
-        assert layer(x, x).hidden.shape == (1, 3, 8)
+        assert layer(x, x).shape == (1, 3, 8)
         ```
 
     Reference: DeepSeek-V3, arXiv 2412.19437, section 2.2, in the form of the published Qwen3-Next.
@@ -114,25 +116,53 @@ class MultiTokenPrediction(keras.layers.Layer):
         segment_ids: Annotated[Tensor, "B T"] | None = None,
         cache: LayerCache | None = None,
         lengths: Annotated[Tensor, "B"] | None = None,
+        full_output: bool = False,
         training: bool | None = None,
-    ) -> MTPOutput:
+    ) -> Annotated[Tensor, "B T D"] | MTPOutput:
+        self._check_cache(cache)
+        extended: Any = ()
         parts = [self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)]
         x = self.fc(ops.concatenate(parts, axis=-1))
         if isinstance(self.body, DecoderLayer):
-            x, cache, _ = self.body(
+            x, extended, _ = self.body(
                 x,
                 padding_mask=padding_mask,
                 segment_ids=segment_ids,
                 cache=cache,
                 lengths=None if cache is None else lengths,
+                full_output=True,
                 training=training,
             )
         elif self.body is not None:
             x = x + self.body(self.mlp_norm(x))
-        return MTPOutput(self.norm(x), cache)
+        x = self.norm(x)
+        return x if cache is None and not full_output else MTPOutput(x, extended)
 
-    def compute_output_spec(self, embedding: Any, hidden: Any, **others: Any) -> MTPOutput:
-        return MTPOutput(keras.KerasTensor(hidden.shape, dtype=self.compute_dtype), None)
+    def _check_cache(self, cache: Any) -> None:
+        if cache is not None and not isinstance(self.body, DecoderLayer):
+            raise ValueError(
+                "A `cache` is for a `body` with attention. "
+                f"Received: cache of type {type(cache).__name__}, body={self.body}"
+            )
+
+    def compute_output_spec(
+        self,
+        embedding: Any,
+        hidden: Any,
+        padding_mask: Any = None,
+        segment_ids: Any = None,
+        cache: Any = None,
+        lengths: Any = None,
+        full_output: bool = False,
+        training: bool | None = None,
+    ) -> Any:
+        self._check_cache(cache)
+        output: Any = spec_like(hidden, self.compute_dtype)
+        extended: Any = ()
+        if cache is not None and isinstance(self.body, DecoderLayer):
+            context = {"segment_ids": segment_ids, "cache": cache, "lengths": lengths}
+            extended = self.body.compute_output_spec(hidden, **context).cache
+        return output if cache is None and not full_output else MTPOutput(output, extended)
 
     def get_config(self) -> dict[str, Any]:
         body = None if self.body is None else keras.saving.serialize_keras_object(self.body)

@@ -8,7 +8,7 @@ from keras import ops
 from .initializers import Normal
 from .ops import expert_mlp
 from .ops.tensor_types import Tensor
-from .shapes import Shape
+from .shapes import Shape, spec_like
 from .swiglu import gate_activation
 
 
@@ -93,6 +93,10 @@ class RoutedExperts(keras.layers.Layer):
         weights_shape: Shape | None = None,
     ) -> tuple[Shape, Shape]:
         return x_shape, (self.num_experts,)
+
+    def compute_output_spec(self, x: Any, experts: Any, weights: Any) -> Any:
+        output = spec_like(x, self.compute_dtype)
+        return output, keras.KerasTensor((self.num_experts,), "int32")
 
     def get_config(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,7 @@ from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
 from .projection import dense
 from .routed_experts import RoutedExperts
-from .shapes import Shape
+from .shapes import Shape, spec_like
 from .swiglu import SwiGLU
 
 
@@ -187,6 +187,15 @@ class SparseMoE(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
+
+    def compute_output_spec(
+        self, x: Any, padding_mask: Any = None, return_routing: bool = False
+    ) -> Any:
+        output = spec_like(x, self.compute_dtype)
+        if not return_routing:
+            return output
+        counts = keras.KerasTensor((self.num_experts,), "float32")
+        return output, Routing(counts, spec_like(counts), keras.KerasTensor((), "float32"))
 
     def get_config(self) -> dict[str, Any]:
         return {

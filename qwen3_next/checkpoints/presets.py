@@ -31,6 +31,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import Rule, integer, require, shown
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
 from qwen3_next.models.configured_model import ConfiguredModel
+from qwen3_next.models.trainable_layers import FIELD
 from qwen3_next.models.weight_layouts import SAME
 from qwen3_next.models.weight_table import weight_table
 
@@ -94,10 +95,10 @@ def from_preset(
 
 def save_to_preset(model: Any, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
     """Writes a model to a directory in our own layout; see `Task.save_to_preset`."""
-    saved = {
-        "registered_name": keras.saving.get_registered_name(type(model)),
-        "config": model.get_config(),
-    }
+    config = model.get_config()
+    del config[FIELD]  # what learns is the affair of a training run, and of its `.keras` files
+    name = keras.saving.get_registered_name(type(model))
+    saved = {"registered_name": name, "config": config}
     _check_readable(model, saved)
     specs = [
         TensorSpec(variable.path, tuple(variable.shape), np.dtype(variable.dtype))

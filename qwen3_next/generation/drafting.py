@@ -118,6 +118,7 @@ def extend_modules(
             padding_mask=pairs.mask,
             cache=caches[number] if caches else None,
             lengths=lengths,
+            full_output=True,
         )
         # Without attention only the first module has anything to do here.
         for number, module in enumerate(model.mtp_modules[: max(len(caches), 1)])
@@ -172,6 +173,7 @@ def draft_tokens(
             padding_mask=ops.repeat(active[:, None], len(drafted), axis=1),
             cache=caches[place] if caches else None,
             lengths=modules.pairs + (number if shared else 0),
+            full_output=True,
         )
         hidden = output.hidden[:, -1]
         if caches:

@@ -149,11 +149,12 @@ class Qwen3NextBackbone(ConfiguredModel):
                 segment_ids=inputs.segment_ids,
                 cache=None if cache is None else cache.layers[index][0],
                 lengths=None if cache is None else cache.lengths,
+                full_output=True,
                 replayable=replayable,
                 training=training,
             )
             layers.append((layer_cache,))
-            if routing is not None:
+            if routing:
                 routings.append(routing)
         before_norm, hidden = hidden, self.norm(hidden)
         if cache is None and not full_output:

@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from qwen3_next.models.values import values_needed
+
 
 def compile_with_weights(
     model: keras.Model, function: Callable, donate: tuple[int, ...] = ()
@@ -32,6 +34,10 @@ class _CompiledFunction:
         self._compiled: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
+        with values_needed(self.model):
+            return self._call(args)
+
+    def _call(self, args):
         variables = self.model.variables
         if self._compiled is None or _differ(variables, self._variables):
             compiler = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
@@ -61,7 +67,10 @@ def _tensorflow(variables, function, donate):
     import tensorflow as tf
 
     del variables, donate  # read where they are; buffers are reused inside the program
-    return tf.function(function, jit_compile=True, autograph=False)
+    compiled = tf.function(function, jit_compile=True, autograph=False)
+    # One program per set of shapes is what is meant here, nothing to warn of.
+    compiled._omit_frequent_tracing_warning = True
+    return compiled
 
 
 def _torch(variables, function, donate):

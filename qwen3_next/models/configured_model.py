@@ -1,5 +1,6 @@
 """What all models share: construction from a configuration or a variant, and checked inputs."""
 
+from pathlib import Path
 from typing import Any, Self
 
 import keras
@@ -7,6 +8,8 @@ import keras
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import Rule, require, shown
 from qwen3_next.models.inputs import check_token_ids, require_inputs
+from qwen3_next.models.trainable_layers import FIELD, set_trainable_by_layer, trainable_by_layer
+from qwen3_next.models.values import values_needed
 
 _FLOATING = "`dtype` must be a policy of floating-point types"
 _FIELDS = Rule(
@@ -73,7 +76,27 @@ class ConfiguredModel(keras.Model):
     def __call__(self, inputs, *args, **kwargs):
         require_inputs(inputs)
         check_token_ids(inputs, self.config.vocab_size)
-        return super().__call__(inputs, *args, **kwargs)
+        with values_needed(self):
+            return super().__call__(inputs, *args, **kwargs)
+
+    def export(
+        self,
+        filepath: str | Path,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `keras.Model.export`, with a default signature: token ids alone.
+
+        On TensorFlow they are `(batch, tokens)` of any size. Elsewhere shapes are fixed, and the
+        default is `(1, max_position_embeddings)`: pad on the right, which changes no logits before.
+        """
+        if input_signature is None:
+            dynamic = keras.backend.backend() == "tensorflow"
+            shape = (None, None) if dynamic else (1, self.config.max_position_embeddings)
+            input_signature = [keras.InputSpec(shape=shape, dtype="int32")]
+        super().export(filepath, format, verbose, input_signature, **kwargs)
 
     def quantize(self, mode: Any = None, **kwargs: Any) -> None:
         """Refused: the fused loss and the routed experts read weights as they are."""
@@ -91,23 +114,34 @@ class ConfiguredModel(keras.Model):
         shape = self.output_shape_of(*token_ids.shape)
         return keras.KerasTensor(shape, dtype=self.output_dtype)
 
+    def compute_output_shape(self, input_shape: Any) -> tuple:
+        if isinstance(input_shape, dict):
+            input_shape = input_shape["token_ids"]
+        return self.output_shape_of(*input_shape)
+
     @property
     def output_dtype(self) -> str:
         return self.compute_dtype
 
     def get_config(self) -> dict:
         base = super().get_config()
-        return {**self.config.to_dict(), "name": base["name"], "dtype": base["dtype"]}
+        own = {"name": base["name"], "dtype": base["dtype"], FIELD: trainable_by_layer(self)}
+        return {**self.config.to_dict(), **own}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         require(_FIELDS, "config", config)
+        config = dict(config)
+        flags = config.pop(FIELD, None)  # files of before have none
         missing = Qwen3NextConfig.missing_from(config)
         if missing:  # a default would stand for another model
             raise ValueError(
                 f"A saved configuration holds every field. Received: one without {missing}"
             )
-        return cls(**config)
+        model = cls(**config)
+        if flags is not None:
+            set_trainable_by_layer(model, flags)
+        return model
 
 
 def _policy(dtype):

@@ -14,6 +14,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from qwen3_next.models.values import without_values
+
 Check = Callable[[Any, Any], None]
 
 
@@ -42,10 +44,9 @@ def values_kept(model: keras.Model, variables: Iterable[keras.Variable]) -> Iter
     except BaseException:
         if hasattr(model, "jax_state_sync"):
             model.jax_state_sync()
+        lost = {id(variable) for variable in without_values(v for v, _ in before)}
         for variable, value in before:
-            try:
-                _ = variable.value
-            except TypeError:  # without a value there is none to return, nor an initializer
+            if id(variable) in lost:
                 variable.assign(value)
         raise
 

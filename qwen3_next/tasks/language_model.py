@@ -52,7 +52,12 @@ class Qwen3Next(NextTokenTraining, Task):
     `fit(x, y)` trains on labels that line up with the logits; `fit(x)` alone trains on the next
     token of x. Labels of -100 and labels at padding are ignored. Neither holds the logits of the
     whole batch: the cross-entropy is fused with the head, unless a metric or a loss of one's own
-    asks for logits.
+    asks for logits. `evaluate` and `train_on_batch` return the loss, or a list with the compiled
+    metrics behind it; the load of the experts and what MTP steps reach come with `return_dict`.
+
+    A training loop of one's own finds the load-balancing loss, times its coefficient, in
+    `model.losses` after a call with `training=True`, as every loss that Keras layers add (on JAX
+    `stateless_call(..., training=True, return_losses=True)` returns it).
 
     Args:
         config: `Qwen3NextConfig`, or its fields as keyword arguments.
@@ -89,6 +94,18 @@ class Qwen3Next(NextTokenTraining, Task):
     model.fit(np.ones((2, 8), "int32"), verbose=0)
     tokens, stats = model.generate([[1, 2, 3]], max_new_tokens=4)
     assert len(tokens[0]) == 4
+    ```
+
+    The terms of a loss, for a training loop of one's own:
+
+    ```python
+    import keras
+
+    token_ids = np.ones((2, 8), "int32")
+    logits = model(token_ids, training=True)
+    cross_entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss = cross_entropy(token_ids[:, 1:], logits[:, :-1]) + sum(model.losses)
+    assert len(model.losses) == 1
     ```
     """
 
@@ -202,6 +219,8 @@ class Qwen3Next(NextTokenTraining, Task):
         output = self.backbone(inputs, full_output=True, training=training)
         logits = self.logits(output.hidden)
         if labels is None:
+            if training and output.aux_loss is not None:
+                self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
             return logits
         inputs = unpack(inputs)
         labels = next_token_labels(inputs, labels)

@@ -75,7 +75,7 @@ def step_losses(
             padding_mask=valid,
             segment_ids=segments,
             training=training,
-        ).hidden
+        )
         targets = ops.where(valid, _shift(labels, step, IGNORE), IGNORE)
         weights = None if sample_weight is None else _shift(sample_weight, step, 0)
         values, hits = _losses_and_hits(model, hidden, targets)

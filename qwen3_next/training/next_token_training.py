@@ -103,7 +103,8 @@ class NextTokenTraining(ConfiguredModel):
             labels = self._labels(x, y)
             loss = self._loss_of_logits(x, labels, y_pred, sample_weight, training)
             if self._is_token_loss:
-                return self.mean_loss(labels, sample_weight, logits=y_pred)
+                loss = self.mean_loss(labels, sample_weight, logits=y_pred)
+                loss = sum((ops.sum(extra) for extra in self.losses), start=loss)
             return loss
         labels = self._labels(x.inputs, y)
         logits = None
@@ -131,6 +132,15 @@ class NextTokenTraining(ConfiguredModel):
         if not isinstance(y_pred, StepOutput):  # Keras builds the metrics with logits
             self._update_metrics(x, self._labels(x, y), y_pred, sample_weight)
         return self.get_metrics_result()
+
+    def _flatten_metrics_in_order(self, logs):
+        # Keras lists what was compiled, or returns the loss alone; the metrics that a step adds by
+        # itself are in the logs and come with `return_dict`.
+        own = [*self.mtp_metrics, self.expert_load_max, self.expert_load_unused]
+        names = {metric.name for metric in own if metric is not None}
+        return super()._flatten_metrics_in_order(
+            {name: value for name, value in logs.items() if name not in names}
+        )
 
     def mean_loss(
         self,

@@ -26,8 +26,7 @@ def test_the_module_matches_the_oracle():
     }
     rng = np.random.default_rng(2)
     x = rng.normal(size=(2, 2, 11, SMALL["hidden_size"])).astype("float32")
-    call = with_weights(module, lambda e, h: module(e, h).hidden)
-    found = run(call, *weight_arrays(module), *x)
+    found = run(with_weights(module), *weight_arrays(module), *x)
     heads = SMALL["num_attention_heads"], SMALL["num_key_value_heads"]
     rotary = SMALL["rope_theta"], SMALL["partial_rotary_factor"]
     expected = oracles.multi_token_prediction(*x, named, *heads, *rotary, 1e-6)

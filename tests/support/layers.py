@@ -107,7 +107,7 @@ def inputs_of(name):
 def complete(layer, *inputs):
     """The output, and behind it the cache of a Gated DeltaNet."""
     if not isinstance(layer, layers.GatedDeltaNet):
-        return (_hidden(layer(*inputs)),)
+        return (layer(*inputs),)
     output, cache = layer(*inputs, cache=layer.init_cache(inputs[0].shape[0]))
     return output, *cache
 
@@ -122,10 +122,10 @@ class Subject:
         self.plain_of_weights = with_weights(self.layer, self.plain)
 
     def plain(self, *inputs):
-        return _hidden(self.layer(*inputs))
+        return self.layer(*inputs)
 
     def masked(self, x, mask, ids):
-        return _hidden(self.layer(x, padding_mask=mask, segment_ids=ids))
+        return self.layer(x, padding_mask=mask, segment_ids=ids)
 
     def cached(self, x, mask, cache, lengths):
         cache = self.cache_type(*cache)
@@ -170,10 +170,6 @@ def padded(x, spread):
     noise = np.random.default_rng(8).normal(size=(ROWS, SPACE, x.shape[-1])).astype("float32")
     noise[mask] = x.reshape(-1, x.shape[-1])
     return noise, mask
-
-
-def _hidden(output):
-    return output.hidden if isinstance(output, tuple) and hasattr(output, "hidden") else output
 
 
 def _delta_net(config, **options):

@@ -23,5 +23,5 @@ def step_logits(model, token_ids):
     embedded = model.backbone.embed_tokens(token_ids)
     for step in (1, 2):
         rest = token_ids.shape[1] - step
-        hidden = model.mtp_module(step)(embedded[:, step:], hidden[:, :rest]).hidden
+        hidden = model.mtp_module(step)(embedded[:, step:], hidden[:, :rest])
         yield model.logits(hidden)

@@ -1,0 +1,90 @@
+"""What users of Keras are used to: one number from `evaluate`, `losses` after a call, `export`."""
+
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+from qwen3_next import MTPConfig
+from tests.support.mtp_models import DENSE, LIGHT
+from tests.support.running import BACKEND
+from tests.support.small_models import ONE_LAYER, logits, random_ids, small
+
+IDS = random_ids(2, 12)
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = small(**ONE_LAYER)
+    model.compile("sgd")
+    return model
+
+
+def test_a_compiled_loss_alone_is_one_number(model):
+    named = model.evaluate(IDS, verbose=0, return_dict=True)
+    assert {"loss", "expert_load_max", "expert_load_unused"} == set(named)
+    assert model.evaluate(IDS, verbose=0) == named["loss"]
+    assert np.ndim(model.test_on_batch(IDS)) == 0
+    assert np.ndim(model.train_on_batch(IDS)) == 0
+
+
+def test_compiled_metrics_stand_behind_the_loss():
+    model = small(**LIGHT, mtp=MTPConfig(num_predict_tokens=1, speculation_lookahead=1))
+    model.compile("sgd", weighted_metrics=["sparse_categorical_accuracy"])
+    named = model.evaluate(IDS, verbose=0, return_dict=True)
+    assert len(named) == 4
+    expected = [named["loss"], named["sparse_categorical_accuracy"]]
+    assert model.evaluate(IDS, verbose=0) == expected
+
+
+def test_a_call_in_training_leaves_the_load_balancing_loss(model):
+    model(IDS)
+    assert model.losses == []
+    model(IDS, training=True)
+    (loss,) = model.losses
+    expected = model(IDS, labels=IDS, training=True).aux_loss * model.config.router_aux_loss_coef
+    np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (loss, expected)), rtol=1e-6)
+    assert model.losses == []
+
+
+def test_a_training_step_counts_it_once(model):
+    expected = keras.ops.convert_to_numpy(model(IDS, labels=IDS, training=True).loss)
+    np.testing.assert_allclose(model.train_on_batch(IDS), expected, rtol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX alone keeps values elsewhere during a run")
+@pytest.mark.parametrize("call", ["call", "generate"])
+def test_a_call_during_a_run_says_what_is_wrong(model, call):
+    calls = {"call": lambda: model(IDS), "generate": lambda: model.generate(IDS, max_new_tokens=2)}
+    errors = []
+
+    def other_thread():
+        try:
+            calls[call]()
+        except Exception as error:
+            errors.append(error)
+
+    class Elsewhere(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            thread = threading.Thread(target=other_thread)
+            thread.start()
+            thread.join()
+
+    model.fit(IDS, verbose=0, callbacks=[Elsewhere()])
+    assert [type(error) for error in errors] == [ValueError]
+    assert "`fit`" in str(errors[0])
+    calls[call]()
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="checked where it is compiled")
+def test_a_model_is_exported_without_a_signature(tmp_path):
+    tf = pytest.importorskip("tensorflow")
+    # On JAX a dense model: TensorFlow may be too old to read what a newer JAX writes for `top_k`.
+    dense = DENSE if BACKEND == "jax" else {}
+    model = small(**{**ONE_LAYER, **dense, "max_position_embeddings": 16})
+    model.export(tmp_path / "artifact", verbose=False)
+    artifact = tf.saved_model.load(tmp_path / "artifact")
+    ids = random_ids(1, 16) if BACKEND == "jax" else random_ids(3, 7)
+    found = artifact.serve(tf.constant(ids, "int32"))
+    np.testing.assert_allclose(found, logits(model, ids), atol=1e-5)
