@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from .ops.activations import silu
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
@@ -57,7 +58,7 @@ class GatedRMSNorm(keras.layers.Layer):
         normed = ops.rms_normalization(
             ops.cast(x, "float32"), ops.cast(self.weight, "float32"), epsilon=self.epsilon
         )
-        return ops.cast(normed * ops.silu(ops.cast(gate, "float32")), self.compute_dtype)
+        return ops.cast(normed * silu(ops.cast(gate, "float32")), self.compute_dtype)
 
     def compute_output_shape(self, x_shape: Shape, gate_shape: Shape | None = None) -> Shape:
         return x_shape

@@ -9,7 +9,7 @@ published `hidden_act: "gelu"` means it.
 
 from collections.abc import Callable
 from math import pi, sqrt
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from keras import ops
 
@@ -28,6 +28,14 @@ class Activation(NamedTuple):
     derivative: Callable[[Tensor], Tensor]
 
 
+def silu(x: Annotated[Tensor, "..."]) -> Annotated[Tensor, "..."]:
+    """`x sigmoid(x)`, of the shape and dtype of `x`.
+
+    TensorFlow's own, which `keras.ops.silu` calls, keeps each graph that it was traced in.
+    """
+    return x * ops.sigmoid(x)
+
+
 def _silu_derivative(x: Tensor) -> Tensor:
     gate = ops.sigmoid(x)
     return gate * (1.0 + x * (1.0 - gate))
@@ -43,6 +51,6 @@ def _gelu_derivative(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "silu": Activation(ops.silu, _silu_derivative),
+    "silu": Activation(silu, _silu_derivative),
     "gelu": Activation(_gelu, _gelu_derivative),
 }

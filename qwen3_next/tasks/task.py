@@ -8,6 +8,7 @@ import keras
 from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
 from qwen3_next.checkpoints.staging import replaced
+from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
 from qwen3_next.tasks.checked_data import checked, values_kept
@@ -140,6 +141,10 @@ class Task(ConfiguredModel):
         x = checked(self._check_inputs, x)
         with values_kept(self, self._stepped_variables()):
             return super().predict(x, *args, **kwargs)
+
+    def train_step(self, *args):
+        with one_replica():
+            return super().train_step(*args)
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)

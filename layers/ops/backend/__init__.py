@@ -3,5 +3,6 @@
 autodiff    a (forward, backward) pair as a differentiable function; products in full precision
 loops       scans, and reading and writing rows at computed places
 platform    where tensors are, and which implementation of an op runs there
+programs    functions of TensorFlow that are freed with the session, and gradients for them
 seeds       random numbers from a seed tensor
 """

@@ -17,6 +17,7 @@ from typing import Any
 import keras
 
 from ..tensor_types import Tensor
+from .programs import identity, program, register_gradient
 
 BACKEND = keras.backend.backend()
 
@@ -45,11 +46,8 @@ def dense_gradient(x: Tensor) -> Tensor:
         return x
     import tensorflow as tf
 
-    @tf.custom_gradient
-    def function(x):
-        return tf.identity(x), tf.convert_to_tensor
-
-    return function(tf.convert_to_tensor(x))  # a variable read inside would want a gradient, too
+    x = tf.convert_to_tensor(x)
+    return program(_tensorflow_dense(), x)(x)
 
 
 @contextlib.contextmanager
@@ -88,32 +86,47 @@ def _jax(forward, backward, primal):
 def _tensorflow(forward, backward):
     import tensorflow as tf
 
-    # Both halves are XLA programs of their own: their loops update buffers in place whether the
-    # caller runs eagerly, in a graph or under XLA. A plain TensorFlow loop would copy them.
-    # Each set of shapes has its own: TensorFlow would reuse a trace of unknown dims for known
-    # ones, and return residuals whose shapes no longer fit those of the inputs beside them.
+    def half(function, *args):
+        # XLA programs of their own: their loops update buffers in place whether the caller runs
+        # eagerly, in a graph or under XLA. A plain TensorFlow loop would copy them.
+        return program(function, *args, jit_compile=True)
+
     @functools.cache
-    def compiled(half, shapes):
-        return tf.function(half, jit_compile=True, autograph=False)
+    def gradient_name(count):
+        def gradient(op, *cotangents):
+            results, inputs = op.inputs[:-count], op.inputs[-count:]
+            # How outputs and residuals are nested follows from the inputs.
+            traced = half(forward, *inputs).get_concrete_function(*inputs)
+            outputs, residuals = tf.nest.pack_sequence_as(traced.structured_outputs, results)
+            cotangents = cotangents[: len(tf.nest.flatten(outputs))]
+            args = residuals, *map(tf.convert_to_tensor, cotangents)
+            return [None] * len(results) + list(half(backward, *args)(*args))
 
-    def run(half, *args):
-        shapes = tuple((x.dtype, *x.shape) for x in tf.nest.flatten(args))
-        return compiled(half, shapes)(*args)
+        return register_gradient(gradient)
 
-    @tf.custom_gradient
-    def function(*inputs):
-        # Run eagerly, an outer tape would differentiate the program itself and not find how.
-        outputs, residuals = run(forward, *map(tf.stop_gradient, inputs))
-
-        def vjp(*cotangents):
-            return list(run(backward, residuals, *cotangents))
-
-        return outputs, vjp
+    def differentiable(*inputs):
+        outputs, residuals = half(forward, *inputs)(*inputs)
+        results = tf.nest.flatten((outputs, residuals))
+        marked = identity([*results, *inputs], gradient_name(len(inputs)))
+        return tf.nest.pack_sequence_as(outputs, marked[: len(tf.nest.flatten(outputs))])
 
     def call(*inputs):
-        return function(*(tf.convert_to_tensor(x) for x in inputs))
+        inputs = tuple(tf.convert_to_tensor(x) for x in inputs)
+        return program(differentiable, *inputs)(*inputs)
 
     return call
+
+
+@functools.cache
+def _tensorflow_dense():
+    import tensorflow as tf
+
+    name = register_gradient(lambda _, cotangent: tf.convert_to_tensor(cotangent))
+
+    def dense(x):
+        return identity([x], name)[0]
+
+    return dense
 
 
 def _torch(forward, backward):

@@ -9,7 +9,6 @@
 None of these is meant to be differentiated: the ops that use them bring their own backward pass.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ import keras
 from keras import ops
 
 from ..tensor_types import Tensor
+from .programs import program
 
 BACKEND = keras.backend.backend()
 
@@ -112,18 +112,14 @@ def scatter_rows(
     if BACKEND == "jax":
         return buffer.at[index].set(rows, mode="drop")
     if BACKEND == "tensorflow":
-        return _tensorflow_scatter()(buffer, index, rows)
+        # Under XLA an index out of range is dropped; TensorFlow's own kernel on the CPU refuses it.
+        args = tuple(ops.convert_to_tensor(x) for x in (buffer, index, rows))
+        return program(_tensorflow_scatter, *args, jit_compile=True)(*args)
     kept = index < len(buffer)
     return ops.scatter_update(buffer, ops.expand_dims(index[kept], -1), rows[kept])
 
 
-@functools.cache
-def _tensorflow_scatter():
+def _tensorflow_scatter(buffer, index, rows):
     import tensorflow as tf
 
-    # Under XLA an index out of range is dropped; TensorFlow's own kernel on the CPU refuses it.
-    return tf.function(
-        lambda buffer, index, rows: tf.tensor_scatter_nd_update(buffer, index[:, None], rows),
-        jit_compile=True,
-        autograph=False,
-    )
+    return tf.tensor_scatter_nd_update(buffer, index[:, None], rows)

@@ -16,6 +16,7 @@ from typing import Annotated, NamedTuple
 import keras
 from keras import ops
 
+from ..activations import silu
 from ..backend.autodiff import custom_gradient
 from ..checks import require_shape
 from ..rows import permute_tokens
@@ -83,7 +84,8 @@ def causal_conv1d(
         segment = ops.pad(segment, [[0, 0], [taps - 1, 0]])
 
     output = _differentiable()(extended, kernel, *([] if segment is None else [segment]))
-    output = keras.activations.get(activation)(output)
+    activate = silu if activation == "silu" else keras.activations.get(activation)
+    output = activate(output)
     if padding_mask is not None:
         output = permute_tokens(output, inverse_sort, sort_indices)
         output = ops.where(padding_mask[..., None], output, 0.0)
