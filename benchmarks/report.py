@@ -42,19 +42,31 @@ def table(results):
 
 
 def _speculation(found):
-    """The demo model with every number of drafts: tokens per second, per step, and acceptance."""
-    rows = [by[OURS] for by in found.values() if by.get(OURS, {}).get("task") == "speculate"]
-    rows = {row["size"]["lookahead"]: row for row in rows if "failed" not in row}
-    if 0 not in rows:
-        return []
-    lines = ["", "| drafts | tokens/s | against plain | tokens per step | accepted by position |"]
-    lines.append("|---|---|---|---|---|")
-    for drafts, row in sorted(rows.items()):
-        ratio = row["units_per_second"] / rows[0]["units_per_second"]
-        speed = f"{row['units_per_second']:.0f} | {ratio:.2f}x"
-        shares = " ".join(f"{rate:.0%}" for rate in row.get("acceptance_rate_by_position", ()))
-        lines.append(f"| {drafts} | {speed} | {row.get('tokens_per_step', 1.0):.2f} | {shares} |")
+    """Trained models with several numbers of drafts: tokens per second, per step, acceptance."""
+    columns = ("drafts", "tokens/s", "against plain", "tokens per step", "accepted by position")
+    lines = []
+    for task, what in (
+        ("speculate", "The trained demo model"),
+        ("speculate_large", "A trained model with 151,936 words"),
+    ):
+        rows = [by[OURS] for by in found.values() if by.get(OURS, {}).get("task") == task]
+        rows = [row for row in rows if "failed" not in row]
+        plain = next((row for row in rows if not row["size"]["lookahead"]), None)
+        if plain is not None:
+            lines += ["", f"{what}, batch 1:", "", "| " + " | ".join(columns) + " |"]
+            lines.append("|---" * len(columns) + "|")
+            lines += [_speculation_line(row, plain) for row in rows]
     return lines
+
+
+def _speculation_line(row, plain):
+    drafts = str(row["size"]["lookahead"])
+    if "draft_vocab_size" in row:
+        drafts += f" from {row['draft_vocab_size']:,} words"
+    ratio = row["units_per_second"] / plain["units_per_second"]
+    speed = f"{row['units_per_second']:.0f} | {ratio:.2f}x"
+    shares = " ".join(f"{rate:.0%}" for rate in row.get("acceptance_rate_by_position", ()))
+    return f"| {drafts} | {speed} | {row.get('tokens_per_step', 1.0):.2f} | {shares} |"
 
 
 def _time(result, ours):
@@ -62,7 +74,7 @@ def _time(result, ours):
         return ""
     if "failed" in result:
         return "failed"
-    if result["task"] in ("decode", "speculate"):
+    if result["task"] in ("decode", "speculate", "speculate_large"):
         text = f"{result['units_per_second']:.0f} tokens/s"
     else:
         text = f"{result['seconds'] * 1e3:.3g}"

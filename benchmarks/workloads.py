@@ -86,11 +86,19 @@ def rows():
 
 
 def speculation():
-    """Plain decoding of the trained demo model, and with one to four drafts per step."""
+    """Trained models, plainly and with drafts: the demo's with one to four per step, and one with
+    a vocabulary as large as the published one."""
     for lookahead in range(5):
         what = f"{lookahead} drafts per step" if lookahead else "plain"
         size = {"lookahead": lookahead, "new": 128}
         yield Row(f"trained demo model, {what}", "speculate", size, ("ours-jax",))
+    large = {"new": 128, "vocab_size": 151_936, "steps": 120}
+    for what, size in (
+        ("plain", {"lookahead": 0}),
+        ("3 drafts per step from all words", {"lookahead": 3, "draft_vocabulary": "all"}),
+        ("3 drafts per step from the frequent words", {"lookahead": 3}),
+    ):
+        yield Row(f"151,936 words, {what}", "speculate_large", {**size, **large}, ("ours-jax",))
 
 
 def curves():

@@ -49,9 +49,21 @@ def speculate(lookahead, new):
     model = keras.saving.load_model(DEMO / "model_mtp.keras")
     tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     prompts = [tokenizer.encode(text[:2000]).ids[:64] for text in read_corpus()[1][:8]]
+    return _speculation(model, prompts, new, lookahead)
+
+
+def speculate_large(lookahead, new, vocab_size, steps, draft_vocabulary=None):
+    """As `speculate`, a model of a large vocabulary, see `benchmarks.large_vocabulary`."""
+    from benchmarks.large_vocabulary import trained
+
+    model, prompts = trained(vocab_size, steps)
+    return _speculation(model, prompts, new, lookahead, draft_vocabulary)
+
+
+def _speculation(model, prompts, new, lookahead, draft_vocabulary=None):
     options = {"use_speculative": False}
     if lookahead:
-        options = {"speculation_lookahead": lookahead}
+        options = {"speculation_lookahead": lookahead, "draft_vocabulary": draft_vocabulary}
     found = []
 
     def run():
@@ -65,6 +77,7 @@ def speculate(lookahead, new):
         return {
             "acceptance_rate_by_position": np.mean(rates, axis=0).tolist(),
             "tokens_per_step": float(np.mean(steps)),
+            "draft_vocab_size": found[0].stats["draft_vocab_size"],
         }
 
     return Work(run, units=new * len(prompts), notes=notes)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-HALF_LIFE = 1000  # steps of a row after which what was accepted counts half
+HALF_LIFE = 300  # steps of a row after which what was accepted counts half
 PROBING = 0.02  # share of the time that may go into looking whether drafts have come to pay
 
 

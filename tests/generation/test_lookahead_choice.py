@@ -77,6 +77,12 @@ def test_drafts_that_come_to_pay_are_found():
     assert run(choice, 300, step_seconds, [0.9, 0.8, 0.7])[-1] == 3
 
 
+def test_drafts_that_no_longer_pay_are_soon_dropped():
+    choice, step_seconds = LookaheadChoice(3), [1.0, 1.2, 1.4, 1.6]
+    assert run(choice, 400, step_seconds, [0.9, 0.8, 0.7])[-1] == 3
+    assert run(choice, 10, step_seconds, [0.0, 0.0, 0.0])[-1] == 0
+
+
 def model(variables, iterations):
     return SimpleNamespace(variables=variables, optimizer=SimpleNamespace(iterations=iterations))
 
@@ -104,4 +110,6 @@ def test_other_variables_forget_everything():
 
 
 def test_one_token_is_not_worth_a_draft():
-    assert LookaheadChoice(3).pick(PROGRAMS, 1) == 0
+    choice = LookaheadChoice(3)
+    assert run(choice, 4, [1.0, 1.2, 1.4, 1.6], [0.9, 0.8, 0.7])[-1] == 3
+    assert choice.pick(PROGRAMS, 1) == 0
