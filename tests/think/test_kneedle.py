@@ -50,6 +50,11 @@ def test_flat_straight_and_concave_curves_have_no_knee(curve):
     assert kneedle(curve) is None
 
 
+@pytest.mark.parametrize("points", range(4, 20))
+def test_a_curve_that_ends_on_the_threshold_has_no_knee(points):
+    assert kneedle([*np.linspace(3, 1, points - 1), 1.0]) is None
+
+
 def test_sensitivity_passes_over_weak_knees():
     curve = [9, 6, 6, 3, 0, 0, 0, 0, 0]
     assert kneedle(curve, sensitivity=0.5) == 1
