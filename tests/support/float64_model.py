@@ -1,7 +1,6 @@
 """The whole language model in float64, in NumPy alone: every layer as `oracles` states it.
 
     next_logits(weights_by_path, config, token_ids) -> (B, T, V)
-    residual_stream(weights_by_path, config, token_ids) -> L + 1 times (B, T, D)
 
 `weights_by_path` names the weights as `qwen3_next.models.weight_table` does, with our layouts;
 `config` is a `Qwen3NextConfig`. Linear and full layers, MoE and dense networks, either norm.
@@ -15,21 +14,13 @@ from tests.support import oracles
 
 def next_logits(weights_by_path, config, token_ids):
     """Logits `(B, T, V)` of `token_ids (B, T)`; rows are independent and have no padding."""
-    weights = _float64(weights_by_path)
-    *_, hidden = residual_stream(weights, config, token_ids)
-    hidden = _norm(weights, "model/norm", config, hidden)
+    weights = {path: np.asarray(array, np.float64) for path, array in weights_by_path.items()}
     embeddings = weights["model/embed_tokens/embeddings"]
-    return hidden @ (embeddings.T if config.tie_word_embeddings else weights["lm_head/kernel"])
-
-
-def residual_stream(weights_by_path, config, token_ids):
-    """What enters the first layer and leaves each, before the final norm."""
-    weights = _float64(weights_by_path)
-    hidden = weights["model/embed_tokens/embeddings"][np.asarray(token_ids)]
-    yield hidden
+    hidden = embeddings[np.asarray(token_ids)]
     for index in range(config.num_layers):
         hidden = decoder_layer(_below(weights, f"model/layers_{index}/"), config, index, hidden)
-        yield hidden
+    hidden = _norm(weights, "model/norm", config, hidden)
+    return hidden @ (embeddings.T if config.tie_word_embeddings else weights["lm_head/kernel"])
 
 
 def decoder_layer(weights, config, index, x):
@@ -113,10 +104,6 @@ def feed_forward(weights, config, x):
         shared,
     )
     return output.reshape(x.shape)
-
-
-def _float64(weights_by_path):
-    return {path: np.asarray(array, np.float64) for path, array in weights_by_path.items()}
 
 
 def _norm(weights, path, config, x):

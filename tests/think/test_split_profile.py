@@ -1,7 +1,6 @@
 """Angular distances of a model's layers, held against float64, and the split of a planted model."""
 
 import functools
-from itertools import pairwise
 
 import keras
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from qwen3_next import LayerProfile, Qwen3NextClassifier, pack, pad, profile_layers
 from qwen3_next.think import split_profile
 from qwen3_next.think.split_profile import angular_distances
-from tests.support.float64_model import residual_stream
+from tests.support.float64_model import decoder_layer
 from tests.support.published import weights
 from tests.support.small_models import ONE_LAYER, random_ids, shared, small
 
@@ -20,16 +19,18 @@ ROWS = [random_ids(length, seed=length) for length in (9, 3, 12, 5, 7)]
 
 @functools.cache
 def exact_distances():
-    angles = []
-    for row in ROWS:
-        states = [x[0, -1] for x in residual_stream(weights(shared()), shared().config, row[None])]
-        angles.append(
-            [
-                np.arccos(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) / np.pi
-                for a, b in pairwise(states)
-            ]
-        )
-    return np.mean(angles, axis=0)
+    arrays = {path: np.asarray(array, np.float64) for path, array in weights(shared()).items()}
+    return np.mean([list(row_distances(arrays, row)) for row in ROWS], axis=0)
+
+
+def row_distances(arrays, row):
+    state = arrays["model/embed_tokens/embeddings"][row[None]]
+    for index in range(shared().config.num_layers):
+        place = f"model/layers_{index}/"
+        own = {p.removeprefix(place): w for p, w in arrays.items() if p.startswith(place)}
+        before, state = state, decoder_layer(own, shared().config, index, state)
+        a, b = before[0, -1], state[0, -1]
+        yield np.arccos(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))) / np.pi
 
 
 def ragged():
