@@ -29,7 +29,7 @@ class Task(NamedTuple):
 
     points: int = 5
     permutations: int = 16
-    length: int = 32
+    length: int = 24
 
     @property
     def vocab_size(self):
