@@ -12,6 +12,9 @@ from qwen3_next.tasks.factories import (
     wrap_model_with_mtp,
 )
 from qwen3_next.tasks.language_model import LanguageModelOutput, Qwen3Next
+from qwen3_next.think.depth_views import depth_text, plot_depth
+from qwen3_next.think.layer_profile import LayerProfile
+from qwen3_next.think.split_profile import profile_layers
 from qwen3_next.training.data import pack, pad, self_distillation_data
 from qwen3_next.training.optimizers import GroupedAdamW
 
@@ -23,6 +26,7 @@ __all__ = [
     "Generation",
     "GroupedAdamW",
     "LanguageModelOutput",
+    "LayerProfile",
     "MTPConfig",
     "Qwen3Next",
     "Qwen3NextBackbone",
@@ -31,9 +35,12 @@ __all__ = [
     "Cache",
     "create_qwen3_next",
     "create_qwen3_next_with_advanced_features",
+    "depth_text",
     "describe",
     "pack",
     "pad",
+    "plot_depth",
+    "profile_layers",
     "self_distillation_data",
     "wrap_model_with_mtp",
 ]

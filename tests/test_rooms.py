@@ -25,7 +25,8 @@ ARROWS = {
     "generation": {*BELOW_MODELS, "models"},
     "checkpoints": {*BELOW_MODELS, "models"},
     "tasks": BELOW_TASKS,
-    "": {*BELOW_TASKS, "tasks"},
+    "think": {*BELOW_TASKS, "tasks"},
+    "": {*BELOW_TASKS, "tasks", "think"},
 }
 PYTHON = sys.stdlib_module_names
 # What a room may import besides this package; rooms that are not listed, anything.
@@ -119,6 +120,7 @@ def test_imports_point_down():
         ("qwen3_next/models/mtp.py", "from qwen3_next.tasks.task import Task"),
         ("qwen3_next/training/data.py", "from qwen3_next.generation import sampling"),
         ("qwen3_next/checkpoints/presets.py", "import qwen3_next.training.data"),
+        ("qwen3_next/tasks/task.py", "from qwen3_next.think.kneedle import kneedle"),
         ("qwen3_next/tasks/task.py", "import variants"),
         ("qwen3_next/tasks/task.py", "from tests.support import oracles"),
         ("tests/models/test_model.py", "from tests.models.test_mtp import two_steps"),
