@@ -1,15 +1,18 @@
 """Keras layers of the Qwen3-Next family. They know nothing of models."""
 
-from .decoder_layer import DecoderLayer, DecoderLayerOutput
+from .decoder_layer import DecoderLayer, DecoderLayerOutput, DropoutSeeds
 from .gated_attention import AttentionCache, AttentionUpdate, GatedAttention
 from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
 from .gated_rms_norm import GatedRMSNorm
+from .halting_unit import Halting, HaltingUnit
 from .mixer_context import MixerContext
 from .multi_token_prediction import MTPOutput, MultiTokenPrediction
 from .partial_rotary_embedding import PartialRotaryEmbedding
 from .routed_experts import RoutedExperts
 from .sparse_moe import Routing, SparseMoE, load_balancing_loss
 from .swiglu import SwiGLU
+from .think_loop import ThinkLoop
+from .think_passes import Thinking, ThinkLoopCache, ThinkLoopOutput, ThinkLoopUpdate
 from .token_embedding import TokenEmbedding
 from .zero_centered_rms_norm import ZeroCenteredRMSNorm
 
@@ -20,9 +23,12 @@ __all__ = [
     "DecoderLayerOutput",
     "DeltaNetCache",
     "DeltaNetUpdate",
+    "DropoutSeeds",
     "GatedAttention",
     "GatedDeltaNet",
     "GatedRMSNorm",
+    "Halting",
+    "HaltingUnit",
     "MTPOutput",
     "MixerContext",
     "MultiTokenPrediction",
@@ -31,6 +37,11 @@ __all__ = [
     "Routing",
     "SparseMoE",
     "SwiGLU",
+    "ThinkLoop",
+    "ThinkLoopCache",
+    "ThinkLoopOutput",
+    "ThinkLoopUpdate",
+    "Thinking",
     "TokenEmbedding",
     "ZeroCenteredRMSNorm",
     "load_balancing_loss",

@@ -9,12 +9,28 @@ from .gated_attention import AttentionCache, AttentionUpdate
 from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
 from .mixer_context import MixerContext
 from .norms import make_norm
+from .ops.backend.remat import remat
+from .ops.backend.seeds import DrawnSeed
 from .ops.tensor_types import Tensor
 from .shapes import Shape, spec_like
 from .sparse_moe import Routing, SparseMoE
 
 LayerCache = AttentionCache | DeltaNetCache
 LayerUpdate = AttentionUpdate | DeltaNetUpdate
+
+
+class DropoutSeeds(NamedTuple):
+    """What a pass through a decoder layer draws its dropout from; `None` where nothing is dropped.
+
+    Attributes:
+        mixer: Seed of the dropout inside the mixer.
+        mixed: Seed of the residual branch of the mixer.
+        fed: Seed of the residual branch of the feed-forward network.
+    """
+
+    mixer: Tensor | None = None
+    mixed: Tensor | None = None
+    fed: Tensor | None = None
 
 
 class DecoderLayerOutput(NamedTuple):
@@ -60,6 +76,9 @@ class DecoderLayer(keras.layers.Layer):
         full_output: Whether to return a `DecoderLayerOutput` without a cache, too.
         replayable: Whether the pass may be taken back: it then returns an update for `commit`
             in place of the next cache.
+        updates: `(B, T)` bool, tokens whose residual moves, or `None` for all. The mixer reads the
+            others as they are; the feed-forward network leaves them out.
+        dropout_seeds: `DropoutSeeds` where the layer may not draw them itself, or `None`.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
@@ -144,6 +163,23 @@ class DecoderLayer(keras.layers.Layer):
         """
         return self.mixer.commit(cache, update, counts)
 
+    def empty_update(self, cache: LayerCache, length: int) -> LayerUpdate:
+        """An update of the shapes that a replayable pass over `length` tokens returns."""
+        return self.mixer.empty_update(cache, length)
+
+    def write(self, x: Annotated[Tensor, "B T D"], **context: Any) -> LayerCache | LayerUpdate:
+        """The cache, or the update, after tokens whose residual stands still: only the mixer reads
+        them. The context is that of a mixer with a cache."""
+        return self.mixer(self.input_layernorm(x), **context)[1]
+
+    def draw_dropout_seeds(self, training: bool | None) -> DropoutSeeds:
+        """New seeds for `call`."""
+        mixer = self.mixer.draw_dropout_seed(training)
+        if not training or not self.dropout:
+            return DropoutSeeds(mixer)
+        generator = self.residual_dropout.seed_generator
+        return DropoutSeeds(mixer, generator.next(), generator.next())
+
     def call(
         self,
         x: Annotated[Tensor, "B T D"],
@@ -153,39 +189,59 @@ class DecoderLayer(keras.layers.Layer):
         lengths: Annotated[Tensor, "B"] | None = None,
         full_output: bool = False,
         replayable: bool = False,
+        updates: Annotated[Tensor, "B T"] | None = None,
+        dropout_seeds: DropoutSeeds | None = None,
         training: bool | None = None,
     ) -> Annotated[Tensor, "B T D"] | DecoderLayerOutput:
         x = ops.cast(x, self.compute_dtype)
-        # The seed is drawn here, because a rematerialised function must not assign the generator.
-        seed = self.mixer.draw_dropout_seed(training)
+        # Drawn here, because a rematerialised function must not assign the generator.
+        seeds = dropout_seeds or self.draw_dropout_seeds(training)
         context = MixerContext(
-            padding_mask, segment_ids, cache, lengths, replayable, seed, training
+            padding_mask, segment_ids, cache, lengths, replayable, seeds.mixer, training
         )
         full_output = full_output or cache is not None
-        routed = isinstance(self.mlp, SparseMoE)
-        options = {"padding_mask": padding_mask, "return_routing": full_output} if routed else {}
+        routed, options = isinstance(self.mlp, SparseMoE), {}
+        if routed:
+            fed_tokens = _both(padding_mask, updates)
+            options = {"padding_mask": fed_tokens, "return_routing": full_output}
 
         def mix(x: Tensor) -> Any:
             return self.mixer(self.input_layernorm(x), **context._asdict())
 
-        def feed_forward(x: Tensor) -> Any:
+        def feed(x: Tensor) -> Any:
             return self.mlp(self.post_attention_layernorm(x), **options)
 
-        if self.gradient_checkpointing and training:
-            mix, feed_forward = keras.remat(mix), keras.remat(feed_forward)
-        mixed = mix(x)
+        recompute = self.gradient_checkpointing and training
+        run_mix = remat(mix, (self.input_layernorm, self.mixer)) if recompute else mix
+        run_feed = remat(feed, (self.post_attention_layernorm, self.mlp)) if recompute else feed
+        mixed = run_mix(x)
         mixed, left = (mixed, ()) if cache is None else mixed
-        hidden = x + self.residual_dropout(mixed, training=training)
-        fed = feed_forward(hidden)
+        hidden = self._add(x, mixed, seeds.mixed, updates)
+        fed = run_feed(hidden)
         fed, routing = fed if routed and full_output else (fed, ())
-        hidden = hidden + self.residual_dropout(fed, training=training)
+        hidden = self._add(hidden, fed, seeds.fed, updates)
         return DecoderLayerOutput(hidden, left, routing) if full_output else hidden
+
+    def _add(
+        self, x: Tensor, branch: Tensor, seed: Tensor | None, updates: Tensor | None
+    ) -> Tensor:
+        if seed is not None:
+            branch = keras.random.dropout(branch, self.dropout, seed=DrawnSeed(seed))
+        if updates is None:
+            return x + branch
+        return ops.where(updates[..., None], x + branch, x)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
     def compute_output_spec(
-        self, x: Any, *args: Any, full_output: bool = False, **kwargs: Any
+        self,
+        x: Any,
+        *args: Any,
+        full_output: bool = False,
+        updates: Any = None,
+        dropout_seeds: Any = None,
+        **kwargs: Any,
     ) -> Any:
         context = MixerContext(*args, **kwargs)
         mixed = self.mixer.compute_output_spec(x, **context._asdict())
@@ -214,3 +270,7 @@ class DecoderLayer(keras.layers.Layer):
         deserialize = keras.saving.deserialize_keras_object
         mixer, mlp = deserialize(config["mixer"]), deserialize(config["mlp"])
         return cls(**{**config, "mixer": mixer, "mlp": mlp})
+
+
+def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if mask is None else mask if other is None else mask & other

@@ -159,6 +159,10 @@ class GatedAttention(keras.layers.Layer):
             ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)
         )
 
+    def empty_update(self, cache: AttentionCache, length: int) -> AttentionUpdate:
+        """An update of the shapes that a replayable pass over `length` tokens returns."""
+        return AttentionUpdate(*map(ops.zeros_like, cache))
+
     def draw_dropout_seed(self, training: bool | None) -> Tensor | None:
         """A new seed for `call`, or `None` where nothing is dropped."""
         return self.seed_generator.next() if training and self.attention_dropout else None

@@ -9,7 +9,7 @@ from .gated_rms_norm import GatedRMSNorm
 from .initializers import LogUniform, Normal
 from .mixer_context import MixerContext, check_context
 from .ops import causal_conv1d, gated_delta_rule, gated_delta_rule_with_replay, replay
-from .ops.gated_delta_rule import Replay
+from .ops.gated_delta_rule import Replay, empty_replay
 from .ops.tensor_types import Tensor
 from .projection import from_heads, to_heads
 from .shapes import Shape, spec_like
@@ -171,6 +171,16 @@ class GatedDeltaNet(keras.layers.Layer):
         heads = self.linear_num_value_heads
         recurrent = (batch_size, heads, self.linear_key_head_dim, self.linear_value_head_dim)
         return DeltaNetCache(ops.zeros(conv, self.compute_dtype), ops.zeros(recurrent, "float32"))
+
+    def empty_update(self, cache: DeltaNetCache, length: int) -> DeltaNetUpdate:
+        """An update of the shapes that a replayable pass over `length` tokens returns."""
+        conv = ops.zeros_like(cache.conv[:, :1])
+        added = ops.repeat(ops.cast(conv, self.compute_dtype), length, axis=1)
+        before = ops.zeros_like(ops.cast(cache.conv, self.compute_dtype))
+        return DeltaNetUpdate(
+            ops.concatenate([before, added], axis=1),
+            empty_replay(cache.recurrent, self.linear_num_key_heads, length),
+        )
 
     def draw_dropout_seed(self, training: bool | None) -> None:
         """`None`: nothing inside a Gated DeltaNet is dropped."""

@@ -6,6 +6,7 @@ A mixer is a layer with
                                                 (output, update) in a replayable pass
     init_cache(batch_size, max_length)       -> cache of empty rows
     commit(cache, update, counts)            -> cache after the first tokens of a replayable pass
+    empty_update(cache, length)              -> update with the shapes of one over `length` tokens
     draw_dropout_seed(training)              -> seed tensor, or None where nothing is dropped
 """
 

@@ -1,6 +1,6 @@
 """Qwen3-Next in Keras 3."""
 
-from qwen3_next.config import MTPConfig, Qwen3NextConfig
+from qwen3_next.config import ETDConfig, MTPConfig, Qwen3NextConfig
 from qwen3_next.generation.generator import Generation
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache
@@ -8,8 +8,12 @@ from qwen3_next.models.description import Description, describe
 from qwen3_next.tasks.classifier import Qwen3NextClassifier
 from qwen3_next.tasks.factories import (
     create_qwen3_next,
+    create_qwen3_next_efficient,
+    create_qwen3_next_model,
+    create_qwen3_next_performance,
     create_qwen3_next_with_advanced_features,
     wrap_model_with_mtp,
+    wrap_transformer_with_etd,
 )
 from qwen3_next.tasks.language_model import LanguageModelOutput, Qwen3Next
 from qwen3_next.think.depth_views import depth_text, plot_depth
@@ -23,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackboneOutput",
     "Description",
+    "ETDConfig",
     "Generation",
     "GroupedAdamW",
     "LanguageModelOutput",
@@ -34,6 +39,9 @@ __all__ = [
     "Qwen3NextConfig",
     "Cache",
     "create_qwen3_next",
+    "create_qwen3_next_efficient",
+    "create_qwen3_next_model",
+    "create_qwen3_next_performance",
     "create_qwen3_next_with_advanced_features",
     "depth_text",
     "describe",
@@ -43,4 +51,5 @@ __all__ = [
     "profile_layers",
     "self_distillation_data",
     "wrap_model_with_mtp",
+    "wrap_transformer_with_etd",
 ]

@@ -7,6 +7,7 @@ Padding may stand anywhere in a row: on the left, on the right, on both sides or
     compaction           the permutation that moves the real tokens to the front
     segment_index        the packed segments of a row, numbered
     segment_positions    position of every token in its segment
+    running_mean         mean over the real tokens of a segment up to each
 """
 
 from typing import Annotated
@@ -87,6 +88,45 @@ def segment_positions(
     if index is None:
         return ops.maximum(token_ranks(padding_mask), 0)
     ranks = token_ranks(ops.ones_like(index) if padding_mask is None else padding_mask)
+    return ops.maximum(ranks - ops.maximum(_at_start(ranks, index), 0), 0)
+
+
+def running_mean(
+    values: Annotated[Tensor, "B T"],
+    padding_mask: Annotated[Tensor, "B T"] | None = None,
+    segment_ids: Annotated[Tensor, "B T"] | None = None,
+    start: tuple[Annotated[Tensor, "B"], Annotated[Tensor, "B"]] | None = None,
+) -> tuple[Annotated[Tensor, "B T"], Annotated[Tensor, "B T"]]:
+    """Mean of the values of the real tokens of a segment up to and including each token.
+
+    Args:
+        values: `(B, T)` float32.
+        padding_mask: `(B, T)` bool or `None`.
+        segment_ids: `(B, T)` integers or `None`; one segment per row with a `start`.
+        start: Sum and number `(B,)` of the values of earlier tokens, or `None`.
+
+    Returns:
+        `(means, sums)`, both `(B, T)` float32.
+    """
+    if padding_mask is not None:
+        values = ops.where(padding_mask, values, 0.0)
+    index = None if segment_ids is None else segment_index(segment_ids, padding_mask)
+    sums = ops.cumsum(values, axis=-1)
+    if index is not None:
+        sums = sums - _at_start(sums - values, index)
+    if index is None and padding_mask is None:
+        positions = ops.broadcast_to(ops.arange(ops.shape(values)[1]), ops.shape(values))
+    else:
+        positions = segment_positions(index, padding_mask)
+    counts = ops.cast(positions, "float32") + 1.0
+    if start is not None:
+        before, number = (ops.cast(x, "float32")[:, None] for x in start)
+        sums, counts = sums + before, counts + number
+    return sums / counts, sums
+
+
+def _at_start(x: Tensor, index: Tensor) -> Tensor:
+    """`x (B, T)` at the first place of every token's segment, whose number `index` holds."""
     batch, length = ops.shape(index)
     # Offset row by row, the numbers of the whole batch are one sorted sequence, in which the
     # first place of an equal number is where its segment begins.
@@ -94,4 +134,4 @@ def segment_positions(
     keys = ops.reshape(index + rows * (length + 1), (-1,))
     first = ops.searchsorted(keys, keys, side="left")
     first = ops.reshape(ops.cast(first, "int32"), (batch, length)) - rows * length
-    return ops.maximum(ranks - ops.maximum(ops.take_along_axis(ranks, first, axis=-1), 0), 0)
+    return ops.take_along_axis(x, first, axis=-1)

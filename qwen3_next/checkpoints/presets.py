@@ -93,6 +93,15 @@ def from_preset(
     return model
 
 
+def preset_config(preset: str | Path) -> Qwen3NextConfig:
+    """The configuration of a preset, without its weights."""
+    saved = _read_config(_directory(preset))
+    if "registered_name" in saved:
+        cls = _saved_class(saved)
+        return _describe_own(cls, cls, saved["config"]).config
+    return Qwen3NextConfig.from_dict(config_from_hugging_face(saved))
+
+
 def save_to_preset(model: Any, directory: str | Path, max_shard_size: str | int = "5GB") -> None:
     """Writes a model to a directory in our own layout; see `Task.save_to_preset`."""
     config = model.get_config()
@@ -222,7 +231,7 @@ def _check_counts(fields, checkpoint):
 
 def _draw_initialised(model, report):
     """Initial values for weights that the checkpoint did not have: they were made as zeros."""
-    optional = {row.path for row in table_of(model) if row.optional}
+    optional = {row.path for row in table_of(model) if row.optional and not row.zeros}
     for variable in model.weights:
         if variable.path in optional and variable.path in report.initialised:
             draw = Normal(model.config.initializer_range)

@@ -1,6 +1,7 @@
 """Configurations: frozen dataclasses, every field checked. Nothing here needs Keras."""
 
+from qwen3_next.config.etd_config import ETDConfig
 from qwen3_next.config.model_config import Qwen3NextConfig
 from qwen3_next.config.mtp_config import MTPConfig
 
-__all__ = ["MTPConfig", "Qwen3NextConfig"]
+__all__ = ["ETDConfig", "MTPConfig", "Qwen3NextConfig"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from qwen3_next import variants
+from qwen3_next.config.etd_config import ETDConfig
 from qwen3_next.config.mtp_config import MTPConfig
 from qwen3_next.config.validation import (
     BOOLEAN,
@@ -67,6 +68,7 @@ class Qwen3NextConfig(Config):
         ffn_type: `"swiglu"` or `"geglu"`.
         mtp: `MTPConfig` (or its fields as a dict) of a language model that predicts several tokens
             ahead, or `None`.
+        etd: `ETDConfig` (or its fields as a dict) of a model some of whose layers think, or `None`.
 
     Raises:
         ValueError: a value out of range, alone or together with another, or an unknown name.
@@ -115,6 +117,7 @@ class Qwen3NextConfig(Config):
     attention_type: str = "gated_attention"
     ffn_type: str = "swiglu"
     mtp: MTPConfig | None = None
+    etd: ETDConfig | None = None
 
     RULES: ClassVar[dict[str, Rule]] = {
         "vocab_size": integer(1),
@@ -159,6 +162,10 @@ class Qwen3NextConfig(Config):
             "None, an MTPConfig or a dict of its fields",
             lambda value: value is None or isinstance(value, MTPConfig),
         ),
+        "etd": Rule(
+            "None, an ETDConfig or a dict of its fields",
+            lambda value: value is None or isinstance(value, ETDConfig),
+        ),
     }
 
     def __post_init__(self) -> None:
@@ -171,6 +178,8 @@ class Qwen3NextConfig(Config):
                 self._set(name, tuple(getattr(self, name)))
         if isinstance(self.mtp, dict):
             self._set("mtp", MTPConfig.from_dict(self.mtp))
+        if isinstance(self.etd, dict):
+            self._set("etd", ETDConfig.from_dict(self.etd))
         self.check_fields()
         self._check_together()
         self._complete_layer_types()
@@ -228,6 +237,8 @@ class Qwen3NextConfig(Config):
                 f"`mlp_only_layers` must be layers below `num_layers`={self.num_layers}. "
                 f"Received: mlp_only_layers={self.mlp_only_layers}"
             )
+        if self.etd is not None:
+            self.etd.validate(self.num_layers)
         if self.mtp is not None and (self.mtp.draft_vocab_size or 0) > self.vocab_size:
             raise ValueError(
                 "`draft_vocab_size` must be at most `vocab_size`. Received: "

@@ -62,10 +62,14 @@ class Newest(NamedTuple):
 
 
 class DecodingMethod(Protocol):
-    """See the module's docstring; a step may read `lookahead` tokens that it does not keep."""
+    """See the module's docstring; a step may read `lookahead` tokens that it does not keep, and
+    each pass has `think_iterations`, `None` for what the model is configured to."""
 
     @property
     def lookahead(self) -> int: ...
+
+    @property
+    def think_iterations(self) -> int | None: ...
 
     def init(
         self, model: Any, caches: Caches, newest: Newest, request: Request, new_tokens: Tensor

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops, tree
 
+from qwen3_next.config.etd_config import THINKING_NAMES
 from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.generation.decoding import (
     Caches,
@@ -71,16 +72,18 @@ class Generator:
         draft_vocabulary: Iterable[int] | str | None = None,
         acceptance_threshold: float | None = None,
         measure_baseline: bool = False,
+        think_iterations: int | None = None,
         **sampling: Any,
     ) -> Generation:
         """See `Qwen3Next.generate`."""
+        self.model.backbone.schedule.check_iterations(think_iterations)
         mode, sample_options = make_sampling(self.model.config.vocab_size, **sampling)
         require(BOOLEAN, "measure_baseline", measure_baseline)
         if measure_baseline and use_speculative is None:
             use_speculative = True
         candidates = SpeculationOptions(
             use_speculative, speculation_lookahead, draft_vocabulary, acceptance_threshold
-        ).candidates(self.model, mode)
+        ).candidates(self.model, mode, think_iterations)
         if measure_baseline and candidates[0].drafting is None:
             raise ValueError(
                 "`measure_baseline` compares speculative decoding with plain decoding. "
@@ -96,20 +99,28 @@ class Generator:
             # The first runs may compile, the second ones are timed.
             plain_request = request._replace(drafting=None)
             for _ in range(2):
-                plain = self._run(arrays, max_new_tokens, PlainDecoding(mode), plain_request)
+                plain_method = PlainDecoding(mode, think_iterations)
+                plain = self._run(arrays, max_new_tokens, plain_method, plain_request)
             generation = self._run(arrays, max_new_tokens, method, request)
             ratio = _seconds(plain.stats) / _seconds(generation.stats)
             generation.stats.update(speedup=ratio, wall_clock_speedup=ratio)
         return generation
 
     def stream(
-        self, prompts: Iterable | dict, max_new_tokens: int, **sampling: Any
+        self,
+        prompts: Iterable | dict,
+        max_new_tokens: int,
+        *,
+        think_iterations: int | None = None,
+        **sampling: Any,
     ) -> Iterator[np.ndarray]:
         """See `Qwen3Next.stream`."""
+        self.model.backbone.schedule.check_iterations(think_iterations)
         # Not a generator itself, so that bad arguments raise here and not at the first token.
         mode, sample_options = make_sampling(self.model.config.vocab_size, **sampling)
         arrays = self._read(prompts, max_new_tokens)
-        method, request = PlainDecoding(mode), _request(max_new_tokens, sample_options)
+        method = PlainDecoding(mode, think_iterations)
+        request = _request(max_new_tokens, sample_options)
         carry = self.prefill(arrays, max_new_tokens, method, request)
         return self._steps(method, carry, request, max_new_tokens)
 
@@ -119,7 +130,7 @@ class Generator:
         """Reads the prompts and picks the first token: the carry that a method begins with."""
         config = self.model.config
         batch, capacity = len(prompts.lengths), self._capacity(prompts, max_new_tokens, method)
-        caches = Caches(self.model.init_cache(batch, capacity))
+        caches = Caches(self.model.init_cache(batch, capacity, method.think_iterations))
         newest = Newest(ops.zeros((batch, config.hidden_size), self.model.compute_dtype))
         if request.drafting is not None:
             caches = caches._replace(modules=init_module_caches(self.model, batch, capacity))
@@ -208,6 +219,9 @@ class Generator:
             "decode_seconds": finished - prefilled,
             "tokens_per_second": new / (finished - started),
         }
+        if self.model.config.etd is not None:
+            found = {name: stats[name] for name in THINKING_NAMES if name in stats}
+            self.model.thinking_of_generation = found
         return Generation(rows, stats)
 
     def _drafting_stats(self, request):

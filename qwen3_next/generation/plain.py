@@ -7,6 +7,7 @@ from keras import ops
 
 from qwen3_next.generation.decoding import Caches, Newest, Request, first_token
 from qwen3_next.generation.sampling import Mode, is_stop, sample
+from qwen3_next.generation.thinking_totals import no_totals, thinking_stats, with_tokens
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.cache import Cache
 
@@ -20,6 +21,7 @@ class PlainCarry(NamedTuple):
         finished: `(B,)` bool.
         new_tokens: `(B, M)` int32.
         count: `()` int32, columns of `new_tokens` that are written.
+        thinking: `ThinkingTotals`, or `()` without a think loop.
     """
 
     cache: Cache
@@ -27,6 +29,7 @@ class PlainCarry(NamedTuple):
     finished: Tensor
     new_tokens: Tensor
     count: Tensor
+    thinking: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class PlainDecoding:
     """Reads the newest token of every row and samples the next one."""
 
     mode: Mode
+    think_iterations: int | None = None
     lookahead: int = dataclasses.field(default=0, init=False)
 
     def init(
@@ -42,13 +46,12 @@ class PlainDecoding:
         token, finished, new_tokens = first_token(
             model, newest.hidden, request, new_tokens, self.mode
         )
-        return PlainCarry(caches.model, token, finished, new_tokens, ops.ones((), "int32"))
+        one, totals = ops.ones((), "int32"), no_totals(model)
+        return PlainCarry(caches.model, token, finished, new_tokens, one, totals)
 
     def step(self, model: Any, carry: PlainCarry, request: Request) -> PlainCarry:
-        inputs = {
-            "token_ids": carry.token[:, None],
-            "padding_mask": ops.logical_not(carry.finished)[:, None],
-        }
+        active = ops.logical_not(carry.finished)[:, None]
+        inputs = {"token_ids": carry.token[:, None], "padding_mask": active}
         output = model.backbone(inputs, cache=carry.cache)
         logits = model.logits(output.hidden[:, 0])
         token = sample(logits, request.sampling, carry.count, self.mode)
@@ -59,7 +62,8 @@ class PlainDecoding:
             finished=carry.finished | is_stop(token, request.sampling) | (count >= request.limit),
             new_tokens=ops.slice_update(carry.new_tokens, (0, carry.count), token[:, None]),
             count=count,
+            thinking=with_tokens(carry.thinking, output.thinking, active),
         )
 
     def stats(self, carry: PlainCarry) -> dict:
-        return {"steps": int(ops.convert_to_numpy(carry.count))}
+        return {"steps": int(ops.convert_to_numpy(carry.count)), **thinking_stats(carry.thinking)}

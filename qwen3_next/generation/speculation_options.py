@@ -42,7 +42,7 @@ class SpeculationOptions:
     draft_vocabulary: Iterable[int] | str | None = None
     acceptance_threshold: float | None = None
 
-    def candidates(self, model: Any, mode: Mode) -> list[Candidate]:
+    def candidates(self, model: Any, mode: Mode, iterations: int | None = None) -> list[Candidate]:
         """The way to decode, or if that is left to measurements, those with 0, 1, .. K drafts.
 
         It is left to them for the likeliest tokens alone, which are the same in every way. Drawn
@@ -61,7 +61,7 @@ class SpeculationOptions:
                 "`use_speculative=True` needs a model with multi-token prediction, "
                 "`Qwen3Next(..., mtp=MTPConfig())`. Received: mtp=None"
             )
-        plain = Candidate(PlainDecoding(mode))
+        plain = Candidate(PlainDecoding(mode, iterations))
         if use is False or mtp is None:
             self._refuse_leftovers()
             return [plain]
@@ -73,7 +73,7 @@ class SpeculationOptions:
             ops.convert_to_tensor(np.float32(threshold or 1.0)), self._vocabulary(model)
         )
         speculative = [
-            Candidate(SpeculativeDecoding(mode, k, lossy=threshold is not None), drafting)
+            Candidate(SpeculativeDecoding(mode, k, threshold is not None, iterations), drafting)
             for k in range(1 if is_open else lookahead, lookahead + 1)
         ]
         return [plain, *speculative] if is_open else speculative

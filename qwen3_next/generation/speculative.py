@@ -28,6 +28,7 @@ from qwen3_next.generation.drafting import (
 )
 from qwen3_next.generation.rejection_sampling import Verdict, greedy_verdict, sampled_verdict
 from qwen3_next.generation.sampling import GREEDY, Mode, is_stop
+from qwen3_next.generation.thinking_totals import no_totals, thinking_stats, with_tokens
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.backbone import BackboneOutput
 from qwen3_next.models.inputs import last_hidden
@@ -59,6 +60,7 @@ class SpeculativeCarry(NamedTuple):
         new_tokens: `(B, M)` int32.
         count: `(B,)` int32, columns of `new_tokens` that are written.
         counters: `Counters`.
+        thinking: `ThinkingTotals`, or `()` without a think loop.
     """
 
     caches: Caches
@@ -69,6 +71,7 @@ class SpeculativeCarry(NamedTuple):
     new_tokens: Tensor
     count: Tensor
     counters: Counters
+    thinking: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,7 @@ class SpeculativeDecoding:
     mode: Mode
     lookahead: int
     lossy: bool = False
+    think_iterations: int | None = None
 
     def init(
         self, model: Any, caches: Caches, newest: Newest, request: Request, new_tokens: Tensor
@@ -102,6 +106,7 @@ class SpeculativeDecoding:
             new_tokens=new_tokens,
             count=ops.ones_like(token),
             counters=Counters(zero, zero, ops.zeros((self.lookahead,), "int32")),
+            thinking=no_totals(model),
         )
 
     def step(self, model: Any, carry: SpeculativeCarry, request: Request) -> SpeculativeCarry:
@@ -137,6 +142,7 @@ class SpeculativeDecoding:
             "avg_acceptance_rate": sum(rates) / len(rates),
             "tokens_per_step": tokens_per_step,
             "lossy": self.lossy,
+            **thinking_stats(carry.thinking),
         }
 
     def draft(
@@ -204,6 +210,7 @@ class SpeculativeDecoding:
             new_tokens=_append(carry.new_tokens, carry.count, candidates, emitted),
             count=count,
             counters=_counted(carry.counters, active, accepted),
+            thinking=with_tokens(carry.thinking, output.thinking, places < emitted[:, None]),
         )
 
 

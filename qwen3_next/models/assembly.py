@@ -1,12 +1,21 @@
 """Layers with the dimensions of a configuration."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config import ETDConfig, Qwen3NextConfig
 from qwen3_next.config.model_config import LINEAR
-from qwen3_next.layers import DecoderLayer, GatedAttention, GatedDeltaNet, SparseMoE, SwiGLU
+from qwen3_next.layers import (
+    DecoderLayer,
+    GatedAttention,
+    GatedDeltaNet,
+    HaltingUnit,
+    SparseMoE,
+    SwiGLU,
+    ThinkLoop,
+)
 from qwen3_next.layers.projection import dense
 
 
@@ -28,6 +37,30 @@ def make_decoder_layer(
         dropout=config.dropout,
         gradient_checkpointing=gradient_checkpointing,
         name=name,
+        dtype=dtype,
+    )
+
+
+def make_think_loop(
+    config: Qwen3NextConfig, etd: ETDConfig, layers: Sequence[DecoderLayer], dtype: Any
+) -> ThinkLoop:
+    """A `ThinkLoop` around the think layers of a configuration."""
+    unit = None
+    if etd.adaptive_depth:
+        unit = HaltingUnit(
+            etd.confidence_threshold, config.initializer_range, name="halting_unit", dtype=dtype
+        )
+    return ThinkLoop(
+        layers,
+        etd.max_think_iterations,
+        unit,
+        granularity=etd.granularity,
+        inference_state=etd.inference_state,
+        backprop_iterations=etd.backprop_iterations,
+        sample_iterations=etd.sample_iterations,
+        warmup_steps=etd.warmup_steps,
+        input_injection=etd.input_injection,
+        name="think_loop",
         dtype=dtype,
     )
 

@@ -7,15 +7,22 @@ from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, require
-from qwen3_next.layers import Routing, TokenEmbedding, load_balancing_loss
+from qwen3_next.layers import (
+    Routing,
+    Thinking,
+    ThinkLoop,
+    TokenEmbedding,
+    load_balancing_loss,
+)
 from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.norms import make_norm
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.assembly import make_decoder_layer
+from qwen3_next.models.assembly import make_decoder_layer, make_think_loop
 from qwen3_next.models.cache import Cache, CacheUpdate, check_cache
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import unpack
+from qwen3_next.models.schedule import Schedule
 
 
 class BackboneOutput(NamedTuple):
@@ -30,6 +37,7 @@ class BackboneOutput(NamedTuple):
             model.
         expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load; `None`
             for a dense model.
+        thinking: `Thinking`, how long every token thought; `None` without a think loop.
     """
 
     hidden: Tensor
@@ -38,6 +46,7 @@ class BackboneOutput(NamedTuple):
     update: CacheUpdate | None = None
     aux_loss: Tensor | None = None
     expert_load: Tensor | None = None
+    thinking: Thinking | None = None
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -48,6 +57,8 @@ class Qwen3NextBackbone(ConfiguredModel):
         config: `Qwen3NextConfig`, or its fields as keyword arguments.
         gradient_checkpointing: Whether training recomputes the inside of every layer in the
             backward pass instead of keeping it.
+        base: `Qwen3NextBackbone` whose embedding, layers and final norm to share, or `None` for new
+            ones. Its configuration must be that of this one, but for `etd`.
         dtype: Dtype policy of all layers.
 
     Call arguments:
@@ -58,14 +69,16 @@ class Qwen3NextBackbone(ConfiguredModel):
         replayable: Whether to return a `CacheUpdate` for `commit` instead of the new cache, so
             that any number of the tokens may be kept. Real tokens must stand at the front of a
             row then.
+        think_iterations: Iterations of the think loop, `None` for the configuration's or those the
+            cache was made for.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
         Hidden states `(B, T, D)`; with a cache or `full_output` a `BackboneOutput`.
 
     Raises:
-        ValueError: inputs of the wrong kind, too many tokens, segments together with a cache, or
-            a replayable pass without one.
+        ValueError: inputs of the wrong kind, too many tokens, segments together with a cache, a
+            replayable pass without one, or a number of iterations out of range.
 
     Example:
 
@@ -86,6 +99,7 @@ class Qwen3NextBackbone(ConfiguredModel):
         config: Qwen3NextConfig | None = None,
         *,
         gradient_checkpointing: bool = False,
+        base: "Qwen3NextBackbone | None" = None,
         name: str | None = None,
         dtype: Any = None,
         **fields: Any,
@@ -94,6 +108,20 @@ class Qwen3NextBackbone(ConfiguredModel):
         self.refuse_mtp()
         require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
+        self.schedule = Schedule.from_config(self.config)
+        if base is None:
+            self._make_layers()
+        else:
+            self._share_layers(base)
+        self.think_loop: ThinkLoop | None = None
+        etd = self.config.etd
+        if etd is not None:
+            first, behind = etd.get_layer_ranges()["think"]
+            layers = self.decoder_layers[first:behind]
+            self.think_loop = make_think_loop(self.config, etd, layers, self.dtype_policy)
+        self.build()
+
+    def _make_layers(self):
         config, policy = self.config, self.dtype_policy
         self.embed_tokens = TokenEmbedding(
             config.vocab_size,
@@ -107,26 +135,54 @@ class Qwen3NextBackbone(ConfiguredModel):
                 config,
                 config.layer_types[i],
                 config.is_moe(i),
-                gradient_checkpointing=gradient_checkpointing,
+                gradient_checkpointing=self.gradient_checkpointing,
                 name=f"layers_{i}",
                 dtype=policy,
             )
             for i in range(config.num_layers)
         ]
         self.norm = make_norm(config.normalization_type, config.rms_norm_eps, "norm", policy)
-        self.build()
+
+    def _share_layers(self, base):
+        if base.config.replace(etd=None) != self.config.replace(etd=None):
+            raise ValueError(
+                "`base` must have the configuration of the backbone, but for `etd`. "
+                f"Received: base.config={base.config}, config={self.config}"
+            )
+        # In the order of `_make_layers`: an optimizer files its state in the order of variables.
+        self.embed_tokens = base.embed_tokens
+        self.decoder_layers = list(base.decoder_layers)
+        self.norm = base.norm
 
     def build(self, input_shape: Any = None) -> None:
         if self.built:
             return
         shape = (None, None, self.config.hidden_size)
         self.embed_tokens.build((None, None))
-        for layer in (*self.decoder_layers, self.norm):
-            layer.build(shape)
+        for layer in (*self.decoder_layers, self.norm, self.think_loop):
+            if layer is not None and not layer.built:
+                layer.build(shape)
         self.built = True
 
-    def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for sequences of up to `max_length` tokens."""
+    @property
+    def blocks(self) -> list[Any]:
+        """What runs one after the other, as the schedule says."""
+        return [
+            self.think_loop if block.loops else self.decoder_layers[block.layers.start]
+            for block in self.schedule.blocks
+        ]
+
+    def init_cache(
+        self, batch_size: int, max_length: int, think_iterations: int | None = None
+    ) -> Cache:
+        """An empty cache for sequences of up to `max_length` tokens.
+
+        Args:
+            batch_size: Rows.
+            max_length: Most tokens of a row.
+            think_iterations: Iterations of the think loop of all calls with it, `None` for the
+                configuration's.
+        """
         require(integer(1), "batch_size", batch_size)
         require(integer(1), "max_length", max_length)
         if max_length > self.config.max_position_embeddings:
@@ -134,39 +190,60 @@ class Qwen3NextBackbone(ConfiguredModel):
                 "`max_length` must be between 1 and `max_position_embeddings`="
                 f"{self.config.max_position_embeddings}. Received: {max_length=}"
             )
-        layers = ((layer.init_cache(batch_size, max_length),) for layer in self.decoder_layers)
-        return Cache(ops.zeros((batch_size,), "int32"), tuple(layers))
+        self.schedule.check_iterations(think_iterations)
+        caches = (
+            block.init_cache(batch_size, max_length, **self._iterations(block, think_iterations))
+            for block in self.blocks
+        )
+        return Cache(ops.zeros((batch_size,), "int32"), tuple(caches))
 
-    def call(self, inputs, cache=None, full_output=False, replayable=False, training=None):
+    def call(
+        self,
+        inputs,
+        cache=None,
+        full_output=False,
+        replayable=False,
+        think_iterations=None,
+        training=None,
+    ):
         inputs = unpack(inputs)
-        self._check(inputs, cache, replayable)
+        self._check(inputs, cache, replayable, think_iterations)
         hidden = self.embed_tokens(inputs.token_ids)
-        layers, routings = [], []
-        for index, layer in enumerate(self.decoder_layers):
-            hidden, layer_cache, routing = layer(
+        left: list[Any] = []
+        routings: list[Routing] = []
+        thinking = None
+        for index, block in enumerate(self.blocks):
+            output = block(
                 hidden,
                 padding_mask=inputs.padding_mask,
                 segment_ids=inputs.segment_ids,
-                cache=None if cache is None else cache.layers[index][0],
+                cache=None if cache is None else cache.blocks[index],
                 lengths=None if cache is None else cache.lengths,
                 full_output=True,
                 replayable=replayable,
                 training=training,
+                **self._iterations(block, think_iterations),
             )
-            layers.append((layer_cache,))
-            if routing:
-                routings.append(routing)
+            hidden, block_left, routing = output[:3]
+            left.append(block_left)
+            routings += [routing] if isinstance(routing, Routing) else routing
+            thinking = output.thinking if block is self.think_loop else thinking
         before_norm, hidden = hidden, self.norm(hidden)
         if cache is None and not full_output:
             return hidden
         update = None
         if replayable:
-            cache, update = None, CacheUpdate(tuple(layers))
+            cache, update = None, CacheUpdate(tuple(left))
         elif cache is not None:
-            cache = Cache(cache.lengths + _new_lengths(inputs), tuple(layers))
-        return BackboneOutput(hidden, before_norm, cache, update, *_balance(routings))
+            cache = Cache(cache.lengths + _new_lengths(inputs), tuple(left))
+        aux_loss, expert_load = _balance(routings)
+        return BackboneOutput(hidden, before_norm, cache, update, aux_loss, expert_load, thinking)
 
-    def _check(self, inputs, cache, replayable):
+    def _iterations(self, block, think_iterations):
+        return {"think_iterations": think_iterations} if block is self.think_loop else {}
+
+    def _check(self, inputs, cache, replayable, think_iterations):
+        self.schedule.check_iterations(think_iterations)
         length, longest = inputs.token_ids.shape[1], self.config.max_position_embeddings
         if length is not None and length > longest:
             raise ValueError(
@@ -196,9 +273,14 @@ class Qwen3NextBackbone(ConfiguredModel):
         Returns:
             `Cache`.
         """
-        layers = zip(self.decoder_layers, cache.layers, update.layers, strict=True)
-        committed = tuple((layer.commit(old, new, counts),) for layer, (old,), (new,) in layers)
+        parts = zip(self.blocks, cache.blocks, update.blocks, strict=True)
+        committed = tuple(block.commit(old, new, counts) for block, old, new in parts)
         return Cache(cache.lengths + counts, committed)
+
+    def freeze(self) -> None:
+        """Freezes embedding, layers and final norm, but not what a think loop has beyond them."""
+        for layer in (self.embed_tokens, *self.decoder_layers, self.norm):
+            layer.trainable = False
 
     def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         return (batch, length, self.config.hidden_size)

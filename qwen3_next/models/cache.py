@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from qwen3_next.config.validation import Rule, require
-from qwen3_next.layers import AttentionCache
+from qwen3_next.layers import AttentionCache, ThinkLoopCache
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
 
@@ -15,13 +15,27 @@ class Cache(NamedTuple):
 
     Attributes:
         lengths: `(B,)` int32, tokens of every row.
-        layers: `layers[layer][pass]`, the layer cache of a mixer, an `AttentionCache` or a
-            `DeltaNetCache`. A layer that runs several times has one for each pass, never a shared
-            one.
+        blocks: One cache per block of the schedule: the `AttentionCache` or `DeltaNetCache` of a
+            layer, or the `ThinkLoopCache` of a loop.
     """
 
     lengths: Tensor
-    layers: tuple
+    blocks: tuple
+
+    @property
+    def layers(self) -> tuple:
+        """`layers[layer][pass]`, the cache of every pass: a layer that runs several times has one
+        for each, never a shared one."""
+        found: list[tuple] = []
+        for block in self.blocks:
+            found += block.passes() if isinstance(block, ThinkLoopCache) else [(block,)]
+        return tuple(found)
+
+    @property
+    def think_iterations(self) -> int | None:
+        """Iterations of the loop that it was made for, `None` without a loop."""
+        loops = (block for block in self.blocks if isinstance(block, ThinkLoopCache))
+        return next((loop.iterations for loop in loops), None)
 
 
 _CACHE = Rule("a `Cache` from `init_cache`", lambda value: isinstance(value, Cache))
@@ -31,10 +45,11 @@ class CacheUpdate(NamedTuple):
     """What a replayable pass would write: `Qwen3NextBackbone.commit` makes a `Cache` of it.
 
     Attributes:
-        layers: `layers[layer][pass]`, an `AttentionUpdate` or a `DeltaNetUpdate`.
+        blocks: One update per block of the schedule: an `AttentionUpdate`, a `DeltaNetUpdate` or a
+            `ThinkLoopUpdate`.
     """
 
-    layers: tuple
+    blocks: tuple
 
 
 def check_cache(cache: Any, batch_size: int | None) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.models.schedule import Schedule
 from qwen3_next.models.weight_table import PARTS, weight_table
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -17,6 +18,8 @@ class Description:
         name: The variant's name, or `"model"`.
         total: Number of parameters.
         active: Parameters that one token meets: all but the experts it is not routed to.
+        layer_passes: Runs of decoder layers per token: the layers of a think loop count once for
+            every iteration, of which there are at most as many as said here.
         parts: Maps each part of the model to `(total, active)`.
         weight_bytes: Maps a dtype policy to the bytes of the weights under it.
         cache_bytes_per_row: Maps a dtype policy to the fixed size of a sequence's DeltaNet caches.
@@ -35,6 +38,7 @@ class Description:
     name: str
     total: int
     active: int
+    layer_passes: int
     parts: dict[str, tuple[int, int]]
     weight_bytes: dict[str, int]
     cache_bytes_per_row: dict[str, int]
@@ -47,6 +51,7 @@ class Description:
         lines.append(f"{'total':<16}{self.total:>18,}{self.active:>18,}")
         embedding = self.parts["embedding"][1]
         lines.append(f"{'  less embedding':<16}{'':>18}{self.active - embedding:>18,}")
+        lines.append(f"{'layer passes':<16}{'':>18}{self.layer_passes:>18,}")
         lines += ["", f"{'dtype':<16}{'weights':>14}{'cache / row':>16}{'cache / token':>16}"]
         for dtype, size in self.weight_bytes.items():
             row, token = self.cache_bytes_per_row[dtype], self.cache_bytes_per_token[dtype]
@@ -95,6 +100,7 @@ def describe(variant: str | Qwen3NextConfig, **overrides: Any) -> Description:
         name=name,
         total=total,
         active=sum(active for _, active in parts.values()),
+        layer_passes=len(Schedule.from_config(config).layer_passes()),
         parts=parts,
         weight_bytes={d: (total - islands) * b + islands * 4 for d, b in DTYPE_BYTES.items()},
         cache_bytes_per_row={d: conv * b + recurrent * 4 for d, b in DTYPE_BYTES.items()},
@@ -104,8 +110,9 @@ def describe(variant: str | Qwen3NextConfig, **overrides: Any) -> Description:
 
 def _cache_sizes(config):
     """Elements of conv tails and recurrent states per row, and of keys and values per token."""
-    linear = config.layer_types.count("linear_attention")
-    full = config.num_layers - linear
+    passes = Schedule.from_config(config).layer_passes()  # each has a cache of its own
+    linear = sum(config.layer_types[layer] == "linear_attention" for layer, _ in passes)
+    full = len(passes) - linear
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     values = config.linear_num_value_heads * config.linear_value_head_dim
     conv = linear * (config.linear_conv_kernel_dim - 1) * (2 * keys + values)

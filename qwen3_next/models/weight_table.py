@@ -32,6 +32,7 @@ PARTS = (
     "mlp",
     "norm",
     "head",
+    "think",
     "mtp",
 )
 AXES = (
@@ -80,6 +81,7 @@ class Weight(NamedTuple):
         fused: The one tensor that may stand for all of them, or `None`.
         dtype: `"float32"` for what is float32 under every dtype policy, else `None`.
         optional: Whether a checkpoint may lack it; it then keeps its initial values.
+        zeros: Whether those are zeros.
         tied: Names of tensors that a checkpoint may hold as well, with the same values.
     """
 
@@ -94,6 +96,7 @@ class Weight(NamedTuple):
     dtype: str | None = None
     optional: bool = False
     tied: tuple[str, ...] = ()
+    zeros: bool = False
 
     @property
     def size(self) -> int:
@@ -124,6 +127,7 @@ def weight_table(config: Qwen3NextConfig, num_labels: int | None = None) -> list
     for index in range(config.num_layers):
         rows += _layer(config, index)
     rows.append(_norm(config, "model/norm", width))
+    rows += _think_loop(config, "model/think_loop")
     if num_labels is not None:
         score = _dense("score", (width, num_labels), ("embed", "labels"), "head")
         rows.append(score._replace(dtype="float32", optional=True))
@@ -173,6 +177,21 @@ def _decoder_layer(config, base, kind, is_moe):
     if is_moe:
         return rows + _moe(config, f"{base}/mlp")
     return rows + _feed_forward(f"{base}/mlp", width, config.intermediate_size, "mlp")
+
+
+def _think_loop(config, base):
+    """What a think loop has beyond its layers; no published checkpoint holds any of it."""
+    width, etd, rows = config.hidden_size, config.etd, []
+    if etd is not None and etd.adaptive_depth:
+        score = f"{base}/halting_unit/score"
+        kernel = _dense(score, (width, 1), ("embed", "one"), "think")
+        bias = _plain(f"{score}/bias", (1,), ("one",), "think")
+        bias = bias._replace(tensors=(_published(f"{score}/bias"),), zeros=True)
+        rows += [row._replace(dtype="float32", optional=True) for row in (kernel, bias)]
+    if etd is not None and etd.input_injection:
+        injection = _dense(f"{base}/injection", (width, width), ("embed", "embed"), "think")
+        rows.append(injection._replace(optional=True, zeros=True))
+    return rows
 
 
 def _mtp(config, base):

@@ -1,16 +1,35 @@
 """A classification head on the backbone."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, require
+from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import Qwen3NextBackbone
 from qwen3_next.models.inputs import check_labels, last_hidden, unpack
 from qwen3_next.tasks.task import Task
+from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
+from qwen3_next.training.thinking_metrics import (
+    make_thinking_metrics,
+    ponder_loss,
+    update_thinking_metrics,
+)
+
+
+class ClassifierStepOutput(NamedTuple):
+    """What a classifier returns within a train or test step.
+
+    Attributes:
+        logits: `(B, num_labels)`.
+        thinking: `Thinking`, or `()` without a think loop.
+    """
+
+    logits: Tensor
+    thinking: Any
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -31,10 +50,14 @@ class Qwen3NextClassifier(Task):
             another id for the end of a row. Presets keep it; 0 is what `pad` writes.
         gradient_checkpointing: Whether training recomputes the inside of every layer in the
             backward pass instead of keeping it.
+        backbone: `Qwen3NextBackbone` to build on and to share, or `None` for a new one. Its
+            configuration must be that of the model.
+        score: Head to share, as another model's `score`, or `None` for a new one.
         dtype: Dtype policy of all layers.
 
     Call arguments:
         inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and `"padding_mask"`.
+        think_iterations: Iterations of the think loop, `None` for those of the configuration.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
@@ -65,6 +88,8 @@ class Qwen3NextClassifier(Task):
         num_labels: int,
         pad_token_id: int = 0,
         gradient_checkpointing: bool = False,
+        backbone: Qwen3NextBackbone | None = None,
+        score: keras.layers.Dense | None = None,
         name: str | None = None,
         dtype: Any = None,
         **fields: Any,
@@ -77,32 +102,72 @@ class Qwen3NextClassifier(Task):
         self.num_labels = num_labels
         self.pad_token_id = pad_token_id
         self.gradient_checkpointing = gradient_checkpointing
-        self.backbone = Qwen3NextBackbone(
-            self.config,
-            gradient_checkpointing=gradient_checkpointing,
-            name="model",
-            dtype=self.dtype_policy,
-        )
+        if backbone is None:
+            backbone = Qwen3NextBackbone(
+                self.config,
+                gradient_checkpointing=gradient_checkpointing,
+                name="model",
+                dtype=self.dtype_policy,
+            )
+        elif getattr(backbone, "config", None) != self.config:
+            raise ValueError(
+                "`backbone` must have the configuration of the model. "
+                f"Received: backbone={backbone}, config={self.config}"
+            )
+        self.backbone = backbone
         self.pooled_dropout = keras.layers.Dropout(self.config.dropout, dtype=self.dtype_policy)
-        self.score = make_head(self.config, num_labels, "score", "float32")
+        self.score = score or make_head(self.config, num_labels, "score", "float32")
+        self.thinking_metrics = make_thinking_metrics(self.config)
         self.built = True
 
     @staticmethod
     def constructor_options() -> tuple[str, ...]:
         return ("gradient_checkpointing", "num_labels", "pad_token_id")
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, think_iterations=None, training=None):
+        if isinstance(inputs, StepInputs):
+            return ClassifierStepOutput(*self._classify(inputs.inputs, None, training))
+        return self._classify(inputs, think_iterations, training)[0]
+
+    def _classify(self, inputs, think_iterations, training):
+        """Logits, and how long every token thought, `()` without a think loop."""
         inputs = unpack(inputs)
         if inputs.segment_ids is not None:
             raise ValueError(
                 "A classifier pools one sequence per row: `segment_ids` must be None. "
                 f"Received: segment_ids={inputs.segment_ids}"
             )
-        output = self.backbone(inputs.given(), full_output=True, training=training)
+        output = self.backbone(
+            inputs.given(),
+            full_output=True,
+            think_iterations=think_iterations or self.iterations_of_run,
+            training=training,
+        )
         if training and output.aux_loss is not None:
             self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
+        ponder = ponder_loss(self.config, output.thinking)
+        if training and ponder is not None:
+            self.add_loss(ponder)
         pooled = last_hidden(output.hidden, inputs.padding_mask)
-        return self.score(self.pooled_dropout(ops.cast(pooled, "float32"), training=training))
+        pooled = self.pooled_dropout(ops.cast(pooled, "float32"), training=training)
+        return self.score(pooled), () if output.thinking is None else output.thinking
+
+    def train_step(self, *args):
+        return super().train_step(*with_step_inputs(args))
+
+    def test_step(self, *args):
+        return super().test_step(*with_step_inputs(args))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if isinstance(y_pred, ClassifierStepOutput):
+            update_thinking_metrics(self.thinking_metrics, y_pred.thinking or None)
+            y_pred = y_pred.logits
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if isinstance(y_pred, ClassifierStepOutput):
+            y_pred = y_pred.logits
+        return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def check_labels(self, labels: Any) -> None:
         """Raises `ValueError` for labels that are no class."""

@@ -1,11 +1,17 @@
 """Functions that build models by name."""
 
+import math
 from typing import Any
 
-from qwen3_next.config import MTPConfig, Qwen3NextConfig
-from qwen3_next.config.validation import one_of, require
+from qwen3_next import variants
+from qwen3_next.checkpoints.presets import preset_config
+from qwen3_next.config import ETDConfig, MTPConfig, Qwen3NextConfig
+from qwen3_next.config.validation import BOOLEAN, one_of, require
+from qwen3_next.models.backbone import Qwen3NextBackbone
 from qwen3_next.tasks.classifier import Qwen3NextClassifier
 from qwen3_next.tasks.language_model import Qwen3Next
+
+PUBLISHED = "hf://Qwen/Qwen3-Next-80B-A3B-Instruct"
 
 
 def create_qwen3_next(
@@ -131,3 +137,181 @@ def wrap_model_with_mtp(
         name=name,
         dtype=model.dtype_policy,
     )
+
+
+def wrap_transformer_with_etd(
+    model: Qwen3Next | Qwen3NextClassifier,
+    config: ETDConfig | None = None,
+    *,
+    freeze_backbone: bool = False,
+    name: str | None = None,
+) -> Qwen3Next | Qwen3NextClassifier:
+    """A model whose middle layers think, with the trained weights of another.
+
+    Embedding, layers, norm, head and MTP modules are those of `model`, not copies: what trains one
+    model trains the other. With one iteration both give the same outputs.
+
+    Args:
+        model: `Qwen3Next` or `Qwen3NextClassifier` without a think loop.
+        config: `ETDConfig`. Defaults to a quarter of the layers that encode, a half that think and
+            a quarter that decode.
+        freeze_backbone: Whether to freeze what is shared but for MTP modules, in `model`, too. A
+            language model only.
+        name: Name of the new model.
+
+    Returns:
+        A model of the class of `model`.
+
+    Raises:
+        ValueError: no such model, one that thinks already, layer counts that do not sum to its
+            layers, or nothing left to train.
+
+    Example:
+
+    ```python
+    from qwen3_next import ETDConfig, Qwen3Next, wrap_transformer_with_etd
+
+    model = Qwen3Next.from_variant("tiny", vocab_size=64, hidden_size=32, num_layers=4)
+    thinking = wrap_transformer_with_etd(model, ETDConfig(1, 2, 1, max_think_iterations=3))
+    assert thinking.backbone.decoder_layers[0] is model.backbone.decoder_layers[0]
+    ```
+
+    Reference: Encode, Think, Decode, arXiv 2510.07358.
+    """
+    if not isinstance(model, Qwen3Next | Qwen3NextClassifier):
+        raise ValueError(
+            "A think loop needs a `Qwen3Next` or a `Qwen3NextClassifier`. "
+            f"Received: model of type {type(model).__name__}"
+        )
+    if model.config.etd is not None:
+        raise ValueError(
+            f"`model` has a think loop already. Received: model.config.etd={model.config.etd}"
+        )
+    if config is None:
+        config = ETDConfig.from_ratio(model.config.num_layers, 0.25, 0.5, 0.25)
+    fields = model.config.replace(etd=config)
+    backbone = Qwen3NextBackbone(
+        fields.replace(mtp=None),
+        gradient_checkpointing=model.gradient_checkpointing,
+        base=model.backbone,
+        name="model",
+        dtype=model.dtype_policy,
+    )
+    options: dict[str, Any] = {
+        "gradient_checkpointing": model.gradient_checkpointing,
+        "backbone": backbone,
+        "name": name,
+        "dtype": model.dtype_policy,
+    }
+    if isinstance(model, Qwen3Next):
+        shared = {"lm_head": model.lm_head, "mtp_modules": model.mtp_modules or None}
+        return Qwen3Next(fields, freeze_backbone=freeze_backbone, **shared, **options)
+    if freeze_backbone:
+        raise ValueError(
+            "`freeze_backbone` is for language models. "
+            f"Received: {freeze_backbone=}, model of type {type(model).__name__}"
+        )
+    options |= {"num_labels": model.num_labels, "pad_token_id": model.pad_token_id}
+    return Qwen3NextClassifier(fields, score=model.score, **options)
+
+
+def create_qwen3_next_model(
+    variant_or_preset: str,
+    use_etd: bool = True,
+    use_mtp: bool = True,
+    freeze_backbone: bool = False,
+    **options: Any,
+) -> Qwen3Next:
+    """A language model with a think loop and multi-token prediction, from a variant or a preset.
+
+    The defaults are a quarter of the layers that encode, a half that think, at most 3 times up to a
+    confidence of 0.85, and a quarter that decode; and 4 tokens ahead at a loss weight of 0.3.
+    Prints the share of parameters that train.
+
+    Args:
+        variant_or_preset: One of `qwen3_next.variants.names()` for random weights, else what
+            `Qwen3Next.from_preset` reads.
+        use_etd: Whether layers think; `etd=` replaces the configuration above.
+        use_mtp: Whether the model predicts several tokens ahead; `mtp=` likewise.
+        freeze_backbone: Whether only what is new trains.
+        **options: Fields of `Qwen3NextConfig` to replace, or constructor arguments.
+
+    Raises:
+        ValueError: an unknown name or option, or nothing left to train.
+
+    Example:
+
+    ```python
+    from qwen3_next import create_qwen3_next_model
+
+    small = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "dtype": "float32"}
+    model = create_qwen3_next_model("tiny", use_mtp=False, **small)
+    assert model.config.etd.get_layer_ranges()["think"] == (1, 3)
+    ```
+    """
+    for name, value in (("use_etd", use_etd), ("use_mtp", use_mtp)):
+        require(BOOLEAN, name, value)
+    for name, use in (("etd", use_etd), ("mtp", use_mtp)):
+        if name in options and not use:
+            raise ValueError(f"`{name}` needs `use_{name}=True`. Received: use_{name}=False")
+    is_variant = variant_or_preset in variants.names()
+    if use_mtp:
+        mtp = MTPConfig(num_predict_tokens=4, mtp_loss_weight=0.3, speculation_lookahead=3)
+        options = {"mtp": mtp, **options}
+    if use_etd and "etd" not in options:
+        options["etd"] = _default_etd(variant_or_preset, is_variant, options)
+    build = Qwen3Next.from_variant if is_variant else Qwen3Next.from_preset
+    model = build(variant_or_preset, freeze_backbone=freeze_backbone, **options)
+    print(f"{model.name}: {_trainable_share(model)}")
+    return model
+
+
+def create_qwen3_next_efficient(variant_or_preset: str = PUBLISHED, **options: Any) -> Qwen3Next:
+    """`create_qwen3_next_model` for little compute: a frozen backbone, at most 2 iterations up to a
+    confidence of 0.8, 3 tokens ahead.
+
+    Args:
+        variant_or_preset, **options: As for `create_qwen3_next_model`.
+    """
+    return _with_depth(variant_or_preset, 2, 0.8, 3, {"freeze_backbone": True, **options})
+
+
+def create_qwen3_next_performance(variant_or_preset: str = PUBLISHED, **options: Any) -> Qwen3Next:
+    """`create_qwen3_next_model` for quality: everything trains, at most 5 iterations up to a
+    confidence of 0.95, 4 tokens ahead.
+
+    Args:
+        variant_or_preset, **options: As for `create_qwen3_next_model`.
+    """
+    return _with_depth(variant_or_preset, 5, 0.95, 4, options)
+
+
+def _with_depth(variant_or_preset, iterations, threshold, tokens, options):
+    if options.get("use_etd", True) and "etd" not in options:
+        is_variant = variant_or_preset in variants.names()
+        etd = _default_etd(variant_or_preset, is_variant, options)
+        options["etd"] = etd.replace(
+            max_think_iterations=iterations, confidence_threshold=threshold
+        )
+    if options.get("use_mtp", True) and "mtp" not in options:
+        options["mtp"] = MTPConfig(
+            num_predict_tokens=tokens, mtp_loss_weight=0.3, speculation_lookahead=3
+        )
+    return create_qwen3_next_model(variant_or_preset, **options)
+
+
+def _default_etd(variant_or_preset, is_variant, options):
+    if "num_layers" in options:
+        num_layers = options["num_layers"]
+    elif is_variant:
+        num_layers = Qwen3NextConfig.from_variant(variant_or_preset).num_layers
+    else:
+        num_layers = preset_config(variant_or_preset).num_layers
+    limits = {"max_think_iterations": 3, "confidence_threshold": 0.85}
+    return ETDConfig.from_ratio(num_layers, 0.25, 0.5, 0.25, **limits)
+
+
+def _trainable_share(model):
+    total = sum(math.prod(v.shape) for v in model.weights)
+    trains = sum(math.prod(v.shape) for v in model.trainable_weights)
+    return f"{trains:,} of {total:,} parameters train ({100 * trains / total:.2f} %)"

@@ -1,6 +1,5 @@
 """The language model: the backbone, the head over the vocabulary, training and generation."""
 
-from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import keras
@@ -9,8 +8,8 @@ from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, require
-from qwen3_next.generation.generator import Generation, Generator
-from qwen3_next.layers import MultiTokenPrediction
+from qwen3_next.generation.generator import Generator
+from qwen3_next.layers import MultiTokenPrediction, Thinking
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
@@ -20,8 +19,11 @@ from qwen3_next.models.inputs import check_labels, check_token_ids, next_token_l
 from qwen3_next.models.mtp import make_mtp_modules
 from qwen3_next.models.token_counts import TokenCounts
 from qwen3_next.tasks.task import Task
+from qwen3_next.tasks.text_generation import TextGeneration
 from qwen3_next.training.mtp_losses import step_losses, weighted_sum
-from qwen3_next.training.next_token_training import NextTokenTraining, StepInputs, StepOutput
+from qwen3_next.training.next_token_training import NextTokenTraining, StepOutput
+from qwen3_next.training.step_inputs import StepInputs
+from qwen3_next.training.thinking_metrics import ponder_loss
 
 
 class LanguageModelOutput(NamedTuple):
@@ -30,12 +32,14 @@ class LanguageModelOutput(NamedTuple):
     Attributes:
         logits: `(B, T, vocab)`.
         loss: `()`, the mean cross-entropy over the labels plus `router_aux_loss_coef` times
-            `aux_loss` plus `mtp_loss`.
+            `aux_loss` plus `mtp_loss` plus `ponder_loss`.
         aux_loss: `()`, the load-balancing loss, or `None` for a dense model.
         mtp_loss: `()`, the weighted sum over the steps of multi-token prediction as it stands in
             `loss`, or `None` without them.
         mtp_step_losses: Maps `"mtp_loss_k1"`, `"mtp_loss_k2"`, ... to the mean cross-entropies of
             the steps, or `None`.
+        ponder_loss: `()`, what thinking costs, `ponder_cost` times its mean over tokens, or `None`.
+        thinking: `Thinking`, how long every token thought, or `None` without a think loop.
     """
 
     logits: Tensor
@@ -43,10 +47,12 @@ class LanguageModelOutput(NamedTuple):
     aux_loss: Tensor | None
     mtp_loss: Tensor | None = None
     mtp_step_losses: dict[str, Tensor] | None = None
+    ponder_loss: Tensor | None = None
+    thinking: Thinking | None = None
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class Qwen3Next(NextTokenTraining, Task):
+class Qwen3Next(TextGeneration, NextTokenTraining, Task):
     """Qwen3-Next language model.
 
     `fit(x, y)` trains on labels that line up with the logits; `fit(x)` alone trains on the next
@@ -55,25 +61,28 @@ class Qwen3Next(NextTokenTraining, Task):
     asks for logits. `evaluate` and `train_on_batch` return the loss, or a list with the compiled
     metrics behind it; the load of the experts and what MTP steps reach come with `return_dict`.
 
-    A training loop of one's own finds the load-balancing loss, times its coefficient, in
-    `model.losses` after a call with `training=True`, as every loss that Keras layers add (on JAX
-    `stateless_call(..., training=True, return_losses=True)` returns it).
+    A training loop of one's own finds the load-balancing loss and the ponder loss of a think loop,
+    times their coefficients, in `model.losses` after a call with `training=True`, as every loss
+    that Keras layers add (on JAX `stateless_call(..., training=True, return_losses=True)` returns
+    them).
 
     Args:
         config: `Qwen3NextConfig`, or its fields as keyword arguments.
         gradient_checkpointing: Whether training recomputes the inside of every layer in the
             backward pass instead of keeping it.
         freeze_backbone: Whether embedding, layers and head are frozen, so that only the MTP
-            modules learn.
+            modules learn and what a think loop has beyond its layers.
         backbone: `Qwen3NextBackbone` to build on and to share, or `None` for a new one. Its
             configuration must be that of the model, but for `mtp`.
         lm_head: Head to share, as another model's `lm_head`, or `None` for a new one.
+        mtp_modules: MTP modules to share, as another model's `mtp_modules`, or `None`.
         dtype: Dtype policy of all layers, such as `"mixed_bfloat16"`.
 
     Call arguments:
         inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and optionally `"padding_mask"`
             (true at real tokens, anywhere in the row) and `"segment_ids"` (packed sequences).
         labels: `(B, T)` unshifted token ids, -100 where ignored; the shift happens inside.
+        think_iterations: Iterations of the think loop, `None` for those of the configuration.
         training: Whether to apply dropout and checkpointing.
 
     Returns:
@@ -117,6 +126,7 @@ class Qwen3Next(NextTokenTraining, Task):
         freeze_backbone: bool = False,
         backbone: Qwen3NextBackbone | None = None,
         lm_head: keras.layers.Dense | None = None,
+        mtp_modules: list[MultiTokenPrediction] | None = None,
         name: str | None = None,
         dtype: Any = None,
         **fields: Any,
@@ -124,16 +134,19 @@ class Qwen3Next(NextTokenTraining, Task):
         super().__init__(config, name=name, dtype=dtype, **fields)
         require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         require(BOOLEAN, "freeze_backbone", freeze_backbone)
-        if freeze_backbone and self.config.mtp is None:
+        etd = self.config.etd
+        thinks = etd is not None and (etd.adaptive_depth or etd.input_injection)
+        if freeze_backbone and self.config.mtp is None and not thinks:
             raise ValueError(
-                "`freeze_backbone` leaves nothing to train without multi-token prediction. "
-                f"Received: {freeze_backbone=}, mtp=None"
+                "`freeze_backbone` leaves nothing to train without multi-token prediction or a "
+                "think loop with weights of its own (`adaptive_depth` or `input_injection`). "
+                f"Received: {freeze_backbone=}, mtp=None, etd={etd}"
             )
         self.gradient_checkpointing = gradient_checkpointing
         self.freeze_backbone = freeze_backbone
         self._set_backbone(backbone)
         self._set_head(lm_head)
-        self._add_mtp_modules()
+        self._add_mtp_modules(mtp_modules)
         self.add_training_metrics()
         self.generator = Generator(self)
         self._extend = compile_with_weights(self, self._extend_inputs)
@@ -155,7 +168,7 @@ class Qwen3Next(NextTokenTraining, Task):
             )
         self.backbone = backbone
         if self.freeze_backbone:
-            backbone.trainable = False
+            backbone.freeze()
 
     def _set_head(self, lm_head):
         tied = self.config.tie_word_embeddings
@@ -173,12 +186,13 @@ class Qwen3Next(NextTokenTraining, Task):
                 lm_head.trainable = False
         self.lm_head = lm_head
 
-    def _add_mtp_modules(self):
+    def _add_mtp_modules(self, shared):
         mtp = self.config.mtp
-        self.mtp_modules, self.mtp_steps, self.token_counts = [], None, None
+        self.mtp_modules: list[MultiTokenPrediction] = []
+        self.mtp_steps, self.token_counts = None, None
         if mtp is None:
             return
-        self.mtp_modules = make_mtp_modules(
+        self.mtp_modules = list(shared or ()) or make_mtp_modules(
             self.config, self.gradient_checkpointing, self.dtype_policy
         )
         if mtp.warmup_steps:
@@ -213,34 +227,54 @@ class Qwen3Next(NextTokenTraining, Task):
         self.check_labels(labels)
         return super().__call__(inputs, labels=labels, **kwargs)
 
-    def call(self, inputs, labels=None, training=None):
+    def call(self, inputs, labels=None, think_iterations=None, training=None):
         if isinstance(inputs, StepInputs):
             return self._step_output(inputs, training)
-        output = self.backbone(inputs, full_output=True, training=training)
+        output = self._backbone_output(inputs, think_iterations, training)
         logits = self.logits(output.hidden)
         if labels is None:
-            if training and output.aux_loss is not None:
-                self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
+            if training:
+                self._add_losses(output)
             return logits
         inputs = unpack(inputs)
         labels = next_token_labels(inputs, labels)
         loss = self.mean_loss(labels, hidden=output.hidden)
         if output.aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * output.aux_loss
+        ponder = ponder_loss(self.config, output.thinking)
+        loss = loss if ponder is None else loss + ponder
+        found = LanguageModelOutput(logits, loss, output.aux_loss)
+        found = found._replace(ponder_loss=ponder, thinking=output.thinking)
         if not self.mtp_modules:
-            return LanguageModelOutput(logits, loss, output.aux_loss)
+            return found
         steps = step_losses(self, self.mtp_input(output), inputs, labels, training=training)
         mtp_loss = weighted_sum(self, steps)
         by_step = {f"mtp_loss_k{k}": step for k, step in enumerate(steps.losses, start=1)}
-        return LanguageModelOutput(logits, loss + mtp_loss, output.aux_loss, mtp_loss, by_step)
+        return found._replace(loss=loss + mtp_loss, mtp_loss=mtp_loss, mtp_step_losses=by_step)
+
+    def _add_losses(self, output):
+        if output.aux_loss is not None:
+            self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
+        ponder = ponder_loss(self.config, output.thinking)
+        if ponder is not None:
+            self.add_loss(ponder)
 
     def _step_output(self, inputs, training):
-        output = self.backbone(inputs.inputs, full_output=True, training=training)
+        output = self._backbone_output(inputs.inputs, None, training)
         return StepOutput(
             hidden=output.hidden,
             mtp_input=self.mtp_input(output) if self.mtp_modules else None,
             aux_loss=output.aux_loss,
             expert_load=output.expert_load,
+            thinking=output.thinking,
+        )
+
+    def _backbone_output(self, inputs, think_iterations, training):
+        return self.backbone(
+            inputs,
+            full_output=True,
+            think_iterations=think_iterations or self.iterations_of_run,
+            training=training,
         )
 
     def check_labels(self, labels: Any) -> None:
@@ -262,9 +296,18 @@ class Qwen3Next(NextTokenTraining, Task):
             return ops.convert_to_tensor(self.lm_head.kernel)
         return ops.transpose(ops.convert_to_tensor(self.backbone.embed_tokens.embeddings))
 
-    def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty `Cache` for sequences of up to `max_length` tokens."""
-        return self.backbone.init_cache(batch_size, max_length)
+    def init_cache(
+        self, batch_size: int, max_length: int, think_iterations: int | None = None
+    ) -> Cache:
+        """An empty `Cache` for sequences of up to `max_length` tokens.
+
+        Args:
+            batch_size: Rows.
+            max_length: Most tokens of a row.
+            think_iterations: Iterations of the think loop of all calls with it, `None` for the
+                configuration's.
+        """
+        return self.backbone.init_cache(batch_size, max_length, think_iterations)
 
     def extend(self, inputs: Tensor | dict, cache: Cache) -> tuple[Tensor, Cache]:
         """Reads one or more new tokens of every row, compiled once per shape.
@@ -299,106 +342,6 @@ class Qwen3Next(NextTokenTraining, Task):
         inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
         output = self.backbone(inputs, cache=cache)
         return self.logits(output.hidden), output.cache
-
-    def generate(
-        self,
-        prompts: Iterable | dict,
-        max_new_tokens: int = 128,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop_token_ids: Iterable[int] = (),
-        use_speculative: bool | None = None,
-        speculation_lookahead: int | None = None,
-        draft_vocabulary: Iterable[int] | str | None = None,
-        acceptance_threshold: float | None = None,
-        measure_baseline: bool = False,
-    ) -> Generation:
-        """Continues every prompt.
-
-        With multi-token prediction the modules draft and the model verifies: the tokens follow the
-        same distribution as without it, and are the same with `temperature=0` (in float32; in
-        bfloat16 passes of different widths round differently).
-
-        Args:
-            prompts: List of token-id sequences of any lengths, an array `(B, T)`, or a dict with
-                `"token_ids"` and `"padding_mask"`, padded on any side.
-            max_new_tokens: Most tokens to add to a row.
-            temperature: 0 takes the likeliest token; above, logits are divided by it.
-            top_k: Sample from the k likeliest tokens; 0 for all.
-            top_p: Sample from the fewest tokens whose probability reaches this.
-            min_p: Sample from the tokens at least this many times as likely as the likeliest.
-            seed: Integer that makes sampling repeatable; by default drawn from Python's `random`,
-                which `keras.utils.set_random_seed` seeds.
-            stop_token_ids: Tokens that end a row. The row keeps the one it met.
-            use_speculative: Whether to speculate. With `None` one of the arguments below asks for
-                it. Without them, at `temperature=0`, it is done where it is faster: of new shapes
-                the first calls measure, see `generation.lookahead_choice`. Other temperatures
-                decode plainly, so that what is drawn does not depend on times, and a seed gives
-                the same tokens in every run.
-            speculation_lookahead: Tokens to draft before a verification, at most
-                `num_predict_tokens`. Defaults to the configuration's.
-            draft_vocabulary: Token ids that may be drafted: a smaller product for every draft. Any
-                token may still be generated. `"all"` for all of them. Defaults to the
-                `draft_vocab_size` most frequent tokens of the data the modules learned from in
-                `fit`, to all before that.
-            acceptance_threshold: Lossy: accept also every draft that the model gives at least this
-                probability. The tokens no longer follow the model's distribution.
-            measure_baseline: Whether to time plain decoding as well (both run once before).
-
-        Returns:
-            `Generation(tokens, stats)`: a list with one int32 array of new tokens per row, and a
-            dict with `prompt_tokens`, `new_tokens`, `lookahead` (drafts per step, 0 in plain
-            decoding), `steps`, `finish_reasons` (`"stop"` or `"length"`), `prefill_seconds`,
-            `decode_seconds` (both with compilation where it was needed) and `tokens_per_second`.
-
-            Speculation adds `verify_steps` (passes through the backbone after the prompt),
-            `drafted` and `accepted` tokens, `acceptance_rate_by_position` (how often a draft and
-            all before it were accepted), `avg_acceptance_rate`, `tokens_per_step` of a row,
-            `draft_vocab_size` (tokens that were drafted from), `lossy`, and `speedup` over plain
-            decoding: the measured one, `None` where none was measured. `measure_baseline` measures
-            the whole call (also as `wall_clock_speedup`).
-
-            Where `use_speculative=None` left the choice to measurements, `seconds_per_token` maps
-            every number of drafts that was timed at these shapes to the time of a token, at the
-            rate at which drafts are being accepted; `speedup` compares these.
-
-        Raises:
-            ValueError: an empty prompt, a token outside the vocabulary, an argument out of range,
-                or more tokens than `max_position_embeddings`.
-        """
-        return self.generator.generate(
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop_token_ids=stop_token_ids,
-            use_speculative=use_speculative,
-            speculation_lookahead=speculation_lookahead,
-            draft_vocabulary=draft_vocabulary,
-            acceptance_threshold=acceptance_threshold,
-            measure_baseline=measure_baseline,
-        )
-
-    def stream(
-        self, prompts: Iterable | dict, max_new_tokens: int = 128, **sampling: Any
-    ) -> Iterator[np.ndarray]:
-        """As `generate`, but an iterator that yields each step's tokens as they are made.
-
-        Args:
-            prompts, max_new_tokens: As for `generate`.
-            **sampling: Its arguments on sampling and stop tokens. Decoding is plain.
-
-        Returns:
-            Iterator of `(B,)` int32, -1 in rows that have ended.
-        """
-        return self.generator.stream(prompts, max_new_tokens, **sampling)
 
     @staticmethod
     def constructor_options() -> tuple[str, ...]:

@@ -12,14 +12,18 @@ from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
 from qwen3_next.tasks.checked_data import checked, values_kept
+from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
 
 
-class Task(ConfiguredModel):
+class Task(IterationsOfRun, ConfiguredModel):
     """A model with a head, ready for `compile`, `fit`, `evaluate` and `predict`.
 
     The models return logits, so the names of the cross-entropy losses mean them from logits.
     """
+
+    thinking_metrics: list[keras.metrics.Mean]
+    thinking_of_generation: dict[str, float] | None = None  # of the last call of `generate`
 
     @classmethod
     def from_preset(
@@ -103,12 +107,41 @@ class Task(ConfiguredModel):
     ) -> None:
         """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
         loss = loss_from_logits(loss)
+        self.forget_functions()
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
+
+    def get_metrics(self) -> dict[str, dict[str, float]]:
+        """What the last `fit`, `evaluate` or `generate` found: means over tokens, by part.
+
+        `"etd"`, of a model with a think loop: `think_iterations`, `early_exit` (share of tokens
+        that left before the last iteration) and `exit_confidence` (sum of halting probabilities).
+
+        Example:
+
+        ```python
+        import numpy as np
+        from qwen3_next import ETDConfig, Qwen3Next
+
+        etd = ETDConfig(0, 1, 0, max_think_iterations=2, adaptive_depth=False)
+        model = Qwen3Next.from_variant(
+            "tiny", vocab_size=64, hidden_size=32, num_layers=1, etd=etd
+        )
+        model.compile("adamw")
+        model.fit(np.ones((2, 8), "int32"), verbose=0)
+        assert model.get_metrics()["etd"]["think_iterations"] == 2
+        ```
+        """
+        if self.config.etd is None:
+            return {}
+        noted = self.thinking_of_generation
+        if noted is not None:
+            return {"etd": dict(noted)}
+        return {"etd": {m.name: float(m.result()) for m in self.thinking_metrics}}
 
     def check_batch(self, x: Any, y: Any) -> None:
         """Raises `ValueError` for token ids or labels that the model has no row for.
@@ -124,6 +157,7 @@ class Task(ConfiguredModel):
         raise NotImplementedError
 
     def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+        self.thinking_of_generation = None
         if isinstance(validation_data, list | tuple):
             self.check_batch(*validation_data[:2])
         elif validation_data is not None:
@@ -132,14 +166,19 @@ class Task(ConfiguredModel):
         with values_kept(self, self._stepped_variables()):
             return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, **kwargs):
+    def evaluate(self, x=None, y=None, *args, think_iterations=None, **kwargs):
+        """As `keras.Model.evaluate`, with so many `think_iterations` if it says so."""
+        self.thinking_of_generation = None
         x = checked(self.check_batch, x, y)
-        with values_kept(self, self._stepped_variables()):
+        iterating = self.iterating("test_function", think_iterations)
+        with iterating, values_kept(self, self._stepped_variables()):
             return super().evaluate(x, y, *args, **kwargs)
 
-    def predict(self, x, *args, **kwargs):
+    def predict(self, x, *args, think_iterations=None, **kwargs):
+        """As `keras.Model.predict`, with so many `think_iterations` if it says so."""
         x = checked(self._check_inputs, x)
-        with values_kept(self, self._stepped_variables()):
+        iterating = self.iterating("predict_function", think_iterations)
+        with iterating, values_kept(self, self._stepped_variables()):
             return super().predict(x, *args, **kwargs)
 
     def train_step(self, *args):
@@ -157,6 +196,19 @@ class Task(ConfiguredModel):
     def predict_on_batch(self, x):
         self._check_inputs(x)
         return super().predict_on_batch(x)
+
+    @property
+    def step_metrics(self) -> list[keras.metrics.Metric]:
+        """The metrics that a step updates by itself."""
+        return self.thinking_metrics
+
+    def _flatten_metrics_in_order(self, logs):
+        # Keras lists what was compiled, or returns the loss alone; the metrics that a step adds by
+        # itself are in the logs and come with `return_dict`.
+        names = {metric.name for metric in self.step_metrics}
+        return super()._flatten_metrics_in_order(
+            {name: value for name, value in logs.items() if name not in names}
+        )
 
     def _stepped_variables(self):
         optimizer = getattr(self, "optimizer", None)

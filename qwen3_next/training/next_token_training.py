@@ -1,7 +1,7 @@
 """The train and test step of a language model.
 
-Within a step the model is called with `StepInputs` and returns hidden states, so that the loss can
-be fused with the head; everywhere else it returns logits. The loss and all metrics are computed in
+Within a step the model returns hidden states, so that the loss can be fused with the head;
+everywhere else it returns logits. The loss and all metrics are computed in
 `compute_loss`, where the weights of the step are at hand; Keras keeps the metrics' updates.
 """
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import keras
 from keras import ops
 
+from qwen3_next.layers import Thinking
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
 from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
@@ -18,16 +19,12 @@ from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import next_token_labels, unpack
 from qwen3_next.training.losses import label_weight, masked_mean, per_token
 from qwen3_next.training.mtp_losses import step_losses, weighted_sum
-
-
-class StepInputs(NamedTuple):
-    """What a train or test step calls the model with.
-
-    Attributes:
-        inputs: Token ids `(B, T)` or a dict, as a model takes them.
-    """
-
-    inputs: Any
+from qwen3_next.training.step_inputs import with_step_inputs
+from qwen3_next.training.thinking_metrics import (
+    make_thinking_metrics,
+    ponder_loss,
+    update_thinking_metrics,
+)
 
 
 class StepOutput(NamedTuple):
@@ -39,12 +36,14 @@ class StepOutput(NamedTuple):
         aux_loss: `()` float32, the load-balancing loss, or `None` for a dense model.
         expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load, or
             `None` for a dense model.
+        thinking: `Thinking`, or `None` without a think loop.
     """
 
     hidden: Tensor
     mtp_input: Tensor | None
     aux_loss: Tensor | None
     expert_load: Tensor | None
+    thinking: Thinking | None
 
 
 class NextTokenTraining(ConfiguredModel):
@@ -63,6 +62,7 @@ class NextTokenTraining(ConfiguredModel):
             for what in ("loss", "accuracy")
             for k in steps
         ]
+        self.thinking_metrics = make_thinking_metrics(self.config)
         self.expert_load_max: Any = None
         self.expert_load_unused: Any = None
         if self.config.moe_layers:
@@ -93,10 +93,10 @@ class NextTokenTraining(ConfiguredModel):
         self._has_metrics = bool(metrics or weighted_metrics)
 
     def train_step(self, *args):
-        return super().train_step(*_with_step_inputs(args))
+        return super().train_step(*with_step_inputs(args))
 
     def test_step(self, *args):
-        return super().test_step(*_with_step_inputs(args))
+        return super().test_step(*with_step_inputs(args))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not isinstance(y_pred, StepOutput):
@@ -117,6 +117,10 @@ class NextTokenTraining(ConfiguredModel):
             loss = self._loss_of_logits(x, labels, logits, sample_weight, training)
         if y_pred.aux_loss is not None and training:
             loss = loss + self.config.router_aux_loss_coef * y_pred.aux_loss
+        ponder = ponder_loss(self.config, y_pred.thinking)
+        if ponder is not None and training:
+            loss = loss + ponder
+        update_thinking_metrics(self.thinking_metrics, y_pred.thinking)
         if y_pred.mtp_input is not None:
             mtp_loss = self._mtp_loss(x.inputs, labels, y_pred.mtp_input, sample_weight, training)
             loss = loss + mtp_loss if training else loss
@@ -133,14 +137,12 @@ class NextTokenTraining(ConfiguredModel):
             self._update_metrics(x, self._labels(x, y), y_pred, sample_weight)
         return self.get_metrics_result()
 
-    def _flatten_metrics_in_order(self, logs):
-        # Keras lists what was compiled, or returns the loss alone; the metrics that a step adds by
-        # itself are in the logs and come with `return_dict`.
-        own = [*self.mtp_metrics, self.expert_load_max, self.expert_load_unused]
-        names = {metric.name for metric in own if metric is not None}
-        return super()._flatten_metrics_in_order(
-            {name: value for name, value in logs.items() if name not in names}
-        )
+    @property
+    def step_metrics(self) -> list[keras.metrics.Metric]:
+        """The metrics that a step updates by itself."""
+        load = (self.expert_load_max, self.expert_load_unused)
+        found = (*self.mtp_metrics, *self.thinking_metrics, *load)
+        return [metric for metric in found if metric is not None]
 
     def mean_loss(
         self,
@@ -192,10 +194,3 @@ class NextTokenTraining(ConfiguredModel):
         if inputs.padding_mask is not None:
             labels = ops.where(inputs.padding_mask, labels, IGNORE)
         return labels
-
-
-def _with_step_inputs(args):
-    """The arguments of a step, a state first on JAX, with the inputs of its data wrapped."""
-    *state, data = args
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    return *state, (StepInputs(x), y, sample_weight)

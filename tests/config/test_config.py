@@ -17,6 +17,7 @@ from tests.support.small_models import SMALL, random_ids, small
 
 # A value for every field that must change the weights, the output in training, or raise.
 CHANGES = {
+    "etd": {"n_encoder_layers": 1, "n_think_layers": 1, "n_decoder_layers": 1},
     "mtp": {"num_predict_tokens": 1, "speculation_lookahead": 1},
     "vocab_size": 62,
     "hidden_size": 32,

@@ -38,10 +38,19 @@ def module(**options):
     return layers.MultiTokenPrediction(full_layer(**options), **options)
 
 
+def think_loop(**options):
+    unit = layers.HaltingUnit(**options)
+    made = [linear_layer(**options), full_layer(**options)]
+    return layers.ThinkLoop(made, 2, unit, granularity="sequence", **options)
+
+
 MIXERS, LAYERS = [attention, delta_net], [linear_layer, full_layer]
 # A layer, its inputs, and what else it is given.
 CASES = {
     **{make.__name__: (make, [X], {}) for make in LAYERS},
+    "think_loop": (think_loop, [X], {}),
+    "full_think_loop": (think_loop, [X], {"full_output": True}),
+    "cached_think_loop": (think_loop, [X], {"cache": ...}),
     "module": (module, [X, X], {}),
     "routing": (moe, [X], {"return_routing": True}),
     "full_linear_layer": (linear_layer, [X], {"full_output": True}),

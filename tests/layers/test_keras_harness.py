@@ -35,6 +35,18 @@ CASES = {
         {"input_dtype": "int32", "expected_output_shape": WIDE},
     ),
     "DecoderLayer": (BODY, WIDE, 11, {}),
+    "HaltingUnit": ({}, WIDE, 2, {"expected_output_shape": WIDE[:2]}),
+    "ThinkLoop": (
+        {
+            "layers": [layers.DecoderLayer(**BODY)],
+            "max_think_iterations": 2,
+            "halting_unit": layers.HaltingUnit(),
+            "input_injection": True,
+        },
+        WIDE,
+        14,
+        {},
+    ),
     "GatedRMSNorm": ({}, {"x_shape": WIDE, "gate_shape": WIDE}, 1, MANY),
     "PartialRotaryEmbedding": (
         {},

@@ -18,20 +18,54 @@ def next_logits(weights_by_path, config, token_ids):
     embeddings = weights["model/embed_tokens/embeddings"]
     hidden = embeddings[np.asarray(token_ids)]
     for index in range(config.num_layers):
-        hidden = decoder_layer(_below(weights, f"model/layers_{index}/"), config, index, hidden)
+        hidden = decoder_layer(below(weights, f"model/layers_{index}/"), config, index, hidden)
     hidden = _norm(weights, "model/norm", config, hidden)
     return hidden @ (embeddings.T if config.tie_word_embeddings else weights["lm_head/kernel"])
 
 
-def decoder_layer(weights, config, index, x):
-    """h = x + mixer(norm_1(x));  y = h + mlp(norm_2(h)). Paths are relative to the layer."""
+def decoder_layer(weights, config, index, x, updates=True):
+    """h = x + mixer(norm_1(x));  y = h + mlp(norm_2(h)). Paths are relative to the layer.
+
+    Where `updates (B, T, 1)` is false the residual stands still, and the mixer reads it as it is.
+    """
     normed = _norm(weights, "input_layernorm", config, x)
     if config.layer_types[index] == "linear_attention":
-        x = x + delta_net(_below(weights, "linear_attn/"), config, normed)
+        x = x + updates * delta_net(below(weights, "linear_attn/"), config, normed)
     else:
-        x = x + attention(_below(weights, "self_attn/"), config, normed)
+        x = x + updates * attention(below(weights, "self_attn/"), config, normed)
     normed = _norm(weights, "post_attention_layernorm", config, x)
-    return x + feed_forward(_below(weights, "mlp/"), config, normed)
+    return x + updates * feed_forward(below(weights, "mlp/"), config, normed)
+
+
+def think_loop(weights, config, x, iterations, final_state=False):
+    """The think layers on `x (B, T, D)`: their output, and how often each token thought, `(B, T)`.
+
+    Paths are those of a backbone. Every token is followed by itself, with the sums of Graves
+    (2016): weights p_1 .. p_(N-1) and the rest for the state of the last iteration N.
+    """
+    etd = config.etd
+    layers = range(*etd.get_layer_ranges()["think"])
+    score = below(weights, "model/think_loop/halting_unit/score/")
+    start, mean = x, np.zeros_like(x)
+    total, live = np.zeros(x.shape[:2]), np.ones(x.shape[:2], bool)
+    depth = np.zeros(x.shape[:2], int)
+    for iteration in range(1, iterations + 1):
+        if etd.input_injection and iteration > 1:
+            x = x + live[..., None] * (start @ weights["model/think_loop/injection/kernel"])
+        for layer in layers:
+            own = below(weights, f"model/layers_{layer}/")
+            x = decoder_layer(own, config, layer, x, live[..., None])
+        depth += live
+        if not etd.adaptive_depth:
+            continue
+        p = _sigmoid(x @ score["kernel"] + score["bias"])[..., 0]
+        if etd.granularity == "sequence":
+            p = np.cumsum(p, axis=1) / np.arange(1, x.shape[1] + 1)
+        stops = live & ((total + p >= etd.confidence_threshold) | (iteration == iterations))
+        weight = np.where(stops, 1 - total, p) * live
+        mean += weight[..., None] * x
+        total, live = np.where(live, total + p, total), live & ~stops
+    return x if final_state or not etd.adaptive_depth else mean, depth
 
 
 def delta_net(weights, config, x):
@@ -126,5 +160,5 @@ def _sigmoid(x):
     return 0.5 * (1.0 + np.tanh(0.5 * x))
 
 
-def _below(weights, prefix):
+def below(weights, prefix):
     return {p.removeprefix(prefix): w for p, w in weights.items() if p.startswith(prefix)}

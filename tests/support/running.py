@@ -59,7 +59,7 @@ def weight_arrays(layer):
     return [_to_array(v.value) for v in layer.trainable_variables]
 
 
-def weight_gradients(layer, function, x, cotangent):
+def weight_gradients(layer, function, x, cotangent, mode=DEFAULT):
     """Gradients of `sum(function(x) * cotangent)` by the variables of a layer themselves."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
@@ -71,9 +71,9 @@ def weight_gradients(layer, function, x, cotangent):
                 loss = keras.ops.sum(function(x) * cotangent)
             return tape.gradient(loss, variables)
 
-        return run(gradient, x, cotangent)
+        return run(gradient, x, cotangent, mode=mode)
     arrays = [*weight_arrays(layer), x]
-    return gradients(with_weights(layer, function), arrays, cotangent)[:-1]
+    return gradients(with_weights(layer, function), arrays, cotangent, mode)[:-1]
 
 
 def assert_close(actual, expected, tolerance):

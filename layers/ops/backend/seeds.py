@@ -1,6 +1,9 @@
 """Random numbers from a seed tensor, where a `SeedGenerator` would have to assign its state."""
 
+from typing import Any
+
 import keras
+from keras import ops
 
 from ..tensor_types import Tensor
 
@@ -18,3 +21,14 @@ class DrawnSeed(keras.random.SeedGenerator):
 
     def next(self, ordered: bool = True) -> Tensor:
         return self._seed
+
+
+def folded(seeds: Any, number: int | Tensor) -> Any:
+    """Other seeds for every number, those given for 0; `None` stays what it is."""
+    # A generator counts up the second half of its seeds: the first tells the numbers apart.
+    shift = ops.stack([ops.cast(number, "uint32") * 7919, ops.zeros((), "uint32")])
+
+    def fold(seed: Tensor | None) -> Tensor | None:
+        return None if seed is None else ops.cast(seed, "uint32") + shift
+
+    return keras.tree.map_structure(fold, seeds)

@@ -9,6 +9,7 @@ d_t and its decay g_t. Any number n of accepted tokens is then committed with on
 That is K + V + 1 numbers per token and head instead of the K V of a state.
 
     gated_delta_rule_with_replay    outputs, and what the tokens write
+    empty_replay                    a record that writes nothing
     replay                          the state after the tokens that stay
 """
 
@@ -87,6 +88,17 @@ def gated_delta_rule_with_replay(
         _, delta, output = chunked.chunk_outputs(chunk, start, chunk.segment[:, 0])
     output = as_given(by_token(output)[:, :length], value, padding_mask)
     return output, Replay(chunk.key, delta, chunk.log_decay)
+
+
+def empty_replay(state: Annotated[Tensor, "B H K V"], groups: int, length: int) -> Replay:
+    """A record with the shapes of one of `length` tokens from `state`, with `groups` key heads."""
+    batch, heads, key_dim, value_dim = ops.shape(state)
+    size, by_head = chunk_size_for(length), (batch, groups, heads // groups)
+    return Replay(
+        ops.zeros((batch, groups, 1, size, key_dim), "float32"),
+        ops.zeros((*by_head, size, value_dim), "float32"),
+        ops.zeros((*by_head, size), "float32"),
+    )
 
 
 def replay(

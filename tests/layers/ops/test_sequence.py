@@ -4,6 +4,7 @@ import pytest
 from qwen3_next.layers.ops.rows import permute_tokens, take_rows
 from qwen3_next.layers.ops.sequence import (
     compaction,
+    running_mean,
     segment_index,
     segment_positions,
     token_ranks,
@@ -128,3 +129,28 @@ def test_permuted_tokens_come_back_and_so_do_their_gradients():
     assert np.array_equal(
         grad, np.take_along_axis(cotangent, inverse_sort[..., None, None], axis=1)
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_running_means_are_those_of_the_real_tokens_of_a_segment(packed, padded):
+    rng = np.random.default_rng(4)
+    values = rng.normal(size=(3, 9)).astype("float32")
+    mask = rng.uniform(size=(3, 9)) < 0.7 if padded else None
+    ids = np.sort(rng.integers(0, 3, (3, 9)), axis=1) if packed else None
+    means, sums = run(running_mean, values, mask, ids)
+    real = np.ones((3, 9), bool) if mask is None else mask
+    segment = np.zeros((3, 9)) if ids is None else ids
+    for row, t in zip(*np.nonzero(real)):
+        same = real[row] & (segment[row] == segment[row, t]) & (np.arange(9) <= t)
+        assert means[row, t] == pytest.approx(values[row][same].mean(), abs=1e-5)
+        assert sums[row, t] == pytest.approx(values[row][same].sum(), abs=1e-5)
+
+
+def test_a_running_mean_continues_a_sum():
+    values = np.random.default_rng(5).normal(size=(2, 8)).astype("float32")
+    whole, _ = run(running_mean, values)
+    _, sums = run(running_mean, values[:, :5])
+    start = sums[:, -1], np.full(2, 5, "int32")
+    means, _ = run(running_mean, values[:, 5:], None, None, start)
+    np.testing.assert_allclose(means, whole[:, 5:], atol=1e-6)
