@@ -66,8 +66,10 @@ def check_cache(cache: Any, batch_size: int | None) -> None:
 def check_capacity(cache: Cache, padding_mask: Tensor) -> None:
     """Raises `ValueError` if the attention caches cannot hold the new tokens as well."""
     check_cache(cache, padding_mask.shape[0])
-    found = [layer for passes in cache.layers for layer in passes]
-    capacities = [layer.keys.shape[1] for layer in found if isinstance(layer, AttentionCache)]
+    found: list[Any] = []
+    for block in cache.blocks:  # as they are: slices of a loop's would be copies
+        found += block.layers if isinstance(block, ThinkLoopCache) else [block]
+    capacities = [layer.keys.shape[-3] for layer in found if isinstance(layer, AttentionCache)]
     if not capacities:
         return
     needed = int(ops.max(cache.lengths + valid_lengths(padding_mask)))

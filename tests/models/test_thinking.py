@@ -1,5 +1,7 @@
 """What a model promises with a think loop: the properties of the base, at every depth."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from qwen3_next import Qwen3NextBackbone
 from tests.support import float64_model
 from tests.support.running import assert_close, to_numpy
 from tests.support.small_models import random_ids, small
-from tests.support.thinking_models import commit, hidden, shared_thinking, think
+from tests.support.thinking_models import commit, hidden, shared_thinking, think, thinking
 
 LENGTH = 25
 IDS = random_ids(3, LENGTH)
@@ -31,6 +33,19 @@ def placed(mask):
 
 def weights_of(model):
     return {v.path: np.asarray(to_numpy(v.value), np.float64) for v in model.weights}
+
+
+@functools.cache
+def easy_and_hard():
+    """A model whose tokens below 30 halt at once, and the others never."""
+    model = thinking()
+    embeddings = to_numpy(model.embed_tokens.embeddings).copy()
+    embeddings[:, 0] = np.where(np.arange(len(embeddings)) < 30, 8.0, -8.0)
+    model.embed_tokens.embeddings.assign(embeddings)
+    score = np.zeros((embeddings.shape[1], 1), "float32")
+    score[0] = 3.0
+    model.think_loop.halting_unit.score.kernel.assign(score)
+    return model
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "token", "injected"])
@@ -122,6 +137,22 @@ def test_a_verified_pass_is_committed_for_all_iterations(kind):
     found = to_numpy(think(model, {**chunk, "token_ids": following}, cache).hidden)
     for row, n in enumerate(kept):
         np.testing.assert_allclose(found[row], whole[row, 8 + n : 16 + n], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_iterations_that_no_token_needs_still_write(replayed):
+    model, width = easy_and_hard(), 4
+    ids = np.concatenate([random_ids(2, 8) % 30, 30 + random_ids(2, 8) % 30], axis=1)
+    whole = think(model, ids)
+    expected = np.repeat([[1, 3]], 8, axis=1)
+    np.testing.assert_array_equal(to_numpy(whole.thinking.iterations), [*expected] * 2)
+    cache = model.init_cache(2, 16)
+    for start in range(0, 16, width):
+        output = think(model, ids[:, start : start + width], cache, replayable=replayed)
+        cache = commit(model, cache, output.update, [width] * 2) if replayed else output.cache
+        found = to_numpy(output.hidden)
+        close = to_numpy(whole.hidden)[:, start : start + width]
+        np.testing.assert_allclose(found, close, atol=TOLERANCE)
 
 
 def test_every_pass_has_a_cache_of_its_own():
