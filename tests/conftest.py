@@ -3,9 +3,13 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Half of the suite's time would go into machine code that runs for milliseconds. XLA's own passes,
+# on which memory and the order of operations depend, are those of any program.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
 
+from tests.support.memory import free_programs
 from tests.support.running import MODES
 
 
@@ -13,3 +17,9 @@ from tests.support.running import MODES
 def compiled(request):
     """Every way in which the active backend runs a function."""
     return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_freed_after_a_module():
+    yield
+    free_programs()
