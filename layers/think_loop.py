@@ -303,7 +303,10 @@ class ThinkLoop(keras.layers.Layer):
     def _program(self, run: Callable[..., Any], options: Options) -> Callable[..., Any]:
         key = (run.__name__, options)
         if key not in self._programs:
-            self._programs[key] = layer_program(self, functools.partial(run, self, options))
+            function = functools.partial(run, self, options)
+            # One iteration is no loop: called eagerly, it rounds as the layers by themselves do.
+            loops = options.iterations != 1
+            self._programs[key] = layer_program(self, function) if loops else function
         return self._programs[key]
 
     def _checked(self, think_iterations: int | None) -> int | None:

@@ -72,6 +72,12 @@ def test_one_iteration_is_the_base_to_the_bit():
     assert np.abs(hidden(model, IDS) - to_numpy(once.hidden)).max() > 0.1
 
 
+def test_one_iteration_is_the_base_to_the_bit_when_called_eagerly():
+    base, model = small(Qwen3NextBackbone), shared_thinking("token")
+    once = to_numpy(model(IDS, think_iterations=1))
+    np.testing.assert_array_equal(once, to_numpy(base(IDS)))
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "token"])
 def test_padding_does_not_change_real_tokens(kind):
     model = shared_thinking(kind)
