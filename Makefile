@@ -20,7 +20,7 @@ test: lint types test-jax test-tensorflow test-torch
 
 # The inner loop: everything but whole models, on JAX.
 quick: lint types
-	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS) tests/test_rooms.py tests/config tests/layers \
+	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests/test_rooms.py tests/config tests/layers \
 	  tests/models/test_refusals.py tests/models/test_weight_table.py tests/checkpoints/test_staging.py
 
 lint: $(VENV)/.test
@@ -31,10 +31,10 @@ types: $(VENV)/.test
 	$(VENV)/bin/mypy
 
 test-jax: $(VENV)/.test
-	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-tensorflow: $(VENV)/.test
-	KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest -q -n $(WORKERS)
+	KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-torch: $(VENV)/.test
 	KERAS_BACKEND=torch $(VENV)/bin/python -m pytest -q -m portable

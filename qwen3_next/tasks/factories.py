@@ -272,6 +272,16 @@ def create_qwen3_next_efficient(variant_or_preset: str = PUBLISHED, **options: A
 
     Args:
         variant_or_preset, **options: As for `create_qwen3_next_model`.
+
+    Example:
+
+    ```python
+    from qwen3_next import create_qwen3_next_efficient
+
+    small = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_experts": 0}
+    model = create_qwen3_next_efficient("tiny", **small)
+    assert model.config.etd.max_think_iterations == 2
+    ```
     """
     return _with_depth(variant_or_preset, 2, 0.8, 3, {"freeze_backbone": True, **options})
 
@@ -282,6 +292,16 @@ def create_qwen3_next_performance(variant_or_preset: str = PUBLISHED, **options:
 
     Args:
         variant_or_preset, **options: As for `create_qwen3_next_model`.
+
+    Example:
+
+    ```python
+    from qwen3_next import create_qwen3_next_performance
+
+    small = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_experts": 0}
+    model = create_qwen3_next_performance("tiny", **small)
+    assert model.config.etd.max_think_iterations == 5
+    ```
     """
     return _with_depth(variant_or_preset, 5, 0.95, 4, options)
 
