@@ -13,6 +13,7 @@ def table(results):
             found.setdefault(result["name"], {})[result["contender"]] = result
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    who = [name for name in EVERYONE if any(name in by for by in found.values())]
     lines = [
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB; "
         f"Python {machine['python']}; {versions}. float32.",
@@ -20,24 +21,24 @@ def table(results):
         "Median milliseconds per run (decoding: tokens per second), in brackets how many times as "
         "fast ours on JAX is.",
         "",
-        "| | " + " | ".join(EVERYONE) + " |",
-        "|---" * (1 + len(EVERYONE)) + "|",
+        "| | " + " | ".join(who) + " |",
+        "|---" * (1 + len(who)) + "|",
     ]
     for name, by in found.items():
-        cells = [_time(by.get(contender), by.get(OURS)) for contender in EVERYONE]
+        cells = [_time(by.get(contender), by.get(OURS)) for contender in who]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "First call in seconds (with compilation) / peak memory of the process in MiB / temporary "
         "memory of the program in MiB, from XLA / error against float64.",
         "",
-        "| | " + " | ".join(EVERYONE) + " |",
-        "|---" * (1 + len(EVERYONE)) + "|",
+        "| | " + " | ".join(who) + " |",
+        "|---" * (1 + len(who)) + "|",
     ]
     for name, by in found.items():
-        cells = [_cost(by.get(contender)) for contender in EVERYONE]
+        cells = [_cost(by.get(contender)) for contender in who]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += _speculation(found)
+    lines += [*_speculation(found), *_thinking(found), *_adaptive(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -67,6 +68,46 @@ def _speculation_line(row, plain):
     speed = f"{row['units_per_second']:.0f} | {ratio:.2f}x"
     shares = " ".join(f"{rate:.0%}" for rate in row.get("acceptance_rate_by_position", ()))
     return f"| {drafts} | {speed} | {row.get('tokens_per_step', 1.0):.2f} | {shares} |"
+
+
+def _thinking(found):
+    """Times of k iterations, in times of one, beside what k think blocks alone would make of it.
+
+    The block's share of a pass is what is missing in a model without it.
+    """
+    lines = []
+    for name, by in found.items():
+        work, _, rest = name.rpartition(", ")
+        if rest != "no block":
+            continue
+        for contender, without in by.items():
+            times = {
+                k: found.get(f"{work}, k = {k}", {}).get(contender, {}).get("seconds")
+                for k in (1, 2, 4)
+            }
+            if "failed" in without or None in times.values():
+                continue
+            share = 1 - without["seconds"] / times[1]
+            cells = [f"{times[k] / times[1]:.2f}x ({1 + (k - 1) * share:.2f}x)" for k in (2, 4)]
+            lines.append(f"| {work}, {contender} | {share:.0%} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = "| | think block's share of k = 1 | k = 2 (by the share) | k = 4 (by the share) |"
+    return ["", "Time against that of k = 1.", "", head, "|---|---|---|---|", *lines]
+
+
+def _adaptive(found):
+    """Decoding at adaptive depth beside fixed depths."""
+    lines = []
+    for name, by in found.items():
+        for contender, row in by.items():
+            if row["task"] == "decode" and row["model"] in ("thinking", "adaptive"):
+                if row["size"]["batch"] == 1 or "failed" in row:
+                    continue
+                k = row.get("mean_iterations", row["size"]["think_iterations"])
+                speed = f"{row['units_per_second']:.0f}"
+                lines.append(f"| {name}, {contender} | {k:.2f} | {speed} |")
+    return ["", "| | mean iterations | tokens/s |", "|---|---|---|", *lines] if lines else []
 
 
 def _time(result, ours):

@@ -18,7 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from benchmarks.report import draw, table
-from benchmarks.workloads import MODELS, curves, rows, speculation
+from benchmarks.workloads import (
+    MODELS,
+    adaptive_thinking,
+    curves,
+    rows,
+    speculation,
+    thinking,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +41,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
 
-    wanted = [row for row in (*rows(), *speculation(), *curves()) if args.only in row.name]
+    known = (*rows(), *speculation(), *thinking(), *adaptive_thinking(), *curves())
+    wanted = [row for row in known if args.only in row.name]
     if args.quick:
         wanted = [row for row in wanted if row.quick]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -36,11 +36,24 @@ MANY_EXPERTS = {
     "shared_expert_intermediate_size": 128,
 }
 NO_ATTENTION = {**MODEL, "full_attention_interval": None, "layer_types": ["linear_attention"] * 4}
-MODELS = {"model": MODEL, "many_experts": MANY_EXPERTS, "no_attention": NO_ATTENTION}
+# The first layer encodes, two think, the last one, with the attention, decodes.
+ETD = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 1}
+THINKING = {**MODEL, "etd": {**ETD, "adaptive_depth": False}}
+ADAPTIVE = {**MODEL, "etd": {**ETD, "adaptive_depth": True}}
+WITHOUT_THINK_BLOCK = {**MODEL, "num_layers": 2, "full_attention_interval": 2}
+MODELS = {
+    "model": MODEL,
+    "many_experts": MANY_EXPERTS,
+    "no_attention": NO_ATTENTION,
+    "thinking": THINKING,
+    "adaptive": ADAPTIVE,
+    "without_think_block": WITHOUT_THINK_BLOCK,
+}
 
 EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow", "transformers")
 ON_JAX = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "transformers")
 WITHOUT_KERAS_HUB = ("ours-jax", "ours-tensorflow", "transformers")
+OURS = ("ours-jax", "ours-tensorflow")
 
 
 class Row(NamedTuple):
@@ -99,6 +112,32 @@ def speculation():
         ("3 drafts per step from the frequent words", {"lookahead": 3}),
     ):
         yield Row(f"151,936 words, {what}", "speculate_large", {**size, **large}, ("ours-jax",))
+
+
+def thinking():
+    """Every kind of work with k iterations of the think block, and without that block."""
+    sizes = {
+        "prefill 1 x 1024": ("prefill", {"batch": 1, "length": 1024}),
+        "train step 1 x 1024": ("train", {"batch": 1, "length": 1024}),
+        "decode, batch 1": ("decode", {"batch": 1, "length": 16, "new": 128}),
+    }
+    for what, (task, size) in sizes.items():
+        yield Row(f"think loop: {what}, no block", task, size, OURS, "without_think_block")
+        for k in (1, 2, 4):
+            name, quick = f"think loop: {what}, k = {k}", (task, k) == ("prefill", 2)
+            yield Row(name, task, {**size, "think_iterations": k}, OURS, "thinking", quick)
+
+
+def adaptive_thinking():
+    """Decoding of four prompts at adaptive depth, and at fixed ones beside it."""
+    size = {"batch": 4, "length": 16, "new": 64}
+    for k in (1, 4):
+        fixed = {**size, "think_iterations": k}
+        yield Row(f"think loop: decode, batch 4, k = {k}", "decode", fixed, OURS, "thinking")
+    for prompts in ("easy", "hard", "easy and hard"):
+        name, adaptive = f"think loop: decode, batch 4, {prompts}", {**size, "prompts": prompts}
+        adaptive["think_iterations"] = 4
+        yield Row(name, "decode", adaptive, OURS, "adaptive", quick=prompts == "easy")
 
 
 def curves():

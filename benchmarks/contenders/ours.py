@@ -17,25 +17,60 @@ from tests.support import oracles
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
-def build(config):
+def build(config, think_iterations=None):
+    config = dict(config)
+    if think_iterations is not None:
+        config["etd"] = {**config["etd"], "max_think_iterations": think_iterations}
     return Qwen3Next(Qwen3NextConfig.from_dict(config))
 
 
-def prefill(config, batch, length):
-    model = build(config)
+def prefill(config, batch, length, think_iterations=None):
+    model = build(config, think_iterations)
     return forward(model, model.variables, token_ids(config, batch, length))
 
 
-def train(config, batch, length):
-    model = build(config)
+def train(config, batch, length, think_iterations=None):
+    model = build(config, think_iterations)
     model.compile(keras.optimizers.AdamW(1e-4))
     return train_work(model, token_ids(config, batch, length + 1))
 
 
-def decode(config, batch, length, new):
-    model = build(config)
-    prompts = token_ids(config, batch, length)
-    return Work(lambda: model.generate(prompts, new), units=batch * new)
+def decode(config, batch, length, new, think_iterations=None, prompts=None):
+    model = build(config, think_iterations)
+    ids = token_ids(config, batch, length)
+    if prompts is not None:
+        easy = halt_by_vocabulary(model)
+        rows = {"easy": [True], "hard": [False], "easy and hard": [True, False]}[prompts]
+        ids %= easy
+        ids[~np.resize(rows, batch)] += easy
+    found = []
+
+    def run():
+        found[:] = [model.generate(ids, new)]
+
+    def notes():
+        return {"mean_iterations": found[0].stats["think_iterations"]}
+
+    return Work(run, units=batch * new, notes=notes if prompts is not None else None)
+
+
+def halt_by_vocabulary(model):
+    """Makes the first half of the vocabulary easy and the other half hard, by hand.
+
+    One direction of the residual stream tells the halves apart: embeddings have it, the halting
+    unit reads it, so that easy tokens halt after one iteration and hard ones never, and the head
+    lets each half follow itself. Returns the number of easy tokens.
+    """
+    easy = model.config.vocab_size // 2
+    sign = np.where(np.arange(2 * easy) < easy, 1.0, -1.0)
+    direction = np.zeros(model.config.hidden_size)
+    direction[0] = 1.0
+    embeddings, head = model.backbone.embed_tokens.embeddings, model.lm_head.kernel
+    embeddings.assign_add(np.outer(sign, direction).astype("float32"))
+    head.assign_add(np.outer(direction, sign).astype("float32"))
+    halting = model.backbone.think_loop.halting_unit
+    halting.score.kernel.assign(50.0 * direction[:, None])
+    return easy
 
 
 def speculate(lookahead, new):
