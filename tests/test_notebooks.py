@@ -6,22 +6,44 @@ from tests.support.paths import ROOT
 from tests.support.running import BACKEND
 
 NOTEBOOKS = ROOT / "notebooks"
-SMALL = {"BACKBONE_STEPS": "2", "MODULE_STEPS": "2", "NEW_TOKENS": "6", "FILES": "6"}
+SMALL = {
+    "mtp_speculative_decoding": {
+        "BACKBONE_STEPS": "2",
+        "MODULE_STEPS": "2",
+        "NEW_TOKENS": "6",
+        "FILES": "6",
+    },
+    "think_loop": {
+        "SEEDS": "2",
+        "STEPS": "2",
+        "BATCH": "4",
+        # Programs that run for two steps are not worth optimizing.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    },
+}
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="a long way, once is enough")
-@pytest.mark.parametrize("name", ["mtp_speculative_decoding"])
-def test_a_notebook_runs(name, monkeypatch):
+def printed_by(name, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
-    for key, value in SMALL.items():
+    for key, value in {**SMALL[name], "KERAS_BACKEND": BACKEND}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setenv("KERAS_BACKEND", BACKEND)
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     client.NotebookClient(
         notebook, timeout=900, resources={"metadata": {"path": str(NOTEBOOKS)}}
     ).execute()
-    printed = "".join(
+    return "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    assert printed.count("the same tokens") == 4
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a long way, once is enough")
+def test_drafts_change_no_token(monkeypatch):
+    assert printed_by("mtp_speculative_decoding", monkeypatch).count("the same tokens") == 4
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a long way, once is enough")
+def test_every_model_of_the_think_loop_learns_from_every_seed(monkeypatch):
+    printed = printed_by("think_loop", monkeypatch)
+    assert "the same logits, bit for bit: True" in printed
+    assert printed.count("seed 0") == printed.count("seed 1") == 8
