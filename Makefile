@@ -30,11 +30,14 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(VENV)/bin/mypy
 
-test-jax: $(VENV)/.test
-	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+# Part by part: TensorFlow keeps what XLA has compiled for as long as a process lives.
+PARTS := "tests/layers tests/config" "tests/models tests/think tests/training" \
+  "tests/tasks tests/generation" "tests/checkpoints $(wildcard tests/test_*.py)"
 
-test-tensorflow: $(VENV)/.test
-	KERAS_BACKEND=tensorflow $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+test-jax test-tensorflow: test-%: $(VENV)/.test
+	for part in $(PARTS); do \
+	  KERAS_BACKEND=$* $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $$part || exit 1; \
+	done
 
 test-torch: $(VENV)/.test
 	KERAS_BACKEND=torch $(VENV)/bin/python -m pytest -q -m portable
