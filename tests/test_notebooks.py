@@ -17,6 +17,7 @@ SMALL = {
         "SEEDS": "2",
         "STEPS": "2",
         "BATCH": "4",
+        "MOST": "2",
         # Programs that run for two steps are not worth optimizing.
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     },
