@@ -54,6 +54,9 @@ EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflo
 ON_JAX = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "transformers")
 WITHOUT_KERAS_HUB = ("ours-jax", "ours-tensorflow", "transformers")
 OURS = ("ours-jax", "ours-tensorflow")
+KERAS = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow")
+# What a user waits for before the first result: measured by the first call, with compilation.
+FIRST_CALLS = ("first_predict", "first_fit", "first_generate")
 
 
 class Row(NamedTuple):
@@ -76,6 +79,12 @@ def rows():
     yield Row("train step 1 x 1024", "train", {"batch": 1, "length": 1024})
     yield Row("decode, batch 1", "decode", {"batch": 1, "length": 16, "new": 128})
     yield Row("decode, batch 8", "decode", {"batch": 8, "length": 16, "new": 64}, ON_JAX)
+    for task in FIRST_CALLS:
+        size = {"batch": 1, "length": 1024}
+        if task == "first_generate":
+            size = {"batch": 1, "length": 16, "new": 16}
+        name = f"first call of `{task.removeprefix('first_')}`"
+        yield Row(name, task, size, KERAS, quick=True)
     for task, what in (("prefill", "prefill"), ("train", "train step")):
         for length, who in ((1024, few), (256, ON_JAX)):
             name = f"512 experts: {what} 1 x {length}"

@@ -3,6 +3,9 @@
     prefill(config, batch, length)        all logits of a forward pass
     train(config, batch, length)          loss, gradients and an AdamW step
     decode(config, batch, length, new)    greedy generation behind a short prompt
+    first_predict(config, batch, length)  `predict`, `fit` for a step and `generate`, as a user
+    first_fit(config, batch, length)      calls them: what counts is the first call
+    first_generate(config, batch, length, new)
     delta_rule(length, heads, dim), delta_rule_grad(...), moe(...), moe_grad(...), loss(...)
 
 Each returns a `Work`.

@@ -5,7 +5,7 @@ import importlib
 import keras
 
 from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
-from benchmarks.contenders.keras_work import forward, gradient
+from benchmarks.contenders.keras_work import fit, forward, gradient, predict
 
 
 def build(config):
@@ -51,13 +51,28 @@ def prefill(config, batch, length):
 
 
 def train(config, batch, length):
+    model = _compiled(config)
+    ids = token_ids(config, batch, length + 1)
+    inputs, labels = _inputs(ids[:, :-1]), ids[:, 1:]
+    return Work(lambda: model.train_on_batch(inputs, labels))
+
+
+def first_predict(config, batch, length):
+    model = build(config)
+    return predict(model, _inputs(token_ids(config, batch, length)))
+
+
+def first_fit(config, batch, length):
+    ids = token_ids(config, batch, length + 1)
+    return fit(_compiled(config), _inputs(ids[:, :-1]), ids[:, 1:])
+
+
+def _compiled(config):
     model = build(config)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     # Without this the task's own defaults would add a metric that ours does not compute.
     model.compile(keras.optimizers.AdamW(1e-4), loss=loss, weighted_metrics=[])
-    ids = token_ids(config, batch, length + 1)
-    inputs, labels = _inputs(ids[:, :-1]), ids[:, 1:]
-    return Work(lambda: model.train_on_batch(inputs, labels))
+    return model
 
 
 def decode(config, batch, length, new):
@@ -67,6 +82,9 @@ def decode(config, batch, length, new):
     mask = (keras.ops.arange(length + new) < length) & keras.ops.ones((batch, 1), "bool")
     inputs = {"token_ids": ids, "padding_mask": keras.ops.cast(mask, "int32")}
     return Work(lambda: model.generate(inputs, stop_token_ids=None), units=batch * new)
+
+
+first_generate = decode
 
 
 def _rule(*inputs):

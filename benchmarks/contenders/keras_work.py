@@ -48,6 +48,16 @@ def train(model, token_ids):
     return Work(lambda: model.train_on_batch(inputs, labels))
 
 
+def predict(model, inputs):
+    """`Work` of `predict` on one batch."""
+    return Work(lambda: model.predict(inputs, verbose=0))
+
+
+def fit(model, inputs, labels):
+    """`Work` of `fit` for one step."""
+    return Work(lambda: model.fit(inputs, labels, verbose=0))
+
+
 def _work(function, variables, inputs, **extras):
     if BACKEND == "jax":
         return _jax(

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
-from benchmarks.contenders.keras_work import forward, gradient
+from benchmarks.contenders.keras_work import fit, forward, gradient, predict
 from benchmarks.contenders.keras_work import train as train_work
 from qwen3_next import Qwen3Next, Qwen3NextConfig
 from qwen3_next.layers import SparseMoE
@@ -71,6 +71,20 @@ def halt_by_vocabulary(model):
     halting = model.backbone.think_loop.halting_unit
     halting.score.kernel.assign(50.0 * direction[:, None])
     return easy
+
+
+def first_predict(config, batch, length):
+    return predict(build(config), token_ids(config, batch, length))
+
+
+def first_fit(config, batch, length):
+    model = build(config)
+    model.compile(keras.optimizers.AdamW(1e-4))
+    ids = token_ids(config, batch, length + 1)
+    return fit(model, ids[:, :-1], ids[:, 1:])
+
+
+first_generate = decode
 
 
 def speculate(lookahead, new):
