@@ -225,6 +225,7 @@ class DecoderLayer(keras.layers.Layer):
     def _add(
         self, x: Tensor, branch: Tensor, seed: Tensor | None, updates: Tensor | None
     ) -> Tensor:
+        branch = ops.cast(branch, x.dtype)  # sublayers may have a policy of their own
         if seed is not None:
             branch = keras.random.dropout(branch, self.dropout, seed=DrawnSeed(seed))
         if updates is None:
