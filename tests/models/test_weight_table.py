@@ -20,10 +20,18 @@ def test_table_lists_every_weight(name):
         assert len(listed) == len(rows)
 
 
+def test_table_lists_what_a_think_loop_adds():
+    etd = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 0}
+    model = small(etd={**etd, "input_injection": True}, dtype="bfloat16")
+    listed = {r.path: (r.shape, r.dtype or "bfloat16") for r in weight_table(model.config)}
+    assert listed == {v.path: (tuple(v.shape), v.dtype) for v in model.weights}
+    assert sum("think_loop" in path for path in listed) == 3
+
+
 def test_table_counts_the_published_model():
     rows = weight_table(Qwen3NextConfig.from_variant("80b_a3b"))
     assert sum(row.size for row in rows) == 79_674_391_296
-    assert {row.part for row in rows} == set(PARTS) - {"mlp", "mtp"}
+    assert {row.part for row in rows} == set(PARTS) - {"mlp", "think", "mtp"}
 
 
 @pytest.mark.parametrize("options", [{}, {"num_labels": 3}])
