@@ -164,9 +164,9 @@ class Qwen3NextBackbone(ConfiguredModel):
                 layer.build(shape)
         self.built = True
 
-    @property
-    def blocks(self) -> list[Any]:
+    def _blocks(self) -> list[Any]:
         """What runs one after the other, as the schedule says."""
+        # No property: Keras would file the layers of a `.keras` file under its name.
         return [
             self.think_loop if block.loops else self.decoder_layers[block.layers.start]
             for block in self.schedule.blocks
@@ -193,7 +193,7 @@ class Qwen3NextBackbone(ConfiguredModel):
         self.schedule.check_iterations(think_iterations)
         caches = (
             block.init_cache(batch_size, max_length, **self._iterations(block, think_iterations))
-            for block in self.blocks
+            for block in self._blocks()
         )
         return Cache(ops.zeros((batch_size,), "int32"), tuple(caches))
 
@@ -212,7 +212,7 @@ class Qwen3NextBackbone(ConfiguredModel):
         left: list[Any] = []
         routings: list[Routing] = []
         thinking = None
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self._blocks()):
             output = block(
                 hidden,
                 padding_mask=inputs.padding_mask,
@@ -273,7 +273,7 @@ class Qwen3NextBackbone(ConfiguredModel):
         Returns:
             `Cache`.
         """
-        parts = zip(self.blocks, cache.blocks, update.blocks, strict=True)
+        parts = zip(self._blocks(), cache.blocks, update.blocks, strict=True)
         committed = tuple(block.commit(old, new, counts) for block, old, new in parts)
         return Cache(cache.lengths + counts, committed)
 

@@ -197,7 +197,6 @@ class Task(IterationsOfRun, ConfiguredModel):
         self._check_inputs(x)
         return super().predict_on_batch(x)
 
-    @property
     def step_metrics(self) -> list[keras.metrics.Metric]:
         """The metrics that a step updates by itself."""
         return self.thinking_metrics
@@ -205,7 +204,7 @@ class Task(IterationsOfRun, ConfiguredModel):
     def _flatten_metrics_in_order(self, logs):
         # Keras lists what was compiled, or returns the loss alone; the metrics that a step adds by
         # itself are in the logs and come with `return_dict`.
-        names = {metric.name for metric in self.step_metrics}
+        names = {metric.name for metric in self.step_metrics()}
         return super()._flatten_metrics_in_order(
             {name: value for name, value in logs.items() if name not in names}
         )

@@ -137,7 +137,6 @@ class NextTokenTraining(ConfiguredModel):
             self._update_metrics(x, self._labels(x, y), y_pred, sample_weight)
         return self.get_metrics_result()
 
-    @property
     def step_metrics(self) -> list[keras.metrics.Metric]:
         """The metrics that a step updates by itself."""
         load = (self.expert_load_max, self.expert_load_unused)
