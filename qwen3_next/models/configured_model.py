@@ -96,7 +96,16 @@ class ConfiguredModel(keras.Model):
             dynamic = keras.backend.backend() == "tensorflow"
             shape = (None, None) if dynamic else (1, self.config.max_position_embeddings)
             input_signature = [keras.InputSpec(shape=shape, dtype="int32")]
-        super().export(filepath, format, verbose, input_signature, **kwargs)
+        if keras.backend.backend() != "tensorflow" or format != "tf_saved_model":
+            super().export(filepath, format, verbose, input_signature, **kwargs)
+            return
+        import tensorflow as tf
+
+        # What is served has no gradients: those of the ops need inputs of known shapes.
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+        archive = keras.export.ExportArchive()
+        archive.track_and_add_endpoint("serve", self, input_signature, **kwargs)
+        archive.write_out(filepath, options=options, verbose=verbose is not False)
 
     def quantize(self, mode: Any = None, **kwargs: Any) -> None:
         """Refused: the fused loss and the routed experts read weights as they are."""
