@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import keras
 from keras import ops
 
+from .adapters import BLOCK_OUTPUT, Adapters
 from .gated_attention import AttentionCache, AttentionUpdate
 from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
 from .mixer_context import MixerContext
@@ -80,6 +81,7 @@ class DecoderLayer(keras.layers.Layer):
             others as they are; the feed-forward network leaves them out.
         dropout_seeds: `DropoutSeeds` where the layer may not draw them itself, or `None`.
         training: Whether to apply dropout and checkpointing.
+        adapters: `Adapters` of the mixer's projections and of the layer's output, or `None`.
 
     Returns:
         `(B, T, D)`; with a cache or `full_output` a `DecoderLayerOutput(hidden, cache, routing)`.
@@ -192,6 +194,7 @@ class DecoderLayer(keras.layers.Layer):
         updates: Annotated[Tensor, "B T"] | None = None,
         dropout_seeds: DropoutSeeds | None = None,
         training: bool | None = None,
+        adapters: Adapters | None = None,
     ) -> Annotated[Tensor, "B T D"] | DecoderLayerOutput:
         x = ops.cast(x, self.compute_dtype)
         # Drawn here, because a rematerialised function must not assign the generator.
@@ -202,24 +205,29 @@ class DecoderLayer(keras.layers.Layer):
         full_output = full_output or cache is not None
         routed, options = isinstance(self.mlp, SparseMoE), {}
         if routed:
-            fed_tokens = _both(padding_mask, updates)
+            fed_tokens = both_masks(padding_mask, updates)
             options = {"padding_mask": fed_tokens, "return_routing": full_output}
 
-        def mix(x: Tensor) -> Any:
-            return self.mixer(self.input_layernorm(x), **context._asdict())
+        def mix(x: Tensor, *weights: Tensor) -> Any:
+            own = None if adapters is None else Adapters(adapters.experts, *weights, adapters.seeds)
+            return self.mixer(self.input_layernorm(x), **context._replace(adapters=own)._asdict())
 
         def feed(x: Tensor) -> Any:
             return self.mlp(self.post_attention_layernorm(x), **options)
 
         recompute = self.gradient_checkpointing and training
-        run_mix = remat(mix, (self.input_layernorm, self.mixer)) if recompute else mix
+        experts = () if adapters is None else tuple(adapters.experts.values())
+        run_mix = remat(mix, (self.input_layernorm, self.mixer, *experts)) if recompute else mix
         run_feed = remat(feed, (self.post_attention_layernorm, self.mlp)) if recompute else feed
-        mixed = run_mix(x)
+        mixed = run_mix(x) if adapters is None else run_mix(x, adapters.weights)
         mixed, left = (mixed, ()) if cache is None else mixed
         hidden = self._add(x, mixed, seeds.mixed, updates)
         fed = run_feed(hidden)
         fed, routing = fed if routed and full_output else (fed, ())
         hidden = self._add(hidden, fed, seeds.fed, updates)
+        delta = None if adapters is None else adapters.delta(BLOCK_OUTPUT, hidden)
+        if delta is not None:
+            hidden = self._add(hidden, delta, None, updates)
         return DecoderLayerOutput(hidden, left, routing) if full_output else hidden
 
     def _add(
@@ -242,6 +250,7 @@ class DecoderLayer(keras.layers.Layer):
         full_output: bool = False,
         updates: Any = None,
         dropout_seeds: Any = None,
+        adapters: Any = None,
         **kwargs: Any,
     ) -> Any:
         context = MixerContext(*args, **kwargs)
@@ -273,5 +282,6 @@ class DecoderLayer(keras.layers.Layer):
         return cls(**{**config, "mixer": mixer, "mlp": mlp})
 
 
-def _both(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+def both_masks(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Where both hold; `None` for a mask that always does."""
     return other if mask is None else mask if other is None else mask & other

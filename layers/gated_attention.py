@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple
 import keras
 from keras import ops
 
+from .adapters import Adapters, project
 from .mixer_context import MixerContext, check_context
 from .norms import make_norm
 from .ops import attention
@@ -74,6 +75,7 @@ class GatedAttention(keras.layers.Layer):
         dropout_seed: Seed tensor for the dropout where the layer may not draw it itself, or
             `None`.
         training: Whether to apply dropout.
+        adapters: `Adapters` of `q_proj`, `k_proj`, `v_proj` and `o_proj`, or `None`.
 
     Returns:
         `(B, T, width)`, with a cache `(output, AttentionCache)`, in a replayable pass
@@ -167,6 +169,10 @@ class GatedAttention(keras.layers.Layer):
         """A new seed for `call`, or `None` where nothing is dropped."""
         return self.seed_generator.next() if training and self.attention_dropout else None
 
+    def projections(self) -> dict[str, keras.layers.EinsumDense]:
+        """The projections that adapters may change."""
+        return {name: getattr(self, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+
     def call(
         self,
         x: Annotated[Tensor, "B T D"],
@@ -177,13 +183,14 @@ class GatedAttention(keras.layers.Layer):
         replayable: bool = False,
         dropout_seed: Tensor | None = None,
         training: bool | None = None,
+        adapters: Adapters | None = None,
     ) -> Annotated[Tensor, "B T D"] | tuple[Tensor, AttentionCache | AttentionUpdate]:
         context = MixerContext(
-            padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training
+            padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training, adapters
         )
         check_context(context, needs_lengths=True)
         x = ops.cast(x, self.compute_dtype)
-        query, gate = self.q_proj(x), None  # (B, T, H, D)
+        query, gate = project(self, x, "q_proj", adapters), None  # (B, T, H, D)
         if self.output_gate:
             query, gate = ops.split(query, 2, axis=-1)
         segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
@@ -191,8 +198,8 @@ class GatedAttention(keras.layers.Layer):
         if cache is not None:
             positions = ops.expand_dims(lengths, -1) + positions
         query = self.rotary(self.q_norm(query), positions)
-        key = self.rotary(self.k_norm(self.k_proj(x)), positions)  # (B, T, G, D)
-        value = self.v_proj(x)  # (B, T, G, D)
+        key = self.rotary(self.k_norm(project(self, x, "k_proj", adapters)), positions)  # (B, T, G, D)
+        value = project(self, x, "v_proj", adapters)  # (B, T, G, D)
         if cache is None:
             visible = {"key_mask": padding_mask, "query_segments": segment, "key_segments": segment}
         else:
@@ -206,7 +213,7 @@ class GatedAttention(keras.layers.Layer):
         if gate is not None:
             gate = ops.sigmoid(ops.cast(gate, "float32"))
             output = ops.cast(ops.cast(output, "float32") * gate, self.compute_dtype)
-        output = self.o_proj(output)
+        output = project(self, output, "o_proj", adapters)
         if cache is None:
             return output
         return output, AttentionUpdate(*cache) if replayable else cache

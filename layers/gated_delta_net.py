@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple
 import keras
 from keras import ops
 
+from .adapters import Adapters, project
 from .gated_rms_norm import GatedRMSNorm
 from .initializers import LogUniform, Normal
 from .mixer_context import MixerContext, check_context
@@ -73,6 +74,7 @@ class GatedDeltaNet(keras.layers.Layer):
             `segment_ids` must be `None` with it.
         replayable: Whether to return a `DeltaNetUpdate` for `commit` in place of the next cache.
             Real tokens must stand at the front of a row then.
+        adapters: `Adapters` of `in_proj_qkvz`, `in_proj_ba` and `out_proj`, or `None`.
         lengths, dropout_seed, training: Ignored, there for a mixer's common signature: a state
             has no positions, and nothing is dropped.
 
@@ -186,6 +188,10 @@ class GatedDeltaNet(keras.layers.Layer):
         """`None`: nothing inside a Gated DeltaNet is dropped."""
         return None
 
+    def projections(self) -> dict[str, keras.layers.EinsumDense]:
+        """The projections that adapters may change."""
+        return {name: getattr(self, name) for name in ("in_proj_qkvz", "in_proj_ba", "out_proj")}
+
     def call(
         self,
         x: Annotated[Tensor, "B T D"],
@@ -196,14 +202,15 @@ class GatedDeltaNet(keras.layers.Layer):
         replayable: bool = False,
         dropout_seed: Tensor | None = None,
         training: bool | None = None,
+        adapters: Adapters | None = None,
     ) -> Annotated[Tensor, "B T D"] | tuple[Tensor, DeltaNetCache | DeltaNetUpdate]:
         context = MixerContext(
-            padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training
+            padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training, adapters
         )
         check_context(context, needs_lengths=False)
         cache = None if cache is None else DeltaNetCache(*cache)
         x = ops.cast(x, self.compute_dtype)
-        channels, gate = self._split(self.in_proj_qkvz(x))
+        channels, gate = self._split(project(self, x, "in_proj_qkvz", adapters))
         conv = causal_conv1d(
             channels,
             ops.reshape(self.conv1d, (self.linear_conv_kernel_dim, -1)),
@@ -211,7 +218,7 @@ class GatedDeltaNet(keras.layers.Layer):
             padding_mask=padding_mask,
             segment_ids=segment_ids,
         )
-        beta, log_decay = self._gates(self.in_proj_ba(x))
+        beta, log_decay = self._gates(project(self, x, "in_proj_ba", adapters))
         inputs = (*self._heads(conv.output), log_decay, beta)
         left: DeltaNetCache | DeltaNetUpdate | None = None
         if cache is None:
@@ -229,7 +236,7 @@ class GatedDeltaNet(keras.layers.Layer):
                 *inputs, state=cache.recurrent, padding_mask=padding_mask
             )
             left = DeltaNetCache(conv.state, state)
-        output = self.out_proj(self.norm(output, gate))
+        output = project(self, self.norm(output, gate), "out_proj", adapters)
         return output if left is None else (output, left)
 
     def commit(

@@ -8,10 +8,12 @@ A mixer is a layer with
     commit(cache, update, counts)            -> cache after the first tokens of a replayable pass
     empty_update(cache, length)              -> update with the shapes of one over `length` tokens
     draw_dropout_seed(training)              -> seed tensor, or None where nothing is dropped
+    projections()                            -> its projections by name, which adapters may change
 """
 
 from typing import Annotated, Any, NamedTuple
 
+from .adapters import Adapters
 from .ops.tensor_types import Tensor
 
 
@@ -27,6 +29,7 @@ class MixerContext(NamedTuple):
             in place of the next cache.
         dropout_seed: Seed tensor for the dropout inside the mixer, or `None`.
         training: Whether to apply dropout.
+        adapters: `Adapters` of the mixer's projections, or `None`.
     """
 
     padding_mask: Annotated[Tensor, "B T"] | None = None
@@ -36,6 +39,7 @@ class MixerContext(NamedTuple):
     replayable: bool = False
     dropout_seed: Tensor | None = None
     training: bool | None = None
+    adapters: Adapters | None = None
 
 
 def check_context(context: MixerContext, needs_lengths: bool) -> None:

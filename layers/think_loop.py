@@ -12,30 +12,32 @@ The iterations are one loop, in which the layers stand once, forward and backwar
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
 import keras
 from keras import ops
 
-from .decoder_layer import DecoderLayer
+from .adapters import build_experts
+from .decoder_layer import DecoderLayer, both_masks
+from .expert_router import NO_EXPERT, ExpertRouter
 from .halting_unit import HaltingUnit
+from .layer_router import LayerRouter
+from .lora_experts import LoRAExperts
 from .ops.backend.layer_programs import layer_program
 from .ops.tensor_types import Tensor
 from .projection import dense
-from .shapes import Shape, spec_like
-from .sparse_moe import SparseMoE
-from .think_passes import (
-    THINKING_DTYPES,
+from .shapes import Shape
+from .think_passes import run_cached, run_uncached
+from .think_routing import check_routing
+from .think_specs import loop_spec, named_cache
+from .think_types import (
     Given,
     Options,
-    Thinking,
     ThinkLoopCache,
     ThinkLoopOutput,
     ThinkLoopUpdate,
     row,
-    run_cached,
-    run_uncached,
     with_row,
 )
 
@@ -55,6 +57,14 @@ class ThinkLoop(keras.layers.Layer):
         sample_iterations: Whether a training step draws its k from 1 to `max_think_iterations`.
         warmup_steps: Training steps over which the largest k rises from 1.
         input_injection: Whether W exists. It is zero at first.
+        routers: One `LayerRouter` per layer, which says how often it runs for a row, or none.
+        use_gumbel: Whether the routers draw their actions in training, and learn from its loss.
+        router_warmup_steps: Training steps in which every layer runs once all the same.
+        expert_router: `ExpertRouter` that chooses among `experts`, or `None`.
+        experts: For every layer its `LoRAExperts` by the name of the projection that they change,
+            or `"block_output"`.
+        reselect: Whether every iteration chooses an expert anew.
+        expert_warmup_steps: Training steps in which all experts take part with equal weights.
 
     Call arguments:
         x: `(B, T, D)`.
@@ -63,6 +73,11 @@ class ThinkLoop(keras.layers.Layer):
         think_iterations: Iterations of this call, from 1 to `max_think_iterations`. `None` for
             those of the cache, in training for what sampling and warm-up say, else for the most.
             One iteration is a pass through the layers and nothing else.
+        prompt_mask: `(B, T)` bool, true at the tokens from which routers decide. Without it, and
+            without a cache that holds a decision, every layer runs and no row chooses an expert.
+        route: `(B, L)` int32, how often each layer runs for a row (0, 1 or 2), in place of what the
+            routers say.
+        branch: `(B,)` int32, the expert of a row in all iterations, or `(B, k)` in each, likewise.
 
     Returns:
         `(B, T, D)`; with a cache or `full_output` a
@@ -98,6 +113,13 @@ class ThinkLoop(keras.layers.Layer):
         sample_iterations: bool = False,
         warmup_steps: int = 0,
         input_injection: bool = False,
+        routers: Sequence[LayerRouter] = (),
+        use_gumbel: bool = False,
+        router_warmup_steps: int = 0,
+        expert_router: ExpertRouter | None = None,
+        experts: Sequence[Mapping[str, LoRAExperts]] = (),
+        reselect: bool = True,
+        expert_warmup_steps: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(autocast=False, **kwargs)
@@ -116,6 +138,15 @@ class ThinkLoop(keras.layers.Layer):
         ):
             if count is not None and count < 1:
                 raise ValueError(f"`{name}` must be at least 1. Received: {name}={count!r}")
+        for name, parts, wanted in (
+            ("routers", routers, bool(routers)),
+            ("experts", experts, expert_router is not None),
+        ):
+            if len(parts) != (len(layers) if wanted else 0):
+                raise ValueError(
+                    f"`{name}` must be one per layer, {len(layers)}, or none. "
+                    f"Received: {len(parts)} {name}, {expert_router=}"
+                )
         self.layers = layers
         self.max_think_iterations = max_think_iterations
         self.halting_unit = halting_unit
@@ -125,20 +156,30 @@ class ThinkLoop(keras.layers.Layer):
         self.sample_iterations = sample_iterations
         self.warmup_steps = warmup_steps
         self.input_injection = input_injection
-        self.seed_generator: Any = keras.random.SeedGenerator() if sample_iterations else None
+        self.routers = list(routers)
+        self.use_gumbel = use_gumbel and bool(routers)
+        self.router_warmup_steps = router_warmup_steps
+        self.expert_router = expert_router
+        self.experts = [dict(one) for one in experts]
+        self.reselect = reselect
+        self.expert_warmup_steps = expert_warmup_steps
+        draws = sample_iterations or self.use_gumbel
+        self.seed_generator: Any = keras.random.SeedGenerator() if draws else None
         self._programs: dict[tuple[str, Options], Callable[..., Any]] = {}
 
     def build(self, input_shape: Shape) -> None:
         shape = (None, None, input_shape[-1])
-        for layer in (*self.layers, self.halting_unit):
+        for layer in (*self.layers, self.halting_unit, *self.routers, self.expert_router):
             if layer is not None and not layer.built:
                 layer.build(shape)
+        for layer, experts in zip(self.layers, self.experts):
+            build_experts(experts, layer.mixer.projections(), shape)
         self.injection: Any = None
         if self.input_injection:
             self.injection = dense(shape[-1], 0.0, "injection", self.dtype_policy)
             self.injection.build(shape)
         self.steps: Any = None
-        if self.warmup_steps:
+        if self.warmup_steps or self.router_warmup_steps or self.expert_warmup_steps:
             self.steps = self.add_weight(
                 name="steps", shape=(), dtype="int32", initializer="zeros", trainable=False
             )
@@ -152,11 +193,17 @@ class ThinkLoop(keras.layers.Layer):
         self, batch_size: int, max_length: int, think_iterations: int | None = None
     ) -> ThinkLoopCache:
         """The caches of empty rows of up to `max_length` tokens, one for every iteration."""
-        count = self._checked(think_iterations) or self.max_think_iterations
+        count = self.checked_iterations(think_iterations) or self.max_think_iterations
         layers = tuple(layer.init_cache(batch_size, max_length) for layer in self.layers)
         sums = ops.zeros((batch_size,), "float32") if self.by_sequence else ()
-        one = ThinkLoopCache(layers, sums)
-        return keras.tree.map_structure(lambda x: ops.zeros((count, *x.shape), x.dtype), one)
+        repeats, route, branch = (), (), ()
+        if self.routers:
+            repeats = tuple(layer.init_cache(batch_size, max_length) for layer in self.layers)
+            route = ops.ones((batch_size, len(self.layers)), "int32")
+        if self.expert_router is not None and self.expert_router.granularity == "sequence":
+            branch = ops.full((batch_size,), NO_EXPERT, "int32")
+        one = ThinkLoopCache(layers, sums, repeats, route, branch)
+        return keras.tree.map_structure(lambda x: ops.repeat(x[None], count, axis=0), one)
 
     def commit(
         self, cache: ThinkLoopCache, update: ThinkLoopUpdate, counts: Annotated[Tensor, "B"]
@@ -172,22 +219,24 @@ class ThinkLoop(keras.layers.Layer):
             `ThinkLoopCache`.
         """
 
-        def commit_one(number, layers):
-            olds, news = row(layers, number), row(update.layers, number)
-            committed = tuple(
-                layer.commit(old, new, counts)
-                for layer, old, new in zip(self.layers, olds, news, strict=True)
-            )
-            return number + 1, with_row(layers, number, committed)
+        news = (update.layers, update.repeats)
 
-        start = (ops.zeros((), "int32"), cache.layers)
-        layers = ops.while_loop(lambda number, _: number < cache.iterations, commit_one, start)[1]
+        def commit_one(number, olds):
+            committed = tuple(
+                tuple(map(lambda layer, *pair: layer.commit(*pair, counts), self.layers, *turn))
+                for turn in zip(row(olds, number), row(news, number), strict=True)
+            )
+            return number + 1, with_row(olds, number, committed)
+
+        start = (ops.zeros((), "int32"), (cache.layers, cache.repeats))
+        count = cache.iterations
+        layers, repeats = ops.while_loop(lambda number, _: number < count, commit_one, start)[1]
         sums = cache.halting_sums
         if self.by_sequence:
             sums = ops.concatenate([sums[..., None], update.halting_sums], axis=-1)  # (k, B, 1+T)
             place = ops.broadcast_to(counts[None, :, None], (*cache.halting_sums.shape, 1))
             sums = ops.take_along_axis(sums, place, axis=-1)[..., 0]
-        return ThinkLoopCache(layers, sums)
+        return cache._replace(layers=layers, halting_sums=sums, repeats=repeats)
 
     def call(
         self,
@@ -200,100 +249,72 @@ class ThinkLoop(keras.layers.Layer):
         full_output: bool = False,
         think_iterations: int | None = None,
         training: bool | None = None,
+        prompt_mask: Annotated[Tensor, "B T"] | None = None,
+        route: Annotated[Tensor, "B L"] | None = None,
+        branch: Annotated[Tensor, "B"] | None = None,
     ) -> Annotated[Tensor, "B T D"] | ThinkLoopOutput:
-        output = self._run(
+        count = self.checked_iterations(think_iterations)
+        check_routing(self, prompt_mask, segment_ids, route, branch)
+        prompt = both_masks(padding_mask, prompt_mask) if prompt_mask is not None else None
+        given = Given(
             ops.cast(x, self.compute_dtype),
             padding_mask,
             segment_ids,
             lengths,
-            cache,
-            replayable=replayable,
-            think_iterations=think_iterations,
-            training=training,
+            prompt=prompt,
+            route=None if route is None else ops.convert_to_tensor(route, "int32"),
+            branch=None if branch is None else ops.convert_to_tensor(branch, "int32"),
         )
+        if cache is None:
+            output = self._run_uncached(given, count, bool(training))
+        else:
+            cache = named_cache(self, cache)
+            self.check_cache(cache, count, training)
+            options = Options(cache.iterations, replayable=replayable)
+            output = self._program(run_cached, options)(given._replace(cache=cache))
         return output if full_output or cache is not None else output.hidden
 
-    def _run(
-        self,
-        x,
-        padding_mask,
-        segment_ids,
-        lengths,
-        cache,
-        *,
-        replayable,
-        think_iterations,
-        training,
-    ):
-        count = self._checked(think_iterations)
-        if cache is None:
-            if count is None:
-                count = self._training_iterations() if training else self.max_think_iterations
-            seeds = tuple(layer.draw_dropout_seeds(training) for layer in self.layers)
-            fixed, drawn = (count, None) if isinstance(count, int) else (None, count)
-            options = Options(fixed, bool(training))
-            given = Given(x, padding_mask, segment_ids, lengths, None, seeds, drawn)
-            return self._program(run_uncached, options)(given)
-        cache = self._as_cache(cache)
-        self._check_cache(cache, count, training)
-        options = Options(cache.iterations, replayable=replayable)
-        given = Given(x, padding_mask, segment_ids, lengths, cache)
-        return self._program(run_cached, options)(given)
+    def _run_uncached(self, given, count, training):
+        if training:
+            given = given._replace(**self._drawn(), **self._warming())
+        if count is None:
+            count = self._training_iterations() if training else self.max_think_iterations
+        if training and self.steps is not None:
+            self.steps.assign_add(1)
+        seeds = tuple(layer.draw_dropout_seeds(training) for layer in self.layers)
+        fixed, drawn = (count, None) if isinstance(count, int) else (None, count)
+        given = given._replace(seeds=seeds, drawn=drawn)
+        output = self._program(run_uncached, Options(fixed, training))(given)
+        counted = training and self.expert_router is not None
+        if counted and not isinstance(output.thinking.selections, tuple):
+            self.expert_router.count(output.thinking.selections)
+        return output
+
+    def _drawn(self):
+        """The seeds of a training step beside those of the layers."""
+        found: dict[str, Any] = {}
+        if self.use_gumbel:
+            found["route_seeds"] = tuple(self.seed_generator.next() for _ in self.routers)
+        seeds = tuple(
+            {name: expert.draw_dropout_seed(True) for name, expert in one.items() if expert.dropout}
+            for one in self.experts
+        )
+        return {**found, "expert_seeds": seeds} if any(seeds) else found
+
+    def _warming(self):
+        """Which parts are still warming up."""
+        steps = (("warm_routes", self.router_warmup_steps if self.routers else 0),)
+        steps += (("warm_experts", self.expert_warmup_steps if self.experts else 0),)
+        return {name: ops.less(self.steps, most) for name, most in steps if most}
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def compute_output_spec(
-        self,
-        x: Any,
-        padding_mask: Any = None,
-        segment_ids: Any = None,
-        cache: Any = None,
-        lengths: Any = None,
-        replayable: bool = False,
-        full_output: bool = False,
-        think_iterations: int | None = None,
-        training: bool | None = None,
-    ) -> Any:
-        count, hidden = self._checked(think_iterations), spec_like(x, self.compute_dtype)
-        if cache is None and not full_output:
-            return hidden
-        moes = (layer.mlp for layer in self.layers if isinstance(layer.mlp, SparseMoE))
-        routing = tuple(moe.compute_output_spec(x, return_routing=True)[1] for moe in moes)
-        tokens = (keras.KerasTensor(x.shape[:2], dtype) for dtype in THINKING_DTYPES)
-        left: Any = ()
-        if cache is not None:
-            cache = self._as_cache(cache)
-            self._check_cache(cache, count, training)
-            left = self._left_spec(x, cache, lengths, replayable)
-        return ThinkLoopOutput(hidden, left, routing, Thinking(*tokens))
+    def compute_output_spec(self, x: Any, **options: Any) -> Any:
+        return loop_spec(self, x, **options)
 
-    def _left_spec(self, x: Any, cache: ThinkLoopCache, lengths: Any, replayable: bool) -> Any:
-        if not replayable:
-            return keras.tree.map_structure(spec_like, cache)
-
-        def one(own: Any) -> Any:
-            return keras.tree.map_structure(lambda b: keras.KerasTensor(b.shape[1:], b.dtype), own)
-
-        def stacked(spec: Any) -> Any:
-            return keras.KerasTensor((cache.iterations, *spec.shape), spec.dtype)
-
-        context = {"lengths": lengths, "replayable": True}
-        updates = tuple(
-            layer.mixer.compute_output_spec(x, cache=one(own), **context)[1]
-            for layer, own in zip(self.layers, cache.layers, strict=True)
-        )
-        sums = keras.KerasTensor(x.shape[:2], "float32") if self.by_sequence else ()
-        return keras.tree.map_structure(stacked, ThinkLoopUpdate(updates, sums))
-
-    def _as_cache(self, cache: Any) -> ThinkLoopCache:
-        """The cache by its names: a functional model hands over plain tuples."""
-        if isinstance(cache, ThinkLoopCache):
-            return cache
-        template = self.init_cache(1, 1, think_iterations=1)
-        return keras.tree.pack_sequence_as(template, keras.tree.flatten(cache))
-
-    def _check_cache(self, cache: ThinkLoopCache, count: int | None, training: Any) -> None:
+    def check_cache(self, cache: ThinkLoopCache, count: int | None, training: Any) -> None:
+        """Raises `ValueError` for a cache that does not belong to a call."""
         if training or count not in (None, cache.iterations):
             raise ValueError(
                 "A cache is for inference, with the number of iterations that it was made for. "
@@ -309,7 +330,8 @@ class ThinkLoop(keras.layers.Layer):
             self._programs[key] = layer_program(self, function) if loops else function
         return self._programs[key]
 
-    def _checked(self, think_iterations: int | None) -> int | None:
+    def checked_iterations(self, think_iterations: int | None) -> int | None:
+        """The argument; `ValueError` where it is out of range."""
         known = range(1, self.max_think_iterations + 1)
         if think_iterations is not None and (
             type(think_iterations) is not int or think_iterations not in known
@@ -323,10 +345,9 @@ class ThinkLoop(keras.layers.Layer):
     def _training_iterations(self) -> Any:
         """Iterations of a training step, a tensor where they differ from step to step."""
         most: Any = self.max_think_iterations
-        if self.steps is not None:
+        if self.warmup_steps:
             done = ops.minimum(ops.cast(self.steps, "float32") / self.warmup_steps, 1.0)
             most = 1 + ops.cast(ops.floor((most - 1) * done), "int32")
-            self.steps.assign_add(1)
         if self.sample_iterations:
             drawn = keras.random.uniform((), seed=self.seed_generator) * ops.cast(most, "float32")
             most = ops.minimum(1 + ops.cast(ops.floor(drawn), "int32"), most)
@@ -346,12 +367,24 @@ class ThinkLoop(keras.layers.Layer):
             "sample_iterations": self.sample_iterations,
             "warmup_steps": self.warmup_steps,
             "input_injection": self.input_injection,
+            "routers": [serialize(router) for router in self.routers],
+            "use_gumbel": self.use_gumbel,
+            "router_warmup_steps": self.router_warmup_steps,
+            "expert_router": serialize(self.expert_router) if self.expert_router else None,
+            "experts": [{k: serialize(v) for k, v in one.items()} for one in self.experts],
+            "reselect": self.reselect,
+            "expert_warmup_steps": self.expert_warmup_steps,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
         deserialize = keras.saving.deserialize_keras_object
-        layers = [deserialize(layer) for layer in config["layers"]]
-        unit = config["halting_unit"]
-        unit = None if unit is None else deserialize(unit)
-        return cls(**{**config, "layers": layers, "halting_unit": unit})
+        config = dict(config)
+        for name in ("layers", "routers"):
+            config[name] = [deserialize(layer) for layer in config.get(name, ())]
+        for name in ("halting_unit", "expert_router"):
+            part = config.get(name)
+            config[name] = None if part is None else deserialize(part)
+        experts = config.get("experts", ())
+        config["experts"] = [{k: deserialize(v) for k, v in one.items()} for one in experts]
+        return cls(**config)

@@ -6,143 +6,36 @@ run_cached      a loop over the caches of the iterations; where all tokens have 
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
 
+from .decoder_layer import DecoderLayerOutput, both_masks
 from .ops.backend.iterate import iterate
-from .ops.backend.loops import get_row, set_row
 from .ops.backend.seeds import folded
 from .ops.sequence import running_mean
 from .ops.tensor_types import Tensor
 from .sparse_moe import Routing, SparseMoE
-
-
-class ThinkLoopCache(NamedTuple):
-    """What a think loop keeps of the tokens it has read, for each of its k iterations.
-
-    Attributes:
-        layers: One cache per layer, all buffers with a leading axis of iterations.
-        halting_sums: `(k, B)` float32, sums of halting probabilities over the tokens of a row, or
-            `()` where tokens halt by themselves.
-    """
-
-    layers: tuple
-    halting_sums: Any = ()
-
-    @property
-    def iterations(self) -> int:
-        return keras.tree.flatten(self.layers)[0].shape[0]
-
-    def passes(self) -> list[tuple]:
-        """For every layer the caches of its iterations."""
-        return [tuple(row(one, n) for n in range(self.iterations)) for one in self.layers]
-
-
-class ThinkLoopUpdate(NamedTuple):
-    """What a replayable pass leaves: `ThinkLoop.commit` turns it into a cache.
-
-    Attributes:
-        layers: One update per layer, all tensors with a leading axis of iterations.
-        halting_sums: `(k, B, T)` float32, the sums after each token, or `()`.
-    """
-
-    layers: tuple
-    halting_sums: Any = ()
-
-
-class Thinking(NamedTuple):
-    """How long every token thought; 0 and false at padding.
-
-    Attributes:
-        iterations: `(B, T)` int32.
-        early_exit: `(B, T)` bool, whether the threshold was reached before the last iteration.
-        exit_confidence: `(B, T)` float32, the sum of halting probabilities at the exit, at most 1;
-            0 without a halting unit.
-        ponder: `(B, T)` float32, iterations plus remainder, through which thinking has a price.
-    """
-
-    iterations: Annotated[Tensor, "B T"]
-    early_exit: Annotated[Tensor, "B T"]
-    exit_confidence: Annotated[Tensor, "B T"]
-    ponder: Annotated[Tensor, "B T"]
-
-
-THINKING_DTYPES = ("int32", "bool", "float32", "float32")
-
-
-class ThinkLoopOutput(NamedTuple):
-    """What a pass through a think loop gives.
-
-    Attributes:
-        hidden: `(B, T, D)` in the compute dtype.
-        cache: `ThinkLoopCache` with the new tokens, a `ThinkLoopUpdate` in a replayable pass, `()`
-            without a cache.
-        routing: `Routing` statistics of the layers with a `SparseMoE`, summed over iterations.
-        thinking: `Thinking`.
-    """
-
-    hidden: Annotated[Tensor, "B T D"]
-    cache: ThinkLoopCache | ThinkLoopUpdate | tuple[()]
-    routing: tuple[Routing, ...]
-    thinking: Thinking
-
-
-class Options(NamedTuple):
-    """What a program is compiled for.
-
-    Attributes:
-        iterations: Their number, or `None` where it is computed.
-        training: Whether to apply dropout and checkpointing and to weigh the states.
-        replayable: Whether to return an update in place of a cache.
-    """
-
-    iterations: int | None
-    training: bool = False
-    replayable: bool = False
-
-
-class Given(NamedTuple):
-    """The tensors of a call.
-
-    Attributes:
-        x: `(B, T, D)`.
-        padding_mask: `(B, T)` bool or `None`.
-        segment_ids: `(B, T)` or `None`.
-        lengths: `(B,)` int32 or `None`.
-        cache: `ThinkLoopCache` or `None`.
-        seeds: The dropout seeds of every layer.
-        drawn: `()` int32, the number of iterations where it is computed, else `None`.
-    """
-
-    x: Tensor
-    padding_mask: Tensor | None
-    segment_ids: Tensor | None
-    lengths: Tensor | None
-    cache: Any
-    seeds: tuple = ()
-    drawn: Tensor | None = None
-
-    @property
-    def real(self) -> Tensor:
-        if self.padding_mask is None:
-            return ops.ones(ops.shape(self.x)[:2], "bool")
-        return self.padding_mask
-
-
-class State(NamedTuple):
-    """What goes from one iteration to the next.
-
-    Attributes:
-        hidden: `(B, T, D)`.
-        halting: `Halting`, or `()` at a fixed depth.
-        routing: One `Routing` per layer that has one, summed so far.
-    """
-
-    hidden: Tensor
-    halting: Any
-    routing: tuple
+from .think_routing import (
+    adapters_of,
+    chosen_experts,
+    decided,
+    run_routed,
+    start_experts,
+    start_routes,
+)
+from .think_types import (
+    Given,
+    Options,
+    State,
+    Thinking,
+    ThinkLoopCache,
+    ThinkLoopOutput,
+    ThinkLoopUpdate,
+    row,
+    with_row,
+)
 
 
 def run_uncached(loop: Any, options: Options, given: Given) -> ThinkLoopOutput:
@@ -183,7 +76,7 @@ def run_cached(loop: Any, options: Options, given: Given) -> ThinkLoopOutput:
         return state, with_row(left, number, new)
 
     def write(number, state, left):
-        new = _write(loop, options, given, state, at(left, number))
+        new = _write(loop, options, given, state, number, at(left, number))
         return state, with_row(left, number, new)
 
     if count == 1:
@@ -216,65 +109,136 @@ def _start(loop, options, given):
     if loop.halting_unit is not None:
         weighs = options.training or loop.inference_state == "mean"
         halting = loop.halting_unit.start(given.real, given.x if weighs and count > 1 else None)
-    moes = (layer.mlp for layer in loop.layers if isinstance(layer.mlp, SparseMoE))
-    zeros = (ops.zeros((moe.num_experts,), "float32") for moe in moes)
-    routing = tuple(Routing(zero, zero, ops.zeros((), "float32")) for zero in zeros)
-    return State(given.x, halting, routing)
+    routing = tuple(one for one in map(_no_routing, loop.layers) if one)
+    routes, experts = start_routes(loop, options, given), start_experts(loop, given)
+    return State(given.x, halting, routing, routes, experts)
 
 
 def _iteration(loop, options, given, state, number, count, cache=None):
     """The state after an iteration, and what it leaves of `cache`, its own."""
-    hidden, routing, left = state.hidden, [], []
+    hidden, routes, experts = state.hidden, state.routes, state.experts
     live = state.halting.live if state.halting else None
     if loop.injection is not None:
         injected = hidden + loop.injection(given.x)
         moves = number > 0 if live is None else (number > 0) & live[..., None]
         hidden = ops.where(moves, injected, hidden)
-    for place, layer in enumerate(loop.layers):
-        output = layer(
-            hidden,
-            padding_mask=given.padding_mask,
-            segment_ids=given.segment_ids,
-            cache=None if cache is None else cache.layers[place],
-            lengths=None if cache is None else given.lengths,
-            full_output=True,
-            replayable=options.replayable,
-            updates=live,
-            dropout_seeds=folded(given.seeds[place], number) if given.seeds else None,
-            training=options.training,
-        )
-        hidden = output.hidden
-        left.append(output.cache)
-        if output.routing:
-            routing.append(output.routing)
+    if experts:
+        experts = chosen_experts(loop, given, experts, hidden, live, number, cache)
+    turns = []
+    for place in range(len(loop.layers)):
+        run = _layer_runs(loop, options, given, (place, number, live, experts, cache))
+        if not routes:
+            turns.append((run(hidden), None))
+        else:
+            routes = decided(loop, given, routes, place, hidden, number == 0)
+            skip = _layer_skips(loop, options, given, place, cache)
+            turns.append(run_routed(run, skip, hidden, routes, place, given.real))
+        hidden = turns[-1][0].hidden
     halting, sums = state.halting, ()
     if halting:
         probability, sums = _probability(loop, options, given, hidden, cache)
         is_last = number + 1 >= count
         halting = loop.halting_unit.advance(halting, probability, hidden, is_last)
     hidden = ops.cast(hidden, state.hidden.dtype)  # layers may have a policy of their own
-    summed = keras.tree.map_structure(lambda a, b: a + b, state.routing, tuple(routing))
-    return State(hidden, halting, summed), _left(options, left, sums)
+    summed = state.routing
+    for turn in zip(*turns, strict=True):
+        routing = tuple(output.routing for output in turn if output is not None and output.routing)
+        summed = keras.tree.map_structure(lambda a, b: a + b, summed, routing) if routing else summed
+    left = _left(options, cache, turns, sums, routes, experts)
+    return State(hidden, halting, summed, routes, experts), left
 
 
-def _write(loop, options, given, state, cache):
-    """What an iteration leaves of its cache when the residuals of all tokens stand still."""
-    left = [
-        layer.write(
-            state.hidden,
-            padding_mask=given.padding_mask,
-            cache=own,
-            lengths=given.lengths,
+def _layer_runs(loop, options, given, around):
+    """`run(x, turn, active)` of a layer: its first or second turn, for the active rows."""
+    place, number, live, experts, cache = around
+    layer, seeds = loop.layers[place], given.seeds[place] if given.seeds else None
+
+    def run(x, turn=0, active=None):
+        rows = None if active is None else ops.broadcast_to(active[:, None], ops.shape(x)[:2])
+        # A second turn drops other units than the first.
+        drawn = number + turn * loop.max_think_iterations
+        return layer(
+            x,
+            padding_mask=both_masks(given.padding_mask, rows),
+            segment_ids=given.segment_ids,
+            cache=None if cache is None else (cache.repeats if turn else cache.layers)[place],
+            lengths=None if cache is None else given.lengths,
+            full_output=True,
             replayable=options.replayable,
+            updates=both_masks(live, rows),
+            dropout_seeds=folded(seeds, drawn) if seeds else None,
+            training=options.training,
+            adapters=adapters_of(loop, options, given, experts, place, drawn),
         )
-        for layer, own in zip(loop.layers, cache.layers, strict=True)
-    ]
-    _, sums = _probability(loop, options, given, state.hidden, cache)
-    return _left(options, left, sums)
+
+    return run
 
 
-def _left(options, layers, sums):
-    return (ThinkLoopUpdate if options.replayable else ThinkLoopCache)(tuple(layers), sums)
+def _layer_skips(loop, options, given, place, cache):
+    """`skip(x, turn)`, what a layer gives that no row runs."""
+    layer = loop.layers[place]
+
+    def skip(x, turn):
+        own: Any = ()
+        if cache is not None:
+            own = (cache.repeats if turn else cache.layers)[place]
+            own = layer.empty_update(own, given.x.shape[1]) if options.replayable else own
+        hidden = ops.cast(x, layer.compute_dtype)
+        return DecoderLayerOutput(hidden, own, _no_routing(layer) or ())
+
+    return skip
+
+
+def _write(loop, options, given, state, number, cache):
+    """What an iteration leaves of its cache when the residuals of all tokens stand still."""
+    hidden, routes, experts = state.hidden, state.routes, state.experts
+    if experts:
+        still = ops.zeros_like(given.real)
+        experts = chosen_experts(loop, given, experts, hidden, still, number, cache)
+    turns = []
+    for place, layer in enumerate(loop.layers):
+        skip = _layer_skips(loop, options, given, place, cache)
+
+        def run(x, turn=0, active=None, layer=layer, place=place):
+            rows = None if active is None else ops.broadcast_to(active[:, None], ops.shape(x)[:2])
+            left = layer.write(
+                x,
+                padding_mask=both_masks(given.padding_mask, rows),
+                cache=(cache.repeats if turn else cache.layers)[place],
+                lengths=given.lengths,
+                replayable=options.replayable,
+                adapters=adapters_of(loop, options, given, experts, place, number),
+            )
+            return DecoderLayerOutput(ops.cast(x, layer.compute_dtype), left, _no_routing(layer))
+
+        if routes:
+            turns.append(run_routed(run, skip, hidden, routes, place, given.real))
+        else:
+            turns.append((run(hidden), None))
+    _, sums = _probability(loop, options, given, hidden, cache)
+    return _left(options, cache, turns, sums, routes, experts)
+
+
+def _no_routing(layer):
+    if not isinstance(layer.mlp, SparseMoE):
+        return ()
+    zero = ops.zeros((layer.mlp.num_experts,), "float32")
+    return Routing(zero, zero, ops.zeros((), "float32"))
+
+
+def _left(options, cache, turns, sums, routes, experts):
+    """What an iteration leaves: its cache, or in a replayable pass its update."""
+    first = tuple(first.cache for first, _ in turns)
+    second = tuple(second.cache for _, second in turns if second is not None)
+    if options.replayable:
+        return ThinkLoopUpdate(first, sums, second)
+    if cache is None:
+        return ()
+    route = routes.actions if routes else ()
+    chosen = cache.branch
+    if experts and not isinstance(chosen, tuple):
+        chosen = experts.chosen[:, 0]
+    return ThinkLoopCache(first, sums, second, route, chosen)
 
 
 def _probability(loop, options, given, hidden, cache):
@@ -305,26 +269,23 @@ def _output(loop, options, given, state, count, left=()):
             exit_confidence=ops.minimum(halting.total, 1.0),
             ponder=ops.cast(iterations, "float32") + halting.remainder,
         )
+    if state.routes:
+        asked = loop.routers and given.prompt is not None
+        logits = state.routes.logits if asked else ()
+        thinking = thinking._replace(route=state.routes.actions, route_logits=logits)
+    if state.experts:
+        thinking = thinking._replace(selections=state.experts.selections)
     return ThinkLoopOutput(hidden, left, state.routing, thinking)
 
 
 def _empty_update(loop, given):
     """Room for the updates of all iterations."""
     cache, length = given.cache, given.x.shape[1]
-    layers = [
-        layer.empty_update(own, length)
-        for layer, own in zip(loop.layers, row(cache, 0).layers, strict=True)
-    ]
+
+    def empty(caches):
+        return tuple(layer.empty_update(own, length) for layer, own in zip(loop.layers, caches))
+
+    start = row(cache, 0)
     sums = ops.zeros(ops.shape(given.x)[:2], "float32") if loop.by_sequence else ()
-    one = ThinkLoopUpdate(tuple(layers), sums)
+    one = ThinkLoopUpdate(empty(start.layers), sums, empty(start.repeats))
     return keras.tree.map_structure(lambda x: ops.repeat(x[None], cache.iterations, axis=0), one)
-
-
-def row(stacked: Any, number: Any) -> Any:
-    """What stands at place `number` of the leading axes of a nest of tensors."""
-    return keras.tree.map_structure(lambda x: get_row(x, number), stacked)
-
-
-def with_row(stacked: Any, number: Any, new: Any) -> Any:
-    """The nest with `new` at place `number`."""
-    return keras.tree.map_structure(lambda x, one: set_row(x, number, one), stacked, new)

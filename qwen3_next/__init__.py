@@ -1,6 +1,13 @@
 """Qwen3-Next in Keras 3."""
 
-from qwen3_next.config import ETDConfig, MTPConfig, Qwen3NextConfig
+from qwen3_next.config import (
+    ETDConfig,
+    LayerRouterConfig,
+    LoRAExpertConfig,
+    MTPConfig,
+    Qwen3NextConfig,
+    RouterAction,
+)
 from qwen3_next.generation.generator import Generation
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache
@@ -32,11 +39,14 @@ __all__ = [
     "GroupedAdamW",
     "LanguageModelOutput",
     "LayerProfile",
+    "LayerRouterConfig",
+    "LoRAExpertConfig",
     "MTPConfig",
     "Qwen3Next",
     "Qwen3NextBackbone",
     "Qwen3NextClassifier",
     "Qwen3NextConfig",
+    "RouterAction",
     "Cache",
     "create_qwen3_next",
     "create_qwen3_next_efficient",

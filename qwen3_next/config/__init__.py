@@ -1,7 +1,16 @@
 """Configurations: frozen dataclasses, every field checked. Nothing here needs Keras."""
 
 from qwen3_next.config.etd_config import ETDConfig
+from qwen3_next.config.layer_router_config import LayerRouterConfig, RouterAction
+from qwen3_next.config.lora_expert_config import LoRAExpertConfig
 from qwen3_next.config.model_config import Qwen3NextConfig
 from qwen3_next.config.mtp_config import MTPConfig
 
-__all__ = ["ETDConfig", "MTPConfig", "Qwen3NextConfig"]
+__all__ = [
+    "ETDConfig",
+    "LayerRouterConfig",
+    "LoRAExpertConfig",
+    "MTPConfig",
+    "Qwen3NextConfig",
+    "RouterAction",
+]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
+from qwen3_next.config.layer_router_config import LayerRouterConfig
+from qwen3_next.config.lora_expert_config import GRANULARITIES, LoRAExpertConfig
 from qwen3_next.config.validation import (
     BOOLEAN,
     NOT_NEGATIVE,
@@ -17,9 +19,19 @@ from qwen3_next.config.validation import (
 
 # What `fit`, `evaluate` and `generate` tell of a think loop, as means over tokens.
 THINKING_NAMES = ("think_iterations", "early_exit", "exit_confidence")
-GRANULARITIES = ("token", "sequence")
 STATES = ("mean", "final")
 FRACTION = number("in [0, 1]", lambda value: 0 <= value <= 1)
+
+
+# What is read only where a flag says so.
+USED_WITH = {
+    "use_layer_router": ("layer_router", "router_warmup_steps"),
+    "use_lora_experts": ("num_lora_experts", "lora_expert", "expert_warmup_steps"),
+}
+
+
+def _nested(kind: type[Config]) -> Rule:
+    return Rule(f"a {kind.__name__} or a dict of its fields", lambda value: isinstance(value, kind))
 
 
 class Split(Protocol):
@@ -58,6 +70,13 @@ class ETDConfig(Config):
             `max_think_iterations`.
         input_injection: Whether a learned projection of the encoder's output, zero at first, is
             added to the state before every iteration but the first.
+        use_layer_router: Whether a router per think layer skips or repeats it (Dr.LLM).
+        layer_router: `LayerRouterConfig` (or its fields as a dict).
+        router_warmup_steps: Training steps in which every think layer runs once all the same.
+        use_lora_experts: Whether a router picks low-rank experts of the think layers (MoDr).
+        num_lora_experts: Their number.
+        lora_expert: `LoRAExpertConfig` (or its fields as a dict).
+        expert_warmup_steps: Training steps in which all experts take part with equal weights.
 
     Raises:
         ValueError: a value out of range, or an unknown name.
@@ -87,6 +106,13 @@ class ETDConfig(Config):
     sample_iterations: bool = False
     warmup_steps: int = 0
     input_injection: bool = False
+    use_layer_router: bool = False
+    layer_router: LayerRouterConfig = LayerRouterConfig()
+    router_warmup_steps: int = 1000
+    use_lora_experts: bool = False
+    num_lora_experts: int = 4
+    lora_expert: LoRAExpertConfig = LoRAExpertConfig()
+    expert_warmup_steps: int = 500
 
     RULES: ClassVar[dict[str, Rule]] = {
         "n_encoder_layers": integer(0),
@@ -102,15 +128,46 @@ class ETDConfig(Config):
         "sample_iterations": BOOLEAN,
         "warmup_steps": integer(0),
         "input_injection": BOOLEAN,
+        "use_layer_router": BOOLEAN,
+        "layer_router": _nested(LayerRouterConfig),
+        "router_warmup_steps": integer(0),
+        "use_lora_experts": BOOLEAN,
+        "num_lora_experts": integer(1),
+        "lora_expert": _nested(LoRAExpertConfig),
+        "expert_warmup_steps": integer(0),
     }
 
     def __post_init__(self) -> None:
+        for name, kind in (("layer_router", LayerRouterConfig), ("lora_expert", LoRAExpertConfig)):
+            if isinstance(getattr(self, name), dict):
+                object.__setattr__(self, name, kind.from_dict(getattr(self, name)))
         self.check_fields()
+        self._check_used()
         if self.ponder_cost and not self.adaptive_depth:
             raise ValueError(
                 "`ponder_cost` is a price on adaptive depth: it needs `adaptive_depth=True`. "
                 f"Received: ponder_cost={self.ponder_cost}, adaptive_depth=False"
             )
+
+    def _check_used(self):
+        """Refuses settings of a part that is not there: nothing would read them."""
+        for use, names in USED_WITH.items():
+            for name in names:
+                value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+                if not getattr(self, use) and value != default:
+                    raise ValueError(f"`{name}` needs `{use}=True`. Received: {name}={value}")
+        if self.use_layer_router and self.layer_router.use_gumbel and self.backprop_iterations:
+            raise ValueError(
+                "Layer routers decide in the first iteration: with `use_gumbel` their gradients "
+                "need `backprop_iterations=None`. "
+                f"Received: backprop_iterations={self.backprop_iterations}"
+            )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the loop has weights beyond those of its layers."""
+        routed = self.use_layer_router or self.use_lora_experts
+        return self.adaptive_depth or self.input_injection or routed
 
     @property
     def num_layers(self) -> int:

@@ -5,10 +5,13 @@ from typing import Any, ClassVar, Self
 
 from qwen3_next import variants
 from qwen3_next.config.etd_config import ETDConfig
+from qwen3_next.config.lora_expert_config import ATTENTION_PROJECTIONS, DELTANET_PROJECTIONS
 from qwen3_next.config.mtp_config import MTPConfig
 from qwen3_next.config.validation import (
     BOOLEAN,
+    DROPOUT_RATE,
     NOT_NEGATIVE,
+    POSITIVE,
     Config,
     Rule,
     integer,
@@ -24,9 +27,6 @@ ATTENTION_TYPES = ("gated_attention", "group_query_attention")
 # The layers know what these names mean; a test holds both lists together.
 NORMALIZATION_TYPES = ("rms_norm", "zero_centered_rms_norm")
 FFN_TYPES = ("geglu", "swiglu")
-
-POSITIVE = number("above 0", lambda value: value > 0)
-DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,8 @@ class Qwen3NextConfig(Config):
         self.check_fields()
         self._check_together()
         self._complete_layer_types()
+        if self.etd is not None:
+            self._check_adapted()
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> Self:
@@ -258,6 +260,30 @@ class Qwen3NextConfig(Config):
             raise ValueError(
                 "`layer_types` and `full_attention_interval` disagree; give one of them. "
                 f"Received: layer_types={kinds}, full_attention_interval={interval}"
+            )
+
+    def adapted_projections(self, layer: int) -> tuple[str, ...]:
+        """The projections of a layer that LoRA experts change."""
+        first, behind = self.etd.get_layer_ranges()["think"] if self.etd is not None else (0, 0)
+        if self.etd is None or not self.etd.use_lora_experts or not first <= layer < behind:
+            return ()
+        linear = self.layer_types[layer] == LINEAR
+        known = DELTANET_PROJECTIONS if linear else ATTENTION_PROJECTIONS
+        return self.etd.lora_expert.targets_of(known)
+
+    def _check_adapted(self):
+        etd = self.etd
+        wanted = etd.lora_expert.target_modules or ()
+        if not etd.use_lora_experts:
+            return
+        first, behind = etd.get_layer_ranges()["think"]
+        found = {name for i in range(first, behind) for name in self.adapted_projections(i)}
+        missing = sorted(set(wanted) - found)
+        if missing:
+            raise ValueError(
+                "`target_modules` must be projections of the think layers, which have none called "
+                f"{missing}. Received: target_modules={wanted}, layer_types of the think layers="
+                f"{self.layer_types[first:behind]}"
             )
 
     def _complete_layer_types(self):

@@ -46,6 +46,8 @@ def one_of(names: Iterable[str]) -> Rule:
 
 BOOLEAN = Rule("a bool", lambda value: isinstance(value, bool))
 NOT_NEGATIVE = number("at least 0", lambda value: value >= 0)
+POSITIVE = number("above 0", lambda value: value > 0)
+DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
 
 
 def is_list_of(value: Any, fits: Callable[[Any], bool]) -> bool:

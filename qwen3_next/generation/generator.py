@@ -26,9 +26,16 @@ from qwen3_next.generation.drafting import Drafting, init_module_caches
 from qwen3_next.generation.lookahead_choice import LookaheadChoice
 from qwen3_next.generation.plain import PlainDecoding
 from qwen3_next.generation.prompts import Prompts, bucket, prefill_chunks, read_prompts
-from qwen3_next.generation.sampling import Sampling, make_sampling
+from qwen3_next.generation.sampling import GREEDY, Sampling, make_sampling
 from qwen3_next.generation.speculation_options import Candidate, SpeculationOptions
 from qwen3_next.models.compiled import compile_with_weights
+from qwen3_next.models.decisions import (
+    check_decisions,
+    decides_all,
+    reads_prompts,
+    with_decisions,
+)
+from qwen3_next.models.inputs import unpack
 
 PREFILL_CHUNK = 512
 SMALLEST_WIDTH = 16
@@ -73,6 +80,8 @@ class Generator:
         acceptance_threshold: float | None = None,
         measure_baseline: bool = False,
         think_iterations: int | None = None,
+        route: Any = None,
+        branch: Any = None,
         **sampling: Any,
     ) -> Generation:
         """See `Qwen3Next.generate`."""
@@ -89,7 +98,7 @@ class Generator:
                 "`measure_baseline` compares speculative decoding with plain decoding. "
                 f"Received: {measure_baseline=}, {use_speculative=}"
             )
-        arrays = self._read(prompts, max_new_tokens)
+        arrays = self._read(prompts, max_new_tokens, route, branch)
         if len(candidates) > 1:
             return self._run_fastest(arrays, max_new_tokens, candidates, sample_options)
         method, drafting = candidates[0]
@@ -112,13 +121,15 @@ class Generator:
         max_new_tokens: int,
         *,
         think_iterations: int | None = None,
+        route: Any = None,
+        branch: Any = None,
         **sampling: Any,
     ) -> Iterator[np.ndarray]:
         """See `Qwen3Next.stream`."""
         self.model.backbone.schedule.check_iterations(think_iterations)
         # Not a generator itself, so that bad arguments raise here and not at the first token.
         mode, sample_options = make_sampling(self.model.config.vocab_size, **sampling)
-        arrays = self._read(prompts, max_new_tokens)
+        arrays = self._read(prompts, max_new_tokens, route, branch)
         method = PlainDecoding(mode, think_iterations)
         request = _request(max_new_tokens, sample_options)
         carry = self.prefill(arrays, max_new_tokens, method, request)
@@ -135,10 +146,44 @@ class Generator:
         if request.drafting is not None:
             caches = caches._replace(modules=init_module_caches(self.model, batch, capacity))
             newest = newest._replace(mtp_input=ops.zeros_like(newest.hidden))
-        for chunk in prefill_chunks(prompts, self.prefill_chunk, config.max_position_embeddings):
+        for chunk in self._chunks(prompts):
             caches, newest = self._compiled(prefill)(caches, newest, chunk)
         new_tokens = ops.zeros((batch, bucket(max_new_tokens, SMALLEST_WIDTH)), "int32")
         return self._compiled(type(method).init, method)(caches, newest, request, new_tokens)
+
+    def decide(self, prompts: Iterable | dict, think_iterations: int | None) -> dict[str, Any]:
+        """See `Qwen3Next.decide`."""
+        self.model.backbone.schedule.check_iterations(think_iterations)
+        read = self._read(prompts, 1)
+        method = PlainDecoding(GREEDY, think_iterations)
+        batch = len(read.lengths)
+        caches = Caches(
+            self.model.init_cache(batch, self._capacity(read, 1, method), think_iterations)
+        )
+        newest = Newest(ops.zeros((batch, self.model.config.hidden_size), self.model.compute_dtype))
+        for chunk in self._chunks(read):
+            caches, newest = self._compiled(prefill)(caches, newest, chunk)
+        found = {"route": caches.model.route, "branch": caches.model.branch}
+        return {k: ops.convert_to_numpy(x) for k, x in found.items() if x is not None}
+
+    def _chunks(self, prompts):
+        """The prompts in chunks, the first with what is decided for a row or to decide it from.
+
+        Routers read all of a prompt before its first think layer runs: it comes in one chunk.
+        """
+        config, size = self.model.config, self.prefill_chunk
+        decisions = {
+            name: ops.convert_to_tensor(value, "int32")
+            for name, value in (("route", prompts.route), ("branch", prompts.branch))
+            if value is not None
+        }
+        reads = reads_prompts(config) and not decides_all(config, decisions)
+        if reads:
+            size = max(size, prompts.token_ids.shape[1])
+        for chunk in prefill_chunks(prompts, size, config.max_position_embeddings):
+            prompt = {"prompt_mask": chunk.mask} if reads else {}
+            yield chunk._replace(decisions={**decisions, **prompt})
+            decisions = {}
 
     def _capacity(self, prompts, max_new_tokens, method):
         longest = prompts.token_ids.shape[1]
@@ -149,7 +194,7 @@ class Generator:
         """Decodes until every row has finished: the carry at the end. The first one is consumed."""
         return self._compiled(decode, method)(carry, request)
 
-    def _read(self, prompts, max_new_tokens) -> Prompts:
+    def _read(self, prompts, max_new_tokens, route=None, branch=None) -> Prompts:
         config = self.model.config
         require(integer(1), "max_new_tokens", max_new_tokens)
         arrays = read_prompts(prompts, config.vocab_size)
@@ -160,7 +205,9 @@ class Generator:
                 f"{config.max_position_embeddings}. Received: {longest} prompt tokens, "
                 f"{max_new_tokens=}"
             )
-        return arrays
+        decided = with_decisions(config, {"token_ids": arrays.token_ids}, route, branch)
+        check_decisions(config, unpack(decided))
+        return arrays._replace(route=decided.get("route"), branch=decided.get("branch"))
 
     def _run_fastest(
         self, prompts: Prompts, max_new_tokens: int, candidates: list[Candidate], sampling: Sampling
@@ -220,7 +267,8 @@ class Generator:
             "tokens_per_second": new / (finished - started),
         }
         if self.model.config.etd is not None:
-            found = {name: stats[name] for name in THINKING_NAMES if name in stats}
+            names = (*THINKING_NAMES, "router_actions", "expert_selections")
+            found = {name: stats[name] for name in names if name in stats}
             self.model.thinking_of_generation = found
         return Generation(rows, stats)
 

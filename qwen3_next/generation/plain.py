@@ -66,4 +66,5 @@ class PlainDecoding:
         )
 
     def stats(self, carry: PlainCarry) -> dict:
-        return {"steps": int(ops.convert_to_numpy(carry.count)), **thinking_stats(carry.thinking)}
+        steps = int(ops.convert_to_numpy(carry.count))
+        return {"steps": steps, **thinking_stats(carry.thinking, carry.cache)}

@@ -18,10 +18,14 @@ class Prompts(NamedTuple):
     Attributes:
         token_ids: `(B, T)` int32, padded on the right.
         lengths: `(B,)` int32.
+        route: `(B, L)` int32, a route through the think layers, or `None`.
+        branch: `(B,)` or `(B, k)` int32, LoRA experts, or `None`.
     """
 
     token_ids: np.ndarray
     lengths: np.ndarray
+    route: np.ndarray | None = None
+    branch: np.ndarray | None = None
 
 
 class PrefillChunk(NamedTuple):
@@ -32,12 +36,15 @@ class PrefillChunk(NamedTuple):
         mask: `(B, C)` bool, true at real tokens.
         next_ids: `(B, C)` int32.
         next_mask: `(B, C)` bool, true where the following token is real.
+        decisions: What goes with the first tokens of a prompt: `"prompt_mask"`, `"route"` and
+            `"branch"`, as a model takes them, or nothing.
     """
 
     token_ids: Tensor
     mask: Tensor
     next_ids: Tensor
     next_mask: Tensor
+    decisions: dict[str, Tensor] = {}
 
 
 def read_prompts(prompts: Iterable | dict | np.ndarray, vocab_size: int) -> Prompts:

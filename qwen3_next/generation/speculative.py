@@ -142,7 +142,7 @@ class SpeculativeDecoding:
             "avg_acceptance_rate": sum(rates) / len(rates),
             "tokens_per_step": tokens_per_step,
             "lossy": self.lossy,
-            **thinking_stats(carry.thinking),
+            **thinking_stats(carry.thinking, carry.caches.model),
         }
 
     def draft(

@@ -1,11 +1,13 @@
-"""How long the tokens of a generation thought, summed inside of the decoding loop."""
+"""How long and how the tokens of a generation thought, summed inside of the decoding loop."""
 
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
 from qwen3_next.layers import Thinking
 from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.cache import Cache
 
 
 class ThinkingTotals(NamedTuple):
@@ -16,19 +18,23 @@ class ThinkingTotals(NamedTuple):
         think_iterations: Their iterations.
         early_exit: How many of them left before the last iteration.
         exit_confidence: Their sums of halting probabilities.
+        selections: `(N,)` float32, how often each LoRA expert was chosen, or `()`.
     """
 
     tokens: Tensor
     think_iterations: Tensor
     early_exit: Tensor
     exit_confidence: Tensor
+    selections: Any = ()
 
 
 def no_totals(model: Any) -> ThinkingTotals | tuple[()]:
     """Zeros, or `()` for a model without a think loop."""
-    if model.config.etd is None:
+    etd = model.config.etd
+    if etd is None:
         return ()
-    return ThinkingTotals(*(ops.zeros((), "float32") for _ in ThinkingTotals._fields))
+    selections = ops.zeros((etd.num_lora_experts,), "float32") if etd.use_lora_experts else ()
+    return ThinkingTotals(*(ops.zeros((), "float32") for _ in range(4)), selections)
 
 
 def with_tokens(
@@ -41,15 +47,31 @@ def with_tokens(
         return totals
     weight = ops.cast(read, "float32")
     found = (thinking.iterations, thinking.early_exit, thinking.exit_confidence)
-    sums = [ops.sum(weight * ops.cast(x, "float32")) for x in found]
-    return ThinkingTotals(*(a + b for a, b in zip(totals, (ops.sum(weight), *sums))))
+    sums = [ops.sum(weight), *(ops.sum(weight * ops.cast(x, "float32")) for x in found)]
+    selections = totals.selections
+    if not isinstance(selections, tuple):
+        selections = selections + ops.sum(thinking.selections, axis=0)
+    return ThinkingTotals(*(a + b for a, b in zip(totals, sums)), selections)
 
 
-def thinking_stats(totals: ThinkingTotals | tuple[()]) -> dict[str, float]:
-    """Means per token; nothing where there is no loop or no token was read."""
+def thinking_stats(totals: ThinkingTotals | tuple[()], cache: Cache) -> dict[str, Any]:
+    """Means per token, and what was decided; nothing where there is no loop.
+
+    Args:
+        totals: `ThinkingTotals` of the tokens that were read behind the prompt.
+        cache: `Cache` at the end.
+    """
     if not totals:
         return {}
-    tokens, *sums = (float(ops.convert_to_numpy(x)) for x in totals)
-    if not tokens:
-        return {}
-    return {name: total / tokens for name, total in zip(totals._fields[1:], sums, strict=True)}
+    found: dict[str, Any] = {}
+    if cache.route is not None:
+        route = ops.convert_to_numpy(cache.route)
+        found["route"] = route
+        found["router_actions"] = [np.bincount(of, minlength=3).tolist() for of in route.T]
+    *means, selections = totals
+    if not isinstance(selections, tuple):
+        found["expert_selections"] = ops.convert_to_numpy(selections).astype(int).tolist()
+    tokens, *sums = (float(ops.convert_to_numpy(x)) for x in means)
+    if tokens:
+        found |= {name: total / tokens for name, total in zip(totals._fields[1:4], sums)}
+    return found

@@ -9,14 +9,18 @@ from qwen3_next.config import ETDConfig, Qwen3NextConfig
 from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers import (
     DecoderLayer,
+    ExpertRouter,
     GatedAttention,
     GatedDeltaNet,
     HaltingUnit,
+    LayerRouter,
+    LoRAExperts,
     SparseMoE,
     SwiGLU,
     ThinkLoop,
 )
 from qwen3_next.layers.projection import dense
+from qwen3_next.models.weight_table import projection_dims
 
 
 def make_decoder_layer(
@@ -50,6 +54,16 @@ def make_think_loop(
         unit = HaltingUnit(
             etd.confidence_threshold, config.initializer_range, name="halting_unit", dtype=dtype
         )
+    parts: dict[str, Any] = {}
+    if etd.use_layer_router:
+        parts["routers"] = [
+            _make_layer_router(config, etd.layer_router, f"router_{place}", dtype)
+            for place in range(len(layers))
+        ]
+        parts["use_gumbel"] = etd.layer_router.use_gumbel
+        parts["router_warmup_steps"] = etd.router_warmup_steps
+    if etd.use_lora_experts:
+        parts |= _make_experts(config, etd, dtype)
     return ThinkLoop(
         layers,
         etd.max_think_iterations,
@@ -62,7 +76,58 @@ def make_think_loop(
         input_injection=etd.input_injection,
         name="think_loop",
         dtype=dtype,
+        **parts,
     )
+
+
+def _make_layer_router(config, router, name, dtype):
+    return LayerRouter(
+        router.hidden_size,
+        router.window_size,
+        router.num_windows,
+        router.temperature,
+        router.execute_bias,
+        config.initializer_range,
+        name=name,
+        dtype=dtype,
+    )
+
+
+def _make_experts(config, etd, dtype):
+    """The arguments of a `ThinkLoop` that make up its LoRA experts."""
+    expert, std = etd.lora_expert, config.initializer_range
+    router = ExpertRouter(
+        etd.num_lora_experts,
+        expert.granularity,
+        expert.bias_update_rate,
+        std,
+        name="expert_router",
+        dtype=dtype,
+    )
+
+    def make(place, name):
+        return LoRAExperts(
+            etd.num_lora_experts,
+            expert.rank,
+            projection_dims(config, name)[1],
+            expert.alpha,
+            expert.dropout,
+            std,
+            name=f"experts_{place}_{name}",
+            dtype=dtype,
+        )
+
+    first, behind = etd.get_layer_ranges()["think"]
+    experts = [
+        {name: make(layer - first, name) for name in config.adapted_projections(layer)}
+        for layer in range(first, behind)
+    ]
+    return {
+        "expert_router": router,
+        "experts": experts,
+        "reselect": expert.reselect,
+        "expert_warmup_steps": etd.expert_warmup_steps,
+    }
 
 
 def _make_mixer(config, layer_type, policy):

@@ -21,7 +21,8 @@ from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_decoder_layer, make_think_loop
 from qwen3_next.models.cache import Cache, CacheUpdate, check_cache
 from qwen3_next.models.configured_model import ConfiguredModel
-from qwen3_next.models.inputs import unpack
+from qwen3_next.models.decisions import check_decisions
+from qwen3_next.models.inputs import host_values, unpack
 from qwen3_next.models.schedule import Schedule
 
 
@@ -63,7 +64,10 @@ class Qwen3NextBackbone(ConfiguredModel):
 
     Call arguments:
         inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and optionally `"padding_mask"`
-            (true at real tokens, anywhere in the row) and `"segment_ids"` (packed sequences).
+            (true at real tokens, anywhere in the row), `"segment_ids"` (packed sequences), and for
+            the routers of a think loop `"prompt_mask"` (true at the tokens that they decide from)
+            or, in place of what they say, `"route"` `(B, L)` and `"branch"` `(B,)`. What a cache
+            holds was decided when it was begun.
         cache: `Cache` to continue from, or `None`. A cache holds one sequence per row.
         full_output: Whether to return a `BackboneOutput` without a cache, too.
         replayable: Whether to return a `CacheUpdate` for `commit` instead of the new cache, so
@@ -192,7 +196,11 @@ class Qwen3NextBackbone(ConfiguredModel):
             )
         self.schedule.check_iterations(think_iterations)
         caches = (
-            block.init_cache(batch_size, max_length, **self._iterations(block, think_iterations))
+            block.init_cache(
+                batch_size,
+                max_length,
+                **({"think_iterations": think_iterations} if block is self.think_loop else {}),
+            )
             for block in self._blocks()
         )
         return Cache(ops.zeros((batch_size,), "int32"), tuple(caches))
@@ -222,7 +230,7 @@ class Qwen3NextBackbone(ConfiguredModel):
                 full_output=True,
                 replayable=replayable,
                 training=training,
-                **self._iterations(block, think_iterations),
+                **self._thinking_options(block, inputs, think_iterations),
             )
             hidden, block_left, routing = output[:3]
             left.append(block_left)
@@ -239,11 +247,15 @@ class Qwen3NextBackbone(ConfiguredModel):
         aux_loss, expert_load = _balance(routings)
         return BackboneOutput(hidden, before_norm, cache, update, aux_loss, expert_load, thinking)
 
-    def _iterations(self, block, think_iterations):
-        return {"think_iterations": think_iterations} if block is self.think_loop else {}
+    def _thinking_options(self, block, inputs, think_iterations):
+        if block is not self.think_loop:
+            return {}
+        decided = {name: getattr(inputs, name) for name in ("prompt_mask", "route", "branch")}
+        return {"think_iterations": think_iterations, **decided}
 
     def _check(self, inputs, cache, replayable, think_iterations):
         self.schedule.check_iterations(think_iterations)
+        check_decisions(self.config, inputs)
         length, longest = inputs.token_ids.shape[1], self.config.max_position_embeddings
         if length is not None and length > longest:
             raise ValueError(
@@ -257,6 +269,15 @@ class Qwen3NextBackbone(ConfiguredModel):
                 "A cache holds one sequence per row: `segment_ids` must be None with a cache. "
                 f"Received: segment_ids={inputs.segment_ids}"
             )
+        decided = inputs.prompt_mask is not None or inputs.route is not None
+        if cache is not None and (decided or inputs.branch is not None):
+            lengths = host_values("lengths", cache.lengths)
+            if lengths is not None and lengths.any():
+                raise ValueError(
+                    "What is decided for a row holds for all of its tokens: `prompt_mask`, `route` "
+                    "and `branch` go with the first tokens of a cache. "
+                    f"Received: them with a cache of {lengths} tokens"
+                )
         if replayable and cache is None:
             raise ValueError(
                 "A replayable pass continues a cache. Received: replayable=True, cache=None"
@@ -276,6 +297,12 @@ class Qwen3NextBackbone(ConfiguredModel):
         parts = zip(self._blocks(), cache.blocks, update.blocks, strict=True)
         committed = tuple(block.commit(old, new, counts) for block, old, new in parts)
         return Cache(cache.lengths + counts, committed)
+
+    def update_expert_bias(self, rate: float | None = None) -> None:
+        """Moves the selection bias of LoRA experts, where there are any; see `ExpertRouter`."""
+        router = None if self.think_loop is None else self.think_loop.expert_router
+        if router is not None:
+            router.update_bias(rate)
 
     def freeze(self) -> None:
         """Freezes embedding, layers and final norm, but not what a think loop has beyond them."""

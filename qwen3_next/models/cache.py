@@ -32,10 +32,29 @@ class Cache(NamedTuple):
         return tuple(found)
 
     @property
+    def loop(self) -> ThinkLoopCache | None:
+        """That of the think loop, `None` without one."""
+        return next((block for block in self.blocks if isinstance(block, ThinkLoopCache)), None)
+
+    @property
     def think_iterations(self) -> int | None:
         """Iterations of the loop that it was made for, `None` without a loop."""
-        loops = (block for block in self.blocks if isinstance(block, ThinkLoopCache))
-        return next((loop.iterations for loop in loops), None)
+        return None if self.loop is None else self.loop.iterations
+
+    @property
+    def route(self) -> Tensor | None:
+        """`(B, L)` int32, how often each of L think layers runs for a row; `None` unrouted."""
+        loop = self.loop
+        return None if loop is None or isinstance(loop.route, tuple) else loop.route[0]
+
+    @property
+    def branch(self) -> Tensor | None:
+        """`(B, k)` int32, the LoRA expert of a row in each iteration, -1 for none; `None` where
+        rows choose no experts."""
+        loop = self.loop
+        if loop is None or isinstance(loop.branch, tuple):
+            return None
+        return ops.transpose(loop.branch)
 
 
 _CACHE = Rule("a `Cache` from `init_cache`", lambda value: isinstance(value, Cache))

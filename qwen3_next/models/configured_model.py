@@ -7,6 +7,7 @@ import keras
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import Rule, require, shown
+from qwen3_next.models.decisions import with_decisions
 from qwen3_next.models.inputs import check_token_ids, require_inputs
 from qwen3_next.models.trainable_layers import FIELD, set_trainable_by_layer, trainable_by_layer
 from qwen3_next.models.values import values_needed
@@ -73,8 +74,9 @@ class ConfiguredModel(keras.Model):
         """Constructor arguments that are not fields of the configuration."""
         return ("gradient_checkpointing",)
 
-    def __call__(self, inputs, *args, **kwargs):
+    def __call__(self, inputs, *args, route=None, branch=None, **kwargs):
         require_inputs(inputs)
+        inputs = with_decisions(self.config, inputs, route, branch)
         check_token_ids(inputs, self.config.vocab_size)
         with values_needed(self):
             return super().__call__(inputs, *args, **kwargs)

@@ -19,7 +19,8 @@ class Description:
         total: Number of parameters.
         active: Parameters that one token meets: all but the experts it is not routed to.
         layer_passes: Runs of decoder layers per token: the layers of a think loop count once for
-            every iteration, of which there are at most as many as said here.
+            every iteration, of which there are at most as many as said here. A layer router may
+            skip some and repeat others.
         parts: Maps each part of the model to `(total, active)`.
         weight_bytes: Maps a dtype policy to the bytes of the weights under it.
         cache_bytes_per_row: Maps a dtype policy to the fixed size of a sequence's DeltaNet caches.
@@ -100,7 +101,7 @@ def describe(variant: str | Qwen3NextConfig, **overrides: Any) -> Description:
         name=name,
         total=total,
         active=sum(active for _, active in parts.values()),
-        layer_passes=len(Schedule.from_config(config).layer_passes()),
+        layer_passes=sum(not one.repeat for one in Schedule.from_config(config).layer_passes()),
         parts=parts,
         weight_bytes={d: (total - islands) * b + islands * 4 for d, b in DTYPE_BYTES.items()},
         cache_bytes_per_row={d: conv * b + recurrent * 4 for d, b in DTYPE_BYTES.items()},
@@ -111,7 +112,7 @@ def describe(variant: str | Qwen3NextConfig, **overrides: Any) -> Description:
 def _cache_sizes(config):
     """Elements of conv tails and recurrent states per row, and of keys and values per token."""
     passes = Schedule.from_config(config).layer_passes()  # each has a cache of its own
-    linear = sum(config.layer_types[layer] == "linear_attention" for layer, _ in passes)
+    linear = sum(config.layer_types[one.layer] == "linear_attention" for one in passes)
     full = len(passes) - linear
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     values = config.linear_num_value_heads * config.linear_value_head_dim

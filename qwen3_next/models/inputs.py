@@ -1,4 +1,4 @@
-"""What a model accepts: token ids, alone or with a padding mask and segment ids."""
+"""What a model accepts: token ids, alone or with masks, segment ids, and decisions for its rows."""
 
 import operator
 from collections.abc import Iterable
@@ -14,7 +14,9 @@ from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.sequence import token_ranks
 from qwen3_next.layers.ops.tensor_types import Tensor
 
-KEYS = ("token_ids", "padding_mask", "segment_ids")
+KEYS = ("token_ids", "padding_mask", "segment_ids", "prompt_mask", "route", "branch")
+BY_TOKEN = {"padding_mask": "bool", "segment_ids": "int32", "prompt_mask": "bool"}
+BY_ROW = {"route": (2,), "branch": (1, 2)}  # with so many dims
 _INPUTS = Rule(
     "an array (batch, tokens) of token ids, or a dict of arrays",
     lambda x: all(map(_is_array, x.values())) if isinstance(x, dict) else _is_array(x),
@@ -36,11 +38,19 @@ class Inputs(NamedTuple):
         token_ids: `(B, T)` int32.
         padding_mask: `(B, T)` bool, true at real tokens, or `None`.
         segment_ids: `(B, T)` int32, or `None`.
+        prompt_mask: `(B, T)` bool, true at the tokens that the routers of a think loop decide from,
+            or `None`.
+        route: `(B, L)` int32, how often each of L think layers runs for a row, or `None`.
+        branch: `(B,)` or `(B, k)` int32, the LoRA expert of a row, in all or in each of k
+            iterations, or `None`.
     """
 
     token_ids: Tensor
     padding_mask: Tensor | None = None
     segment_ids: Tensor | None = None
+    prompt_mask: Tensor | None = None
+    route: Tensor | None = None
+    branch: Tensor | None = None
 
     def given(self) -> dict[str, Tensor]:
         """The fields that are not `None`, as a model takes them."""
@@ -66,19 +76,27 @@ def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
         )
     if token_ids.shape[1] == 0:
         raise ValueError("`token_ids` must hold at least one token per row. Received: 0 tokens")
-    others = []
-    for key in KEYS[1:]:
-        value = fields.get(key)
-        if value is not None:
-            value = _tensor(key, value, "buif")
+    others = {}
+    for key, dtype in BY_TOKEN.items():
+        if fields.get(key) is not None:
+            value = _tensor(key, fields[key], "buif")
             if not _same_shape(value.shape, token_ids.shape):
                 raise ValueError(
                     f"`{key}` must have the shape of `token_ids`, {tuple(token_ids.shape)}. "
                     f"Received: {key}.shape={tuple(value.shape)}"
                 )
-            value = ops.cast(value, "bool" if key == "padding_mask" else "int32")
-        others.append(value)
-    return Inputs(token_ids, *others)
+            others[key] = ops.cast(value, dtype)
+    for key, dims in BY_ROW.items():
+        if fields.get(key) is not None:
+            value = _integers(key, fields[key])
+            rows = (token_ids.shape[0], *value.shape[1:])
+            if len(value.shape) not in dims or not _same_shape(value.shape, rows):
+                raise ValueError(
+                    f"`{key}` must have {' or '.join(map(str, dims))} dims and as many rows as "
+                    f"`token_ids`, {token_ids.shape[0]}. Received: {key}.shape={tuple(value.shape)}"
+                )
+            others[key] = value
+    return Inputs(token_ids, **others)
 
 
 def next_token_labels(inputs: Inputs, labels: Tensor | None = None) -> Tensor:

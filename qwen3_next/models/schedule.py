@@ -16,11 +16,13 @@ class LayerPass(NamedTuple):
 
     Attributes:
         layer: Index of the decoder layer.
-        iteration: How often it has run before in the same pass through the model.
+        iteration: Iteration of the loop that it belongs to, 0 outside of one.
+        repeat: Whether it is a second run within the iteration, which a layer router asks for.
     """
 
     layer: int
     iteration: int
+    repeat: bool = False
 
 
 class Block(NamedTuple):
@@ -42,6 +44,8 @@ class Schedule:
     Attributes:
         blocks: The blocks of the model, in order.
         max_iterations: The most iterations of the block that loops, 1 where none does.
+        repeats: Whether layers of that block may run twice within an iteration: there is a cache
+            for the second run, too.
 
     Example:
 
@@ -51,12 +55,13 @@ class Schedule:
 
     etd = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 1}
     schedule = Schedule.from_config(Qwen3NextConfig.from_variant("tiny", num_layers=4, etd=etd))
-    assert [layer for layer, _ in schedule.layer_passes(2)] == [0, 1, 2, 1, 2, 3]
+    assert [one.layer for one in schedule.layer_passes(2)] == [0, 1, 2, 1, 2, 3]
     ```
     """
 
     blocks: tuple[Block, ...]
     max_iterations: int = 1
+    repeats: bool = False
 
     @classmethod
     def from_config(cls, config: Qwen3NextConfig) -> Self:
@@ -68,7 +73,7 @@ class Schedule:
         ranges = config.etd.get_layer_ranges()
         loop = Block(range(*ranges["think"]), True)
         blocks = (*once(*ranges["encoder"]), loop, *once(*ranges["decoder"]))
-        return cls(blocks, config.etd.max_think_iterations)
+        return cls(blocks, config.etd.max_think_iterations, config.etd.use_layer_router)
 
     def check_iterations(self, iterations: Any) -> None:
         """Raises `ValueError` for a number of iterations that a call must not ask for."""
@@ -86,12 +91,17 @@ class Schedule:
             )
 
     def layer_passes(self, iterations: int | None = None) -> list[LayerPass]:
-        """All passes of a run with so many iterations, by default the most, in order."""
+        """All passes of a run with so many iterations, by default the most, in order, with the
+        second runs that a layer router may ask for."""
         self.check_iterations(iterations)
         passes = []
         for block in self.blocks:
             count = (iterations or self.max_iterations) if block.loops else 1
+            turns = (False, True) if block.loops and self.repeats else (False,)
             passes += [
-                LayerPass(layer, number) for number in range(count) for layer in block.layers
+                LayerPass(layer, number, turn)
+                for number in range(count)
+                for layer in block.layers
+                for turn in turns
             ]
         return passes

@@ -5,6 +5,7 @@ the model it belongs to, and the published tensors it is made of. Parameter coun
 and sharding all read this table; a test holds it against the variables of built models.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,8 +50,17 @@ AXES = (
     "expert_mlp",  # F
     "mlp",
     "labels",
+    "router_hidden",
+    "actions",
+    "lora_experts",  # N
+    "lora_rank",
+    "lora_in",  # of a projection, all its dims in one
+    "lora_out",
     "one",
 )
+
+
+ACTIONS = 3  # of a layer router
 
 
 class Fused(NamedTuple):
@@ -181,17 +191,68 @@ def _decoder_layer(config, base, kind, is_moe):
 
 def _think_loop(config, base):
     """What a think loop has beyond its layers; no published checkpoint holds any of it."""
-    width, etd, rows = config.hidden_size, config.etd, []
-    if etd is not None and etd.adaptive_depth:
-        score = f"{base}/halting_unit/score"
-        kernel = _dense(score, (width, 1), ("embed", "one"), "think")
-        bias = _plain(f"{score}/bias", (1,), ("one",), "think")
-        bias = bias._replace(tensors=(_published(f"{score}/bias"),), zeros=True)
-        rows += [row._replace(dtype="float32", optional=True) for row in (kernel, bias)]
-    if etd is not None and etd.input_injection:
+    width, etd = config.hidden_size, config.etd
+    if etd is None:
+        return []
+    rows, float32 = [], []
+    if etd.adaptive_depth:
+        float32 += _biased(f"{base}/halting_unit/score", (width, 1), ("embed", "one"))
+    if etd.input_injection:
         injection = _dense(f"{base}/injection", (width, width), ("embed", "embed"), "think")
-        rows.append(injection._replace(optional=True, zeros=True))
+        rows.append(injection._replace(zeros=True))
+    if etd.use_layer_router:
+        hidden, inner = etd.layer_router.hidden_size, ("embed", "router_hidden")
+        for place in range(etd.n_think_layers):
+            router = f"{base}/router_{place}"
+            score = _biased(f"{router}/score", (hidden, ACTIONS), ("router_hidden", "actions"))
+            float32 += _biased(f"{router}/features", (width, hidden), inner)
+            float32 += [row._replace(zeros=True) for row in score]
+    if etd.use_lora_experts:
+        experts, router = (etd.num_lora_experts,), f"{base}/expert_router"
+        axes = ("embed", "lora_experts")
+        float32.append(_dense(f"{router}/score", (2 * width, *experts), axes, "think"))
+        for name in ("selection_bias", "selected"):
+            row = _bare(f"{router}/{name}", experts, ("lora_experts",), "think")
+            float32.append(row._replace(zeros=True))
+        rows += _lora_experts(config, base)
+    rows += [row._replace(dtype="float32") for row in float32]
+    return [row._replace(optional=True) for row in rows]
+
+
+def _lora_experts(config, base):
+    experts, rank, rows = config.etd.num_lora_experts, config.etd.lora_expert.rank, []
+    first, behind = config.etd.get_layer_ranges()["think"]
+    for layer in range(first, behind):
+        for name in config.adapted_projections(layer):
+            inputs, outputs = map(math.prod, projection_dims(config, name))
+            path = f"{base}/experts_{layer - first}_{name}"
+            for leaf, shape, axes in (
+                ("lora_a", (inputs, experts, rank), ("lora_in", "lora_experts", "lora_rank")),
+                ("lora_b", (experts, rank, outputs), ("lora_experts", "lora_rank", "lora_out")),
+            ):
+                row = _bare(f"{path}/{leaf}", shape, axes, "think")
+                rows.append(row._replace(dtype=None, zeros=leaf == "lora_b"))
     return rows
+
+
+def projection_dims(config: Qwen3NextConfig, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Input and output dims of a projection of a mixer, or of `block_output`."""
+    width = (config.hidden_size,)
+    heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    query_dim = 2 * dim if config.attention_type == "gated_attention" else dim
+    key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+    repeats, value_dim = value_heads // key_heads, config.linear_value_head_dim
+    qkvz = 2 * (config.linear_key_head_dim + repeats * value_dim)
+    return {
+        "q_proj": (width, (heads, query_dim)),
+        "k_proj": (width, (groups, dim)),
+        "v_proj": (width, (groups, dim)),
+        "o_proj": ((heads, dim), width),
+        "in_proj_qkvz": (width, (key_heads, qkvz)),
+        "in_proj_ba": (width, (key_heads, 2 * repeats)),
+        "out_proj": ((value_heads, value_dim), width),
+        "block_output": (width, width),
+    }[name]
 
 
 def _mtp(config, base):
@@ -311,6 +372,13 @@ def _plain(path, shape, axes, part):
     """A weight that is published as it stands, called `weight` there."""
     tensors = (_published(path.rsplit("/", 1)[0]) + ".weight",)
     return Weight(path, shape, axes, part, tensors, shape, SAME)
+
+
+def _biased(path, shape, axes):
+    """Kernel and bias of a part of a think loop."""
+    bias = _plain(f"{path}/bias", shape[1:], axes[1:], "think")
+    bias = bias._replace(tensors=(_published(f"{path}/bias"),), zeros=True)
+    return [_dense(path, shape, axes, "think"), bias]
 
 
 def _bare(path, shape, axes, part):

@@ -10,12 +10,13 @@ from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import Qwen3NextBackbone
+from qwen3_next.models.decisions import with_prompts
 from qwen3_next.models.inputs import check_labels, last_hidden, unpack
 from qwen3_next.tasks.task import Task
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
 from qwen3_next.training.thinking_metrics import (
     make_thinking_metrics,
-    ponder_loss,
+    thinking_loss,
     update_thinking_metrics,
 )
 
@@ -137,6 +138,7 @@ class Qwen3NextClassifier(Task):
                 "A classifier pools one sequence per row: `segment_ids` must be None. "
                 f"Received: segment_ids={inputs.segment_ids}"
             )
+        inputs = with_prompts(self.config, inputs, None)  # what is read has seen the whole row
         output = self.backbone(
             inputs.given(),
             full_output=True,
@@ -145,9 +147,9 @@ class Qwen3NextClassifier(Task):
         )
         if training and output.aux_loss is not None:
             self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
-        ponder = ponder_loss(self.config, output.thinking)
-        if training and ponder is not None:
-            self.add_loss(ponder)
+        thinking = thinking_loss(self.config, output.thinking)
+        if training and thinking is not None:
+            self.add_loss(thinking)
         pooled = last_hidden(output.hidden, inputs.padding_mask)
         pooled = self.pooled_dropout(ops.cast(pooled, "float32"), training=training)
         return self.score(pooled), () if output.thinking is None else output.thinking
@@ -161,6 +163,8 @@ class Qwen3NextClassifier(Task):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if isinstance(y_pred, ClassifierStepOutput):
             update_thinking_metrics(self.thinking_metrics, y_pred.thinking or None)
+            if training:
+                self.backbone.update_expert_bias()
             y_pred = y_pred.logits
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 

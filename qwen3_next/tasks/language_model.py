@@ -15,6 +15,7 @@ from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache, check_capacity
 from qwen3_next.models.compiled import compile_with_weights
+from qwen3_next.models.decisions import reads_prompts, with_prompts
 from qwen3_next.models.inputs import check_labels, check_token_ids, next_token_labels, unpack
 from qwen3_next.models.mtp import make_mtp_modules
 from qwen3_next.models.token_counts import TokenCounts
@@ -23,7 +24,7 @@ from qwen3_next.tasks.text_generation import TextGeneration
 from qwen3_next.training.mtp_losses import step_losses, weighted_sum
 from qwen3_next.training.next_token_training import NextTokenTraining, StepOutput
 from qwen3_next.training.step_inputs import StepInputs
-from qwen3_next.training.thinking_metrics import ponder_loss
+from qwen3_next.training.thinking_metrics import budget_loss, ponder_loss, thinking_loss
 
 
 class LanguageModelOutput(NamedTuple):
@@ -32,7 +33,7 @@ class LanguageModelOutput(NamedTuple):
     Attributes:
         logits: `(B, T, vocab)`.
         loss: `()`, the mean cross-entropy over the labels plus `router_aux_loss_coef` times
-            `aux_loss` plus `mtp_loss` plus `ponder_loss`.
+            `aux_loss` plus `mtp_loss`, `ponder_loss` and `budget_loss`.
         aux_loss: `()`, the load-balancing loss, or `None` for a dense model.
         mtp_loss: `()`, the weighted sum over the steps of multi-token prediction as it stands in
             `loss`, or `None` without them.
@@ -40,6 +41,7 @@ class LanguageModelOutput(NamedTuple):
             the steps, or `None`.
         ponder_loss: `()`, what thinking costs, `ponder_cost` times its mean over tokens, or `None`.
         thinking: `Thinking`, how long every token thought, or `None` without a think loop.
+        budget_loss: `()`, what the passes beyond the routers' `compute_budget` cost, or `None`.
     """
 
     logits: Tensor
@@ -49,6 +51,7 @@ class LanguageModelOutput(NamedTuple):
     mtp_step_losses: dict[str, Tensor] | None = None
     ponder_loss: Tensor | None = None
     thinking: Thinking | None = None
+    budget_loss: Tensor | None = None
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -135,11 +138,12 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         require(BOOLEAN, "freeze_backbone", freeze_backbone)
         etd = self.config.etd
-        thinks = etd is not None and (etd.adaptive_depth or etd.input_injection)
+        thinks = etd is not None and etd.has_weights
         if freeze_backbone and self.config.mtp is None and not thinks:
             raise ValueError(
                 "`freeze_backbone` leaves nothing to train without multi-token prediction or a "
-                "think loop with weights of its own (`adaptive_depth` or `input_injection`). "
+                "think loop with weights of its own (`adaptive_depth`, `input_injection`, "
+                "`use_layer_router` or `use_lora_experts`). "
                 f"Received: {freeze_backbone=}, mtp=None, etd={etd}"
             )
         self.gradient_checkpointing = gradient_checkpointing
@@ -230,21 +234,29 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
     def call(self, inputs, labels=None, think_iterations=None, training=None):
         if isinstance(inputs, StepInputs):
             return self._step_output(inputs, training)
+        if labels is not None:
+            inputs = unpack(inputs)
+            labels = next_token_labels(inputs, labels)
+            inputs = with_prompts(self.config, inputs, labels)
         output = self._backbone_output(inputs, think_iterations, training)
         logits = self.logits(output.hidden)
         if labels is None:
             if training:
                 self._add_losses(output)
             return logits
-        inputs = unpack(inputs)
-        labels = next_token_labels(inputs, labels)
         loss = self.mean_loss(labels, hidden=output.hidden)
         if output.aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * output.aux_loss
-        ponder = ponder_loss(self.config, output.thinking)
-        loss = loss if ponder is None else loss + ponder
-        found = LanguageModelOutput(logits, loss, output.aux_loss)
-        found = found._replace(ponder_loss=ponder, thinking=output.thinking)
+        thinking = thinking_loss(self.config, output.thinking)
+        loss = loss if thinking is None else loss + thinking
+        found = LanguageModelOutput(
+            logits,
+            loss,
+            output.aux_loss,
+            ponder_loss=ponder_loss(self.config, output.thinking),
+            budget_loss=budget_loss(self.config, output.thinking),
+            thinking=output.thinking,
+        )
         if not self.mtp_modules:
             return found
         steps = step_losses(self, self.mtp_input(output), inputs, labels, training=training)
@@ -255,12 +267,16 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
     def _add_losses(self, output):
         if output.aux_loss is not None:
             self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
-        ponder = ponder_loss(self.config, output.thinking)
-        if ponder is not None:
-            self.add_loss(ponder)
+        thinking = thinking_loss(self.config, output.thinking)
+        if thinking is not None:
+            self.add_loss(thinking)
 
     def _step_output(self, inputs, training):
-        output = self._backbone_output(inputs.inputs, None, training)
+        given = inputs.inputs
+        if reads_prompts(self.config):
+            labels = self.step_labels(given, inputs.labels)
+            given = with_prompts(self.config, unpack(given), labels)
+        output = self._backbone_output(given, None, training)
         return StepOutput(
             hidden=output.hidden,
             mtp_input=self.mtp_input(output) if self.mtp_modules else None,
@@ -317,7 +333,8 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
 
         Args:
             inputs: Token ids `(B, T)`, or a dict with `"token_ids"` and `"padding_mask"`; rows may
-                have different numbers of new tokens, or none.
+                have different numbers of new tokens, or none. The first tokens may come with a
+                `"prompt_mask"`, or with what `decide` returns.
             cache: `Cache` from `init_cache` or from a call before. It is left as it is.
 
         Returns:
@@ -327,19 +344,18 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
             ValueError: packed inputs, or a cache without room for the new tokens.
         """
         check_token_ids(inputs, self.config.vocab_size)
-        token_ids, padding_mask, segment_ids = unpack(inputs)
-        if segment_ids is not None:
+        found = unpack(inputs)
+        if found.segment_ids is not None:
             raise ValueError(
                 "A cache holds one sequence per row: `segment_ids` must be None with a cache. "
-                f"Received: segment_ids={segment_ids}"
+                f"Received: segment_ids={found.segment_ids}"
             )
-        if padding_mask is None:
-            padding_mask = ops.ones_like(token_ids, "bool")
-        check_capacity(cache, padding_mask)
-        return self._extend(token_ids, padding_mask, cache)
+        if found.padding_mask is None:
+            found = found._replace(padding_mask=ops.ones_like(found.token_ids, "bool"))
+        check_capacity(cache, found.padding_mask)
+        return self._extend(found.given(), cache)
 
-    def _extend_inputs(self, token_ids, padding_mask, cache):
-        inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+    def _extend_inputs(self, inputs, cache):
         output = self.backbone(inputs, cache=cache)
         return self.logits(output.hidden), output.cache
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import keras
+import numpy as np
 
 from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
@@ -14,6 +15,7 @@ from qwen3_next.models.inputs import check_token_ids
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
+from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
 
 
 class Task(IterationsOfRun, ConfiguredModel):
@@ -22,8 +24,8 @@ class Task(IterationsOfRun, ConfiguredModel):
     The models return logits, so the names of the cross-entropy losses mean them from logits.
     """
 
-    thinking_metrics: list[keras.metrics.Mean]
-    thinking_of_generation: dict[str, float] | None = None  # of the last call of `generate`
+    thinking_metrics: list[keras.metrics.Metric]
+    thinking_of_generation: dict[str, Any] | None = None  # of the last call of `generate`
 
     @classmethod
     def from_preset(
@@ -115,11 +117,13 @@ class Task(IterationsOfRun, ConfiguredModel):
         if self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
-    def get_metrics(self) -> dict[str, dict[str, float]]:
+    def get_metrics(self) -> dict[str, dict[str, Any]]:
         """What the last `fit`, `evaluate` or `generate` found: means over tokens, by part.
 
         `"etd"`, of a model with a think loop: `think_iterations`, `early_exit` (share of tokens
-        that left before the last iteration) and `exit_confidence` (sum of halting probabilities).
+        that left before the last iteration) and `exit_confidence` (sum of halting probabilities);
+        with layer routers `router_actions`, for every think layer how many rows skipped, ran and
+        repeated it; with LoRA experts `expert_selections`, how often each was chosen.
 
         Example:
 
@@ -139,9 +143,46 @@ class Task(IterationsOfRun, ConfiguredModel):
         if self.config.etd is None:
             return {}
         noted = self.thinking_of_generation
-        if noted is not None:
-            return {"etd": dict(noted)}
-        return {"etd": {m.name: float(m.result()) for m in self.thinking_metrics}}
+        return {"etd": thinking_results(self.thinking_metrics) if noted is None else dict(noted)}
+
+    def get_router_stats(self) -> dict[str, Any]:
+        """What the layer routers did in the last `fit`, `evaluate` or `generate`.
+
+        `skip_count`, `execute_count` and `repeat_count` over rows and think layers, and the layers
+        of the model that some row skipped or repeated, `skip_layers` and `repeat_layers`.
+
+        Raises:
+            ValueError: a model without layer routers.
+        """
+        etd = self.config.etd
+        if etd is None or not etd.use_layer_router:
+            raise ValueError(
+                "`get_router_stats` needs a model with layer routers, "
+                f"`ETDConfig(use_layer_router=True)`. Received: etd={etd}"
+            )
+        nothing = [[0, 0, 0]] * etd.n_think_layers
+        counts = np.array(self.get_metrics()["etd"].get("router_actions", nothing))
+        total, layers = counts.sum(0), etd.n_encoder_layers + np.arange(len(counts))
+        found = {f"{name}_count": int(n) for name, n in zip(ACTIONS, total)}
+        for action in (0, 2):
+            found[f"{ACTIONS[action]}_layers"] = layers[counts[:, action] > 0].tolist()
+        return found
+
+    def reset_stats(self) -> None:
+        """Forgets what `get_metrics` and `get_router_stats` tell."""
+        self.thinking_of_generation = None
+        for metric in self.thinking_metrics:
+            metric.reset_state()
+
+    def update_expert_bias(self, rate: float | None = None) -> None:
+        """Moves the selection bias of LoRA experts by the sign rule; `fit` does it after each step.
+
+        For a training loop of one's own: a call with `training=True` notes what was chosen.
+
+        Args:
+            rate: Step, by default the configuration's `bias_update_rate`.
+        """
+        self.backbone.update_expert_bias(rate)
 
     def check_batch(self, x: Any, y: Any) -> None:
         """Raises `ValueError` for token ids or labels that the model has no row for.
@@ -204,7 +245,7 @@ class Task(IterationsOfRun, ConfiguredModel):
     def _flatten_metrics_in_order(self, logs):
         # Keras lists what was compiled, or returns the loss alone; the metrics that a step adds by
         # itself are in the logs and come with `return_dict`.
-        names = {metric.name for metric in self.step_metrics()}
+        names = {name for metric in self.step_metrics() for name in names_of(metric)}
         return super()._flatten_metrics_in_order(
             {name: value for name, value in logs.items() if name not in names}
         )

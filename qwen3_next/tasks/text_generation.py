@@ -30,6 +30,8 @@ class TextGeneration:
         acceptance_threshold: float | None = None,
         measure_baseline: bool = False,
         think_iterations: int | None = None,
+        route: Any = None,
+        branch: Any = None,
     ) -> Generation:
         """Continues every prompt.
 
@@ -64,6 +66,10 @@ class TextGeneration:
             measure_baseline: Whether to time plain decoding as well (both run once before).
             think_iterations: Iterations of the think loop, `None` for those of the configuration;
                 with adaptive depth the most.
+            route: How often each think layer runs, 0 to 2, for all rows `(L,)` or for each
+                `(B, L)`, in place of what layer routers say of the prompt.
+            branch: The LoRA expert of all rows, or of each `(B,)`, in place of what their router
+                says; -1 for none.
 
         Returns:
             `Generation(tokens, stats)`: a list with one int32 array of new tokens per row, and a
@@ -84,7 +90,9 @@ class TextGeneration:
 
             A think loop adds means over the tokens that were read behind the prompt:
             `think_iterations`, `early_exit` (share that left before the last iteration) and
-            `exit_confidence` (sum of halting probabilities).
+            `exit_confidence` (sum of halting probabilities). Layer routers add `route` `(B, L)` and
+            `router_actions` (for every think layer how many rows skip, run and repeat it), LoRA
+            experts `expert_selections` (how often each was chosen behind the prompts).
 
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, an argument out of range,
@@ -105,7 +113,27 @@ class TextGeneration:
             acceptance_threshold=acceptance_threshold,
             measure_baseline=measure_baseline,
             think_iterations=think_iterations,
+            route=route,
+            branch=branch,
         )
+
+    def decide(
+        self, prompts: Iterable | dict, think_iterations: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """What the routers of a think loop decide for prompts.
+
+        `generate` decides by itself. Whoever reads a prompt in pieces with `extend` decides first:
+        the first piece goes with what is returned here, `{"token_ids": piece, **decided}`.
+
+        Args:
+            prompts: As for `generate`.
+            think_iterations: Iterations of the think loop, `None` for the configuration's.
+
+        Returns:
+            A dict with `"route"` `(B, L)` where there are layer routers, and with `"branch"`
+            `(B, k)` where rows choose LoRA experts.
+        """
+        return self.generator.decide(prompts, think_iterations)
 
     def stream(
         self, prompts: Iterable | dict, max_new_tokens: int = 128, **sampling: Any
@@ -114,8 +142,8 @@ class TextGeneration:
 
         Args:
             prompts, max_new_tokens: As for `generate`.
-            **sampling: Its arguments on sampling, stop tokens and `think_iterations`. Decoding is
-                plain.
+            **sampling: Its arguments on sampling, stop tokens, `think_iterations`, `route` and
+                `branch`. Decoding is plain.
 
         Returns:
             Iterator of `(B,)` int32, -1 in rows that have ended.

@@ -16,13 +16,14 @@ from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
+from qwen3_next.models.decisions import reads_prompts
 from qwen3_next.models.inputs import next_token_labels, unpack
 from qwen3_next.training.losses import label_weight, masked_mean, per_token
 from qwen3_next.training.mtp_losses import step_losses, weighted_sum
 from qwen3_next.training.step_inputs import with_step_inputs
 from qwen3_next.training.thinking_metrics import (
     make_thinking_metrics,
-    ponder_loss,
+    thinking_loss,
     update_thinking_metrics,
 )
 
@@ -93,20 +94,20 @@ class NextTokenTraining(ConfiguredModel):
         self._has_metrics = bool(metrics or weighted_metrics)
 
     def train_step(self, *args):
-        return super().train_step(*with_step_inputs(args))
+        return super().train_step(*with_step_inputs(args, reads_prompts(self.config)))
 
     def test_step(self, *args):
-        return super().test_step(*with_step_inputs(args))
+        return super().test_step(*with_step_inputs(args, reads_prompts(self.config)))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not isinstance(y_pred, StepOutput):
-            labels = self._labels(x, y)
+            labels = self.step_labels(x, y)
             loss = self._loss_of_logits(x, labels, y_pred, sample_weight, training)
             if self._is_token_loss:
                 loss = self.mean_loss(labels, sample_weight, logits=y_pred)
                 loss = sum((ops.sum(extra) for extra in self.losses), start=loss)
             return loss
-        labels = self._labels(x.inputs, y)
+        labels = self.step_labels(x.inputs, y)
         logits = None
         if self._has_metrics or not self._is_token_loss:
             logits = self.logits(y_pred.hidden)
@@ -117,9 +118,11 @@ class NextTokenTraining(ConfiguredModel):
             loss = self._loss_of_logits(x, labels, logits, sample_weight, training)
         if y_pred.aux_loss is not None and training:
             loss = loss + self.config.router_aux_loss_coef * y_pred.aux_loss
-        ponder = ponder_loss(self.config, y_pred.thinking)
-        if ponder is not None and training:
-            loss = loss + ponder
+        thinking = thinking_loss(self.config, y_pred.thinking)
+        if thinking is not None and training:
+            loss = loss + thinking
+        if training:
+            self.backbone.update_expert_bias()
         update_thinking_metrics(self.thinking_metrics, y_pred.thinking)
         if y_pred.mtp_input is not None:
             mtp_loss = self._mtp_loss(x.inputs, labels, y_pred.mtp_input, sample_weight, training)
@@ -134,7 +137,7 @@ class NextTokenTraining(ConfiguredModel):
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if not isinstance(y_pred, StepOutput):  # Keras builds the metrics with logits
-            self._update_metrics(x, self._labels(x, y), y_pred, sample_weight)
+            self._update_metrics(x, self.step_labels(x, y), y_pred, sample_weight)
         return self.get_metrics_result()
 
     def step_metrics(self) -> list[keras.metrics.Metric]:
@@ -185,7 +188,8 @@ class NextTokenTraining(ConfiguredModel):
         weight = label_weight(labels, sample_weight)
         super().compute_metrics(inputs, ops.maximum(labels, 0), logits, sample_weight=weight)
 
-    def _labels(self, x, y):
+    def step_labels(self, x: Any, y: Any) -> Annotated[Tensor, "B T"]:
+        """The labels of a step that line up with the logits, -100 where ignored."""
         inputs = unpack(x)
         if y is None:
             return next_token_labels(inputs)

@@ -14,13 +14,17 @@ class StepInputs(NamedTuple):
 
     Attributes:
         inputs: Token ids `(B, T)` or a dict, as a model takes them.
+        labels: What the step trains on, where the model needs to know: a prompt is what comes
+            before the first label.
     """
 
     inputs: Any
+    labels: Any = None
 
 
-def with_step_inputs(args: tuple) -> tuple:
-    """The arguments of a step, a state first on JAX, with the inputs of its data wrapped."""
+def with_step_inputs(args: tuple, labels: bool = False) -> tuple:
+    """The arguments of a step, a state first on JAX, with the inputs of its data wrapped, and
+    perhaps the labels."""
     *state, data = args
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    return *state, (StepInputs(x), y, sample_weight)
+    return *state, (StepInputs(x, y if labels else None), y, sample_weight)

@@ -131,6 +131,13 @@ CHANGES = {
     "sample_iterations": True,
     "warmup_steps": 5,
     "input_injection": True,
+    "use_layer_router": True,
+    "layer_router": {"hidden_size": 8},
+    "router_warmup_steps": 5,
+    "use_lora_experts": True,
+    "num_lora_experts": 2,
+    "lora_expert": {"rank": 2},
+    "expert_warmup_steps": 5,
 }
 
 

@@ -9,6 +9,7 @@ Functions are compiled once per (function, mode) and set of shapes, so tests tha
 module-level function and its shapes share a program.
 """
 
+import contextlib
 import functools
 
 import keras
@@ -74,6 +75,15 @@ def weight_gradients(layer, function, x, cotangent, mode=DEFAULT):
         return run(gradient, x, cotangent, mode=mode)
     arrays = [*weight_arrays(layer), x]
     return gradients(with_weights(layer, function), arrays, cotangent, mode)[:-1]
+
+
+def eagerly():
+    """A context in which every operation runs by itself, loops and branches included."""
+    if BACKEND != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.disable_jit()
 
 
 def assert_close(actual, expected, tolerance):

@@ -11,12 +11,13 @@ BACKEND = keras.backend.backend()
 
 
 def remat(
-    function: Callable[[Tensor], Any], layers: Sequence[keras.layers.Layer]
-) -> Callable[[Tensor], Any]:
-    """`function(x)`, of which only x is kept for the backward pass.
+    function: Callable[..., Any], layers: Sequence[keras.layers.Layer]
+) -> Callable[..., Any]:
+    """`function(*tensors)`, of which only these are kept for the backward pass.
 
     Args:
-        function: Assigns no variable and reads those of `layers` alone.
+        function: Assigns no variable, reads those of `layers` alone, and is given every tensor that
+            has a gradient.
         layers: What it calls.
     """
     if BACKEND != "tensorflow":
@@ -28,8 +29,9 @@ def remat(
     variables = [variable for layer in layers for variable in layer.variables]
 
     @tf.recompute_grad
-    def recomputed(x, *values):
+    def recomputed(*tensors):
+        given, values = tensors[: -len(variables)], tensors[-len(variables) :]
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            return function(x)
+            return function(*given)
 
-    return lambda x: recomputed(x, *(tf.convert_to_tensor(v.value) for v in variables))
+    return lambda *given: recomputed(*given, *(tf.convert_to_tensor(v.value) for v in variables))

@@ -1,0 +1,147 @@
+"""The router of LoRA experts (MoDr): in which style a row thinks."""
+
+from typing import Annotated, Any
+
+import keras
+from keras import ops
+
+from .initializers import Normal
+from .ops.backend.autodiff import full_precision
+from .ops.tensor_types import Tensor
+from .shapes import Shape
+
+NO_EXPERT = -1
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class ExpertRouter(keras.layers.Layer):
+    """Scores the LoRA experts of a think loop and balances how often each is chosen.
+
+        u = [e; s] W                              e the encoder's output, s the think state
+        r = sigmoid(mean of u over the prompt)    or of every token by itself
+        n = argmax(r + b)                         b decides only who is chosen
+        gate = 1 + (r_n - stop_gradient(r_n))     1 forward, the slope of r_n backward
+
+    W is drawn small. The selection bias b does not train: after every training step it moves up
+    for experts that were chosen too rarely and down for the others.
+
+    Args:
+        num_experts: Experts N.
+        granularity: `"sequence"`, where a row chooses by its prompt, or `"token"`.
+        bias_update_rate: Step of the selection bias.
+        initializer_range: Standard deviation of the initial W.
+
+    Call arguments:
+        encoded: `(B, T, D)`, e.
+        hidden: `(B, T, D)`, s.
+        prompt: `(B, T)` bool, true at the real tokens of the prompt; not read by `"token"`.
+
+    Returns:
+        r, `(B, 1, N)` or `(B, T, N)` float32 under every dtype policy.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import ExpertRouter
+
+        router = ExpertRouter(num_experts=4)
+        x = np.ones((2, 5, 8), "float32")
+        scores = router(x, x, np.ones((2, 5), bool))
+        assert router.select(scores).shape == (2, 1)
+        ```
+
+    Reference: MoDr, Mixture-of-Depth-Recurrent Transformers (ICLR 2026); auxiliary-loss-free load
+    balancing, arXiv 2408.15664.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        granularity: str = "sequence",
+        bias_update_rate: float = 0.001,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(autocast=False, **kwargs)
+        if num_experts < 1:
+            raise ValueError(f"`num_experts` must be at least 1. Received: {num_experts=}")
+        if granularity not in ("sequence", "token"):
+            raise ValueError(
+                f"`granularity` must be 'sequence' or 'token'. Received: {granularity=}"
+            )
+        self.num_experts = num_experts
+        self.granularity = granularity
+        self.bias_update_rate = bias_update_rate
+        self.initializer_range = initializer_range
+
+    def build(self, encoded_shape: Shape, *others: Any, **more: Any) -> None:
+        self.score = keras.layers.Dense(
+            self.num_experts,
+            use_bias=False,
+            kernel_initializer=Normal(self.initializer_range),
+            name="score",
+            dtype="float32",
+        )
+        self.score.build((None, None, 2 * encoded_shape[-1]))
+        options = {"shape": (self.num_experts,), "initializer": "zeros", "dtype": "float32"}
+        self.selection_bias = self.add_weight(name="selection_bias", trainable=False, **options)
+        self.selected = self.add_weight(name="selected", trainable=False, **options)
+
+    def call(
+        self,
+        encoded: Annotated[Tensor, "B T D"],
+        hidden: Annotated[Tensor, "B T D"],
+        prompt: Annotated[Tensor, "B T"] | None = None,
+    ) -> Annotated[Tensor, "B T N"]:
+        both = ops.concatenate([ops.cast(x, "float32") for x in (encoded, hidden)], axis=-1)
+        with full_precision():
+            if self.granularity == "sequence":
+                weight = ops.ones_like(both[..., :1]) if prompt is None else prompt[..., None]
+                weight = ops.cast(weight, "float32")
+                count = ops.maximum(ops.sum(weight, axis=1, keepdims=True), 1.0)
+                both = ops.sum(both * weight, axis=1, keepdims=True) / count
+            return ops.sigmoid(self.score(both))
+
+    def select(self, scores: Annotated[Tensor, "B T N"]) -> Annotated[Tensor, "B T"]:
+        """The experts chosen, int32."""
+        biased = scores + ops.convert_to_tensor(self.selection_bias)
+        return ops.cast(ops.argmax(biased, axis=-1), "int32")
+
+    def weigh(
+        self, chosen: Annotated[Tensor, "B T"], scores: Annotated[Tensor, "B T N"] | None
+    ) -> Annotated[Tensor, "B T N"]:
+        """1 for the chosen expert and 0 for the others, all 0 for `NO_EXPERT`; with `scores` their
+        gradient goes straight through to them."""
+        experts = ops.arange(self.num_experts, dtype="int32")
+        weights = ops.cast(chosen[..., None] == experts, "float32")
+        if scores is None:
+            return weights
+        return weights * (1.0 + (scores - ops.stop_gradient(scores)))
+
+    def count(self, selections: Annotated[Tensor, "B N"]) -> None:
+        """Notes how often each expert was chosen, for the next `update_bias`."""
+        self.selected.assign_add(ops.sum(selections, axis=0))
+
+    def update_bias(self, rate: float | None = None) -> None:
+        """`b_n += rate * sign(mean of the counts - count_n)`, over what was noted since the last
+        time; `rate` defaults to `bias_update_rate`."""
+        rate = self.bias_update_rate if rate is None else rate
+        counts = ops.convert_to_tensor(self.selected)
+        self.selection_bias.assign_add(rate * ops.sign(ops.mean(counts) - counts))
+        self.selected.assign(ops.zeros_like(counts))
+
+    def compute_output_shape(self, encoded_shape: Shape, *others: Any, **more: Any) -> Shape:
+        length = encoded_shape[1] if self.granularity == "token" else 1
+        return (encoded_shape[0], length, self.num_experts)
+
+    def compute_output_spec(self, encoded: Any, *args: Any, **kwargs: Any) -> keras.KerasTensor:
+        return keras.KerasTensor(self.compute_output_shape(encoded.shape), dtype="float32")
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "granularity": self.granularity,
+            "bias_update_rate": self.bias_update_rate,
+            "initializer_range": self.initializer_range,
+        }

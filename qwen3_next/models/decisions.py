@@ -1,0 +1,132 @@
+"""What is decided for a row before it is read: its prompt, the route through the think layers, and
+the LoRA expert."""
+
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.validation import shown
+from qwen3_next.layers.ops.cross_entropy import IGNORE
+from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.inputs import Inputs, host_array, host_values
+
+ACTIONS = (0, 1, 2)
+
+
+def reads_prompts(config: Qwen3NextConfig) -> bool:
+    """Whether a model has routers that decide from prompts."""
+    return not decides_all(config, ())
+
+
+def decides_all(config: Qwen3NextConfig, decisions: Collection[str]) -> bool:
+    """Whether nothing is left to be decided from a prompt."""
+    etd = config.etd
+    wanted = {"route"} if etd is not None and etd.use_layer_router else set()
+    if etd is not None and etd.use_lora_experts and etd.lora_expert.granularity == "sequence":
+        wanted.add("branch")
+    return wanted <= set(decisions)
+
+
+def with_decisions(config: Qwen3NextConfig, inputs: Any, route: Any, branch: Any) -> Any:
+    """The inputs of a call with a route and a branch, of one for all rows or one for each."""
+    given = {name: x for name, x in (("route", route), ("branch", branch)) if x is not None}
+    if not given:
+        return inputs
+    inputs = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
+    rows = np.shape(inputs["token_ids"])[0]
+    if route is not None:
+        inputs["route"] = route_of_rows(config, route, rows)
+    if branch is not None:
+        branch = np.asarray(host_array("branch", branch))
+        inputs["branch"] = np.broadcast_to(branch, (rows,)) if branch.ndim == 0 else branch
+    return inputs
+
+
+def route_of_rows(config: Qwen3NextConfig, route: Any, rows: int) -> np.ndarray:
+    """A route `(L,)` or `(B, L)` as an int32 array `(B, L)`, checked."""
+    array = host_array("route", route)
+    if array.ndim == 1:
+        array = np.broadcast_to(array, (rows, *array.shape))
+    _check_route(config, array, rows)
+    return array.astype("int32")
+
+
+def check_decisions(config: Qwen3NextConfig, inputs: Inputs) -> None:
+    """Raises `ValueError` for decisions that the model cannot follow.
+
+    Looks at values where there are some; inside a compiled function there are none.
+    """
+    etd = config.etd
+    if inputs.route is not None:
+        if etd is None or not etd.use_layer_router:
+            raise ValueError(
+                "A `route` needs a model with layer routers, `ETDConfig(use_layer_router=True)`. "
+                f"Received: route={shown(inputs.route)}, etd={etd}"
+            )
+        values = host_values("route", inputs.route)
+        _check_route(config, inputs.route if values is None else values, inputs.token_ids.shape[0])
+    if inputs.branch is not None:
+        if etd is None or not etd.use_lora_experts:
+            raise ValueError(
+                "A `branch` needs a model with LoRA experts, `ETDConfig(use_lora_experts=True)`. "
+                f"Received: branch={shown(inputs.branch)}, etd={etd}"
+            )
+        values, most = host_values("branch", inputs.branch), etd.num_lora_experts - 1
+        if values is not None and not ((values >= -1) & (values <= most)).all():
+            raise ValueError(
+                f"`branch` must be -1 (none) to {most}. Received: branch={shown(values)}"
+            )
+    if inputs.prompt_mask is None:
+        return
+    if not reads_prompts(config):
+        raise ValueError(
+            "A `prompt_mask` is for models whose routers read prompts, with `use_layer_router` or "
+            f"with `use_lora_experts` of granularity 'sequence'. Received: etd={etd}"
+        )
+    if inputs.segment_ids is not None:
+        raise ValueError(
+            "Routers decide for a row: `segment_ids` must be None with a `prompt_mask`. "
+            f"Received: segment_ids={shown(inputs.segment_ids)}"
+        )
+
+
+def _check_route(config, route, rows):
+    count = 0 if config.etd is None else config.etd.n_think_layers
+    shape, is_array = tuple(route.shape), isinstance(route, np.ndarray)
+    if len(shape) != 2 or shape[1] != count or None not in (shape[0], rows) and shape[0] != rows:
+        raise ValueError(
+            f"`route` must have an action for each of the {count} think layers, for all of the "
+            f"{rows} rows at once or for each. Received: route.shape={shape}"
+        )
+    if is_array and not (
+        np.issubdtype(route.dtype, np.integer) and np.isin(route, ACTIONS).all()
+    ):
+        raise ValueError(
+            "`route` must hold actions, 0 (skip), 1 (execute) and 2 (repeat). "
+            f"Received: route={shown(route)}"
+        )
+
+
+def with_prompts(config: Qwen3NextConfig, inputs: Inputs, labels: Tensor | None) -> Inputs:
+    """The inputs with the prompt of every row, where routers decide from it.
+
+    The prompt is what comes before the first prediction that counts: all tokens up to and with the
+    first one that has a label. Nothing behind them is seen before it is to be predicted. Without
+    labels it is the whole row. Rows of packed sequences have none: routers decide for a row.
+
+    Args:
+        config: The model's.
+        inputs: `Inputs`; a prompt mask that is there already stays.
+        labels: `(B, T)` int32 that line up with the logits, -100 where ignored, or `None`.
+    """
+    known = inputs.prompt_mask is not None or inputs.segment_ids is not None
+    if known or not reads_prompts(config):
+        return inputs
+    if labels is None:
+        return inputs._replace(prompt_mask=ops.ones_like(inputs.token_ids, "bool"))
+    counts = ops.cast(labels != IGNORE, "int32")
+    before = ops.cumsum(counts, axis=1) - counts
+    return inputs._replace(prompt_mask=before == 0)

@@ -1,0 +1,218 @@
+"""Routes through the think layers, and LoRA experts in them: exact for every mixture of rows."""
+
+import numpy as np
+import pytest
+
+from qwen3_next import Qwen3NextBackbone, RouterAction
+from tests.support.routed_models import KINDS, ROUTES, routed, shared_routed
+from tests.support.running import assert_close, eagerly, to_numpy
+from tests.support.small_models import random_ids, small
+from tests.support.thinking_models import ETD, commit, hidden, think
+
+LENGTH, PROMPT = 21, 12
+IDS = random_ids(4, LENGTH)
+PROMPTS = np.repeat(np.arange(LENGTH)[None] < PROMPT, 4, axis=0)
+WHOLE = {"token_ids": IDS, "prompt_mask": PROMPTS}
+FIRST = {"token_ids": IDS[:, :PROMPT], "prompt_mask": PROMPTS[:, :PROMPT]}
+ROUTE = np.array([[0, 2], [1, 1], [2, 0], [0, 0]])
+TOLERANCE = 5e-5
+
+
+def decisions(model, inputs=WHOLE):
+    output = think(model, inputs).thinking
+    return [to_numpy(x) for x in (output.route, output.selections) if not isinstance(x, tuple)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_take_different_routes_and_experts(kind):
+    for found in decisions(shared_routed(kind)):
+        assert len(np.unique(found, axis=0)) > 1
+
+
+def test_a_route_given_by_hand_runs_as_given():
+    model = shared_routed("routes")
+    found = hidden(model, {"token_ids": IDS, "route": ROUTE})
+    for row, actions in enumerate(ROUTE):
+        x = model.decoder_layers[0](model.embed_tokens(IDS[row : row + 1]))
+        for _ in range(3):
+            for layer, action in zip(model.decoder_layers[1:], actions):
+                for _ in range(action):
+                    x = layer(x)
+        assert_close(found[row : row + 1], to_numpy(model.norm(x)), TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_see_the_others(kind):
+    model = shared_routed(kind)
+    together = hidden(model, WHOLE)
+    for row in range(4):
+        same = {name: np.repeat(x[row : row + 1], 4, axis=0) for name, x in WHOLE.items()}
+        assert_close(hidden(model, same)[0], together[row], TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_follows_the_prompt_is_not_seen(kind):
+    model = shared_routed(kind)
+    changed = {**WHOLE, "token_ids": IDS.copy()}
+    changed["token_ids"][:, PROMPT + 3 :] = random_ids(4, LENGTH - PROMPT - 3, seed=5)
+    before, after = hidden(model, WHOLE), hidden(model, changed)
+    assert_close(after[:, : PROMPT + 3], before[:, : PROMPT + 3], TOLERANCE)
+    assert np.abs(after - before).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_prompt_nothing_is_seen_and_no_router_asked(kind):
+    model = shared_routed(kind)
+    changed = IDS.copy()
+    changed[:, PROMPT:] = random_ids(4, LENGTH - PROMPT, seed=5)
+    before, after = hidden(model, IDS), hidden(model, changed)
+    assert_close(after[:, :PROMPT], before[:, :PROMPT], TOLERANCE)
+    assert isinstance(think(model, IDS).thinking.route, tuple)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_does_not_change_real_tokens(kind):
+    model, rng = shared_routed(kind), np.random.default_rng(2)
+    whole, length = hidden(model, WHOLE), LENGTH + 6
+    mask = np.stack([rng.permutation(np.arange(length) < LENGTH) for _ in range(4)])
+    padded = {"token_ids": random_ids(4, length, seed=9), "padding_mask": mask}
+    padded["token_ids"][mask] = IDS.reshape(-1)
+    padded["prompt_mask"] = rng.random((4, length)) < 0.5
+    padded["prompt_mask"][mask] = PROMPTS.reshape(-1)
+    assert_close(hidden(model, padded)[mask].reshape(whole.shape), whole, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, iterations):
+    model = shared_routed(kind)
+    whole = hidden(model, WHOLE, think_iterations=iterations)
+    cache, found = model.init_cache(4, 32, think_iterations=iterations), []
+    for start, end in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, LENGTH)):
+        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start:end]}
+        output = think(model, chunk, cache)
+        cache = output.cache
+        found.append(to_numpy(output.hidden))
+    assert_close(np.concatenate(found, axis=1), whole, TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["routes", "both"])
+def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it(kind):
+    model = shared_routed(kind)
+    expected = think(model, FIRST, model.init_cache(4, 32))
+    given = {"route": to_numpy(expected.cache.route)}
+    if expected.cache.branch is not None:
+        given["branch"] = to_numpy(expected.cache.branch)
+    cache, found = model.init_cache(4, 32), []
+    for start, end in ((0, 5), (5, 6), (6, PROMPT)):
+        pieces = {"token_ids": IDS[:, start:end], **(given if start == 0 else {})}
+        output = think(model, pieces, cache)
+        cache = output.cache
+        found.append(to_numpy(output.hidden))
+    assert_close(np.concatenate(found, axis=1), to_numpy(expected.hidden), TOLERANCE)
+    np.testing.assert_array_equal(to_numpy(cache.route), given["route"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_verified_pass_is_committed_for_every_turn(kind):
+    model, kept = shared_routed(kind), [4, 2, 0, 3]
+    whole = hidden(model, WHOLE)
+    start = think(model, FIRST, model.init_cache(4, 32)).cache
+    update = think(model, IDS[:, PROMPT : PROMPT + 4], start, replayable=True).update
+    cache = commit(model, start, update, kept)
+    following = np.stack([row[PROMPT + n : PROMPT + n + 4] for row, n in zip(IDS, kept)])
+    found = to_numpy(think(model, following, cache).hidden)
+    for row, n in enumerate(kept):
+        assert_close(found[row], whole[row, PROMPT + n : PROMPT + n + 4], TOLERANCE)
+
+
+def test_a_skipped_layer_leaves_its_cache_and_a_repeated_one_fills_two():
+    model = shared_routed("routes")
+    cache = think(model, {"token_ids": IDS, "route": ROUTE}, model.init_cache(4, 32)).cache
+    keys = [to_numpy(cache.layers[1][number].keys) for number in range(6)]
+    for number in range(3):
+        written = [np.abs(keys[n]).sum((1, 2, 3)) > 0 for n in (number, 3 + number)]
+        np.testing.assert_array_equal(written[0], ROUTE[:, 0] > 0)
+        np.testing.assert_array_equal(written[1], ROUTE[:, 0] > 1)
+
+
+def test_a_layer_that_every_row_skips_is_not_computed():
+    model = routed(kind="routes")
+    broken = model.decoder_layers[1].mixer.q_proj.kernel
+    broken.assign(np.full(broken.shape, np.nan))
+    skipped = np.zeros((4, 2), int)
+    for cache in (None, model.init_cache(4, 32)):
+        found = think(model, {"token_ids": IDS, "route": skipped}, cache).hidden
+        assert np.isfinite(to_numpy(found)).all()
+        one = np.array([[0, 1], [0, 1], [0, 1], [1, 1]])
+        found = to_numpy(think(model, {"token_ids": IDS, "route": one}, cache).hidden)
+        assert np.isfinite(found[:3]).all() and np.isnan(found[3]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_parts_change_nothing_to_the_bit(kind):
+    """Called layer by layer: a compiled program with a branch in it rounds in other places."""
+    fixed = not KINDS[kind].get("adaptive_depth", True)
+    base = small(Qwen3NextBackbone, etd={**ETD, "adaptive_depth": not fixed})
+    model = Qwen3NextBackbone(base.config.replace(etd={**ETD, **KINDS[kind]}), base=base)
+    if not fixed:
+        score = base.think_loop.halting_unit.score.kernel
+        model.think_loop.halting_unit.score.kernel.assign(score)
+    with eagerly():
+        for iterations in (1, 3):
+            found = to_numpy(model(WHOLE, think_iterations=iterations))
+            expected = to_numpy(base(IDS, think_iterations=iterations))
+            np.testing.assert_array_equal(found, expected)
+    assert_close(hidden(model, WHOLE), hidden(base, IDS), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "match"),
+    [
+        ({"route": [1, 1, 1]}, "each of the 2 think layers"),
+        ({"route": [[1, 1]] * 3}, "route"),
+        ({"route": [1, 3]}, "0 .skip., 1 .execute. and 2 .repeat."),
+        ({"route": [-1, 1]}, "skip"),
+        ({"route": [1.0, 1.0]}, "skip"),
+        ({"route": "skip"}, "route"),
+        ({"branch": 3}, "-1 .none. to 2"),
+        ({"branch": [0, 1]}, "branch"),
+    ],
+)
+def test_decisions_that_cannot_be_followed_are_refused(inputs, match):
+    with pytest.raises(ValueError, match=match):
+        shared_routed("both")(IDS, **inputs)
+
+
+def test_decisions_that_nothing_reads_are_refused():
+    model = small(Qwen3NextBackbone)
+    for inputs, match in (
+        ({"route": ROUTE}, "use_layer_router"),
+        ({"branch": ROUTE[:, 0]}, "use_lora_experts"),
+        ({"prompt_mask": PROMPTS}, "use_layer_router"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model({"token_ids": IDS, **inputs})
+    model = shared_routed("both")
+    with pytest.raises(ValueError, match="segment_ids"):
+        model({**WHOLE, "segment_ids": np.zeros_like(IDS)})
+    cache = think(model, FIRST, model.init_cache(4, 32)).cache
+    with pytest.raises(ValueError, match="first tokens of a cache"):
+        model({"token_ids": IDS[:, :2], "route": ROUTE}, cache=cache)
+
+
+def test_actions_have_names():
+    assert [RouterAction.SKIP, RouterAction.EXECUTE, RouterAction.REPEAT] == [0, 1, 2]
+    model = shared_routed("routes")
+    route = [RouterAction.EXECUTE, RouterAction.EXECUTE]
+    assert_close(to_numpy(model(IDS, route=route)), hidden(model, IDS), TOLERANCE)
+
+
+def test_a_prompt_longer_than_its_windows_is_read_whole():
+    """Only the last token of the prompt differs: some router must notice."""
+    model = shared_routed("routes")
+    changed = {**WHOLE, "token_ids": IDS.copy()}
+    changed["token_ids"][:, PROMPT - 1] = (IDS[:, PROMPT - 1] + 7) % 61
+    logits = [to_numpy(think(model, x).thinking.route_logits) for x in (WHOLE, changed)]
+    assert (np.abs(logits[0] - logits[1]).max((1, 2)) > 1e-3).all()
+    assert ROUTES["layer_router"]["window_size"] * 4 < PROMPT

@@ -1,0 +1,65 @@
+"""Small models whose rows think through different layers and with different experts."""
+
+import functools
+
+import numpy as np
+
+from qwen3_next import Qwen3NextBackbone
+from tests.support.small_models import small
+
+ETD = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 0, "max_think_iterations": 3}
+ROUTES = {
+    "use_layer_router": True,
+    "layer_router": {"hidden_size": 16, "window_size": 2, "num_windows": 4},
+    "router_warmup_steps": 0,
+}
+EXPERTS = {
+    "use_lora_experts": True,
+    "num_lora_experts": 3,
+    "lora_expert": {"rank": 4},
+    "expert_warmup_steps": 0,
+}
+BY_TOKEN = {"lora_expert": {"rank": 4, "granularity": "token", "target_modules": ["block_output"]}}
+FIXED = {"adaptive_depth": False}
+KINDS = {
+    "routes": {**ROUTES, **FIXED},
+    "experts": {**EXPERTS, **FIXED},
+    "both": {**ROUTES, **EXPERTS},
+    "by token": {**ROUTES, **EXPERTS, **BY_TOKEN},
+}
+
+
+def routed(model=Qwen3NextBackbone, kind="both", **changes):
+    """A small model with routers and experts as if they had learned, always the same."""
+    etd = {**ETD, **KINDS[kind], **changes.pop("etd", {})}
+    if model is Qwen3NextBackbone:  # paths as they are inside of a language model
+        changes = {"name": "model", **changes}
+    made = small(model, etd=etd, **changes)
+    learn(getattr(made, "backbone", made).think_loop)
+    return made
+
+
+def learn(loop, seed=4):
+    """Gives what is new in a loop other weights, so that rows are told apart."""
+    rng = np.random.default_rng(seed)
+
+    def draw(variable, scale):
+        variable.assign(rng.normal(size=variable.shape) * scale)
+
+    if loop.halting_unit is not None:
+        draw(loop.halting_unit.score.kernel, 0.4)
+    for router in loop.routers:
+        draw(router.features.kernel, 1.0)
+        draw(router.score.kernel, 3.0)
+    if loop.expert_router is not None:
+        draw(loop.expert_router.score.kernel, 1.0)
+    for experts in loop.experts:
+        for expert in experts.values():
+            draw(expert.lora_a, 0.2)
+            draw(expert.lora_b, 0.1)
+
+
+@functools.cache
+def shared_routed(kind):
+    """One such backbone for all tests that do not change it."""
+    return routed(kind=kind)
