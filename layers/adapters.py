@@ -36,9 +36,7 @@ class Adapters:
         return self.experts[name](x, self.weights, dropout_seed=seed, training=seed is not None)
 
 
-def project(
-    layer: keras.layers.Layer, x: Tensor, name: str, adapters: Adapters | None
-) -> Tensor:
+def project(layer: keras.layers.Layer, x: Tensor, name: str, adapters: Adapters | None) -> Tensor:
     """The output of a layer's projection `name`, with what experts add to it."""
     y = getattr(layer, name)(x)
     delta = None if adapters is None else adapters.delta(name, x)

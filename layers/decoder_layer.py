@@ -1,5 +1,6 @@
 """One layer of the backbone: a token mixer and a feed-forward network, each with its residual."""
 
+import dataclasses
 from typing import Annotated, Any, NamedTuple, Self
 
 import keras
@@ -209,7 +210,7 @@ class DecoderLayer(keras.layers.Layer):
             options = {"padding_mask": fed_tokens, "return_routing": full_output}
 
         def mix(x: Tensor, *weights: Tensor) -> Any:
-            own = None if adapters is None else Adapters(adapters.experts, *weights, adapters.seeds)
+            own = None if adapters is None else dataclasses.replace(adapters, weights=weights[0])
             return self.mixer(self.input_layernorm(x), **context._replace(adapters=own)._asdict())
 
         def feed(x: Tensor) -> Any:

@@ -8,6 +8,7 @@ from keras import ops
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
+from .projection import RowDense
 from .shapes import Shape
 
 NO_EXPERT = -1
@@ -74,8 +75,13 @@ class ExpertRouter(keras.layers.Layer):
         self.bias_update_rate = bias_update_rate
         self.initializer_range = initializer_range
 
-    def build(self, encoded_shape: Shape, *others: Any, **more: Any) -> None:
-        self.score = keras.layers.Dense(
+    def build(
+        self,
+        encoded_shape: Shape,
+        hidden_shape: Shape | None = None,
+        prompt_shape: Shape | None = None,
+    ) -> None:
+        self.score = RowDense(
             self.num_experts,
             use_bias=False,
             kernel_initializer=Normal(self.initializer_range),
@@ -130,7 +136,12 @@ class ExpertRouter(keras.layers.Layer):
         self.selection_bias.assign_add(rate * ops.sign(ops.mean(counts) - counts))
         self.selected.assign(ops.zeros_like(counts))
 
-    def compute_output_shape(self, encoded_shape: Shape, *others: Any, **more: Any) -> Shape:
+    def compute_output_shape(
+        self,
+        encoded_shape: Shape,
+        hidden_shape: Shape | None = None,
+        prompt_shape: Shape | None = None,
+    ) -> Shape:
         length = encoded_shape[1] if self.granularity == "token" else 1
         return (encoded_shape[0], length, self.num_experts)
 

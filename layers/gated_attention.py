@@ -198,7 +198,9 @@ class GatedAttention(keras.layers.Layer):
         if cache is not None:
             positions = ops.expand_dims(lengths, -1) + positions
         query = self.rotary(self.q_norm(query), positions)
-        key = self.rotary(self.k_norm(project(self, x, "k_proj", adapters)), positions)  # (B, T, G, D)
+        key = self.rotary(
+            self.k_norm(project(self, x, "k_proj", adapters)), positions
+        )  # (B, T, G, D)
         value = project(self, x, "v_proj", adapters)  # (B, T, G, D)
         if cache is None:
             visible = {"key_mask": padding_mask, "query_segments": segment, "key_segments": segment}

@@ -8,6 +8,7 @@ from keras import ops
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
+from .projection import RowDense
 from .shapes import Shape
 
 
@@ -74,7 +75,7 @@ class HaltingUnit(keras.layers.Layer):
 
     def build(self, input_shape: Shape) -> None:
         # Rounding its output would change how often a token thinks.
-        self.score = keras.layers.Dense(
+        self.score = RowDense(
             1,
             kernel_initializer=Normal(self.initializer_range),
             name="score",

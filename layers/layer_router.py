@@ -8,6 +8,7 @@ from keras import ops
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
+from .projection import RowDense
 from .shapes import Shape
 
 ACTIONS = 3  # skip, execute, repeat: an action says how often the layer runs
@@ -81,12 +82,12 @@ class LayerRouter(keras.layers.Layer):
         self.execute_bias = execute_bias
         self.initializer_range = initializer_range
 
-    def build(self, hidden_shape: Shape) -> None:
+    def build(self, hidden_shape: Shape, prompt_shape: Shape | None = None) -> None:
         # Rounding its logits would change which layers run.
         options = {"kernel_initializer": Normal(self.initializer_range), "dtype": "float32"}
-        self.features = keras.layers.Dense(self.hidden_size, name="features", **options)
+        self.features = RowDense(self.hidden_size, name="features", **options)
         options["kernel_initializer"] = "zeros"
-        self.score = keras.layers.Dense(ACTIONS, name="score", **options)
+        self.score = RowDense(ACTIONS, name="score", **options)
         self.features.build((None, None, hidden_shape[-1]))
         self.score.build((None, None, self.hidden_size))
 

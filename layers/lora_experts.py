@@ -74,7 +74,7 @@ class LoRAExperts(keras.layers.Layer):
         self.initializer_range = initializer_range
         self.seed_generator: Any = keras.random.SeedGenerator() if dropout else None
 
-    def build(self, x_shape: Shape) -> None:
+    def build(self, x_shape: Shape, weights_shape: Shape | None = None) -> None:
         width = 1
         for dim in x_shape[2:]:
             width *= dim

@@ -1,14 +1,29 @@
 """Bias-free projections of the residual stream, and between it and heads."""
 
 import keras
+from keras import ops
 
 from .initializers import Normal
+from .ops.tensor_types import Tensor
 from .shapes import Shape
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class RowDense(keras.layers.Dense):
+    """A dense layer that takes `(..., D)` as rows of D.
+
+    TensorFlow under XLA has no gradient of Keras' product of more than two dims within a loop,
+    unless all of them are known.
+    """
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        flat = super().call(ops.reshape(inputs, (-1, inputs.shape[-1])), training=training)
+        return ops.reshape(flat, (*ops.shape(inputs)[:-1], flat.shape[-1]))
 
 
 def dense(units: int, initializer_range: float, name: str, dtype: object) -> keras.layers.Dense:
     """`(..., D) -> (..., units)`, kernel `(D, units)`."""
-    return keras.layers.Dense(
+    return RowDense(
         units,
         use_bias=False,
         kernel_initializer=Normal(initializer_range),

@@ -196,7 +196,9 @@ class ThinkLoop(keras.layers.Layer):
         count = self.checked_iterations(think_iterations) or self.max_think_iterations
         layers = tuple(layer.init_cache(batch_size, max_length) for layer in self.layers)
         sums = ops.zeros((batch_size,), "float32") if self.by_sequence else ()
-        repeats, route, branch = (), (), ()
+        repeats: tuple = ()
+        route: Any = ()
+        branch: Any = ()
         if self.routers:
             repeats = tuple(layer.init_cache(batch_size, max_length) for layer in self.layers)
             route = ops.ones((batch_size, len(self.layers)), "int32")
@@ -285,9 +287,9 @@ class ThinkLoop(keras.layers.Layer):
         fixed, drawn = (count, None) if isinstance(count, int) else (None, count)
         given = given._replace(seeds=seeds, drawn=drawn)
         output = self._program(run_uncached, Options(fixed, training))(given)
-        counted = training and self.expert_router is not None
-        if counted and not isinstance(output.thinking.selections, tuple):
-            self.expert_router.count(output.thinking.selections)
+        selections = output.thinking.selections
+        if training and self.expert_router is not None and not isinstance(selections, tuple):
+            self.expert_router.count(selections)
         return output
 
     def _drawn(self):
@@ -303,9 +305,11 @@ class ThinkLoop(keras.layers.Layer):
 
     def _warming(self):
         """Which parts are still warming up."""
-        steps = (("warm_routes", self.router_warmup_steps if self.routers else 0),)
-        steps += (("warm_experts", self.expert_warmup_steps if self.experts else 0),)
-        return {name: ops.less(self.steps, most) for name, most in steps if most}
+        steps = {
+            "warm_routes": self.router_warmup_steps if self.routers else 0,
+            "warm_experts": self.expert_warmup_steps if self.experts else 0,
+        }
+        return {name: ops.less(self.steps, most) for name, most in steps.items() if most}
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

@@ -132,7 +132,7 @@ def _iteration(loop, options, given, state, number, count, cache=None):
         else:
             routes = decided(loop, given, routes, place, hidden, number == 0)
             skip = _layer_skips(loop, options, given, place, cache)
-            turns.append(run_routed(run, skip, hidden, routes, place, given.real))
+            turns.append(run_routed(run, skip, hidden, routes, place, given.real, options.training))
         hidden = turns[-1][0].hidden
     halting, sums = state.halting, ()
     if halting:
@@ -143,7 +143,9 @@ def _iteration(loop, options, given, state, number, count, cache=None):
     summed = state.routing
     for turn in zip(*turns, strict=True):
         routing = tuple(output.routing for output in turn if output is not None and output.routing)
-        summed = keras.tree.map_structure(lambda a, b: a + b, summed, routing) if routing else summed
+        summed = (
+            keras.tree.map_structure(lambda a, b: a + b, summed, routing) if routing else summed
+        )
     left = _left(options, cache, turns, sums, routes, experts)
     return State(hidden, halting, summed, routes, experts), left
 

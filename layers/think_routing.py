@@ -57,8 +57,7 @@ def check_routing(loop: Any, prompt_mask: Any, segment_ids: Any, route: Any, bra
         )
     if branch is not None and loop.expert_router is None:
         raise ValueError(
-            "A `branch` needs a loop with LoRA experts. "
-            f"Received: {branch=}, expert_router=None"
+            f"A `branch` needs a loop with LoRA experts. Received: {branch=}, expert_router=None"
         )
     if prompt_mask is not None and segment_ids is not None:
         raise ValueError(
@@ -124,6 +123,7 @@ def run_routed(
     routes: Routes,
     place: int,
     real: Annotated[Tensor, "B T"],
+    training: bool = False,
 ) -> tuple[Any, Any]:
     """What two turns of layer `place` give, the second for rows that repeat it.
 
@@ -135,6 +135,8 @@ def run_routed(
         routes: `Routes`.
         place: Which layer.
         real: `(B, T)` bool, true at real tokens.
+        training: Whether to compute what no row needs, too: TensorFlow under XLA cannot
+            differentiate a choice within a loop.
     """
     if not isinstance(routes.weights, tuple):  # every action has a slope, so every one is computed
         first = run(x, 0, None)
@@ -152,7 +154,11 @@ def run_routed(
         def run_turn(x=x_turn, turn=turn, active=active):
             return run(x, turn, active)
 
-        outputs.append(when(ops.any(active & rows), run_turn, lambda x=x, turn=turn: skip(x, turn)))
+        def skip_turn(x=x_turn, turn=turn):
+            return skip(x, turn)
+
+        needed = ops.any(active & rows)
+        outputs.append(run_turn() if training else when(needed, run_turn, skip_turn))
         x = outputs[-1].hidden
     return outputs[0]._replace(hidden=x), outputs[1]
 

@@ -25,6 +25,14 @@ from qwen3_next.tasks.factories import (
 from qwen3_next.tasks.language_model import LanguageModelOutput, Qwen3Next
 from qwen3_next.think.depth_views import depth_text, plot_depth
 from qwen3_next.think.layer_profile import LayerProfile
+from qwen3_next.think.merging import merge_lora_expert
+from qwen3_next.think.path_search import FoundPath, FoundPaths, search_paths
+from qwen3_next.think.route_views import plot_expert_shares, plot_router_actions, route_flops
+from qwen3_next.think.router_training import (
+    FocalLoss,
+    RouterTrainer,
+    effective_number_weights,
+)
 from qwen3_next.think.split_profile import profile_layers
 from qwen3_next.training.data import pack, pad, self_distillation_data
 from qwen3_next.training.optimizers import GroupedAdamW
@@ -33,8 +41,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackboneOutput",
+    "Cache",
     "Description",
     "ETDConfig",
+    "FocalLoss",
+    "FoundPath",
+    "FoundPaths",
     "Generation",
     "GroupedAdamW",
     "LanguageModelOutput",
@@ -47,7 +59,7 @@ __all__ = [
     "Qwen3NextClassifier",
     "Qwen3NextConfig",
     "RouterAction",
-    "Cache",
+    "RouterTrainer",
     "create_qwen3_next",
     "create_qwen3_next_efficient",
     "create_qwen3_next_model",
@@ -55,10 +67,16 @@ __all__ = [
     "create_qwen3_next_with_advanced_features",
     "depth_text",
     "describe",
+    "effective_number_weights",
+    "merge_lora_expert",
     "pack",
     "pad",
     "plot_depth",
+    "plot_expert_shares",
+    "plot_router_actions",
     "profile_layers",
+    "route_flops",
+    "search_paths",
     "self_distillation_data",
     "wrap_model_with_mtp",
     "wrap_transformer_with_etd",

@@ -23,7 +23,8 @@ from qwen3_next.checkpoints.safetensors_files import (
 from qwen3_next.checkpoints.staging import staged
 from qwen3_next.config.validation import Rule, one_of, require
 from qwen3_next.models.weight_layouts import SAME, Layout
-from qwen3_next.models.weight_table import Weight, unneeded_tensors, weight_table
+from qwen3_next.models.weight_rows import Weight
+from qwen3_next.models.weight_table import unneeded_tensors, weight_table
 
 TIED = "tied to another weight, which has the same values"
 _EXPORTED = Rule(

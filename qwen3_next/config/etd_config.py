@@ -23,6 +23,7 @@ STATES = ("mean", "final")
 FRACTION = number("in [0, 1]", lambda value: 0 <= value <= 1)
 
 
+LAYER_ROUTER, LORA_EXPERT = LayerRouterConfig(), LoRAExpertConfig()
 # What is read only where a flag says so.
 USED_WITH = {
     "use_layer_router": ("layer_router", "router_warmup_steps"),
@@ -107,11 +108,11 @@ class ETDConfig(Config):
     warmup_steps: int = 0
     input_injection: bool = False
     use_layer_router: bool = False
-    layer_router: LayerRouterConfig = LayerRouterConfig()
+    layer_router: LayerRouterConfig = LAYER_ROUTER
     router_warmup_steps: int = 1000
     use_lora_experts: bool = False
     num_lora_experts: int = 4
-    lora_expert: LoRAExpertConfig = LoRAExpertConfig()
+    lora_expert: LoRAExpertConfig = LORA_EXPERT
     expert_warmup_steps: int = 500
 
     RULES: ClassVar[dict[str, Rule]] = {

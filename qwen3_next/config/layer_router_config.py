@@ -72,7 +72,9 @@ class LayerRouterConfig(Config):
         "hidden_size": integer(1),
         "window_size": integer(1),
         "num_windows": integer(1),
-        "num_actions": Rule("3 (skip, execute, repeat)", lambda value: type(value) is int and value == 3),
+        "num_actions": Rule(
+            "3 (skip, execute, repeat)", lambda value: type(value) is int and value == 3
+        ),
         "temperature": POSITIVE,
         "use_gumbel": BOOLEAN,
         "execute_bias": POSITIVE,

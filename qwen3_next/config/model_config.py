@@ -183,8 +183,8 @@ class Qwen3NextConfig(Config):
         self.check_fields()
         self._check_together()
         self._complete_layer_types()
-        if self.etd is not None:
-            self._check_adapted()
+        if self.etd is not None and self.etd.use_lora_experts:
+            self._check_adapted(self.etd)
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> Self:
@@ -271,11 +271,8 @@ class Qwen3NextConfig(Config):
         known = DELTANET_PROJECTIONS if linear else ATTENTION_PROJECTIONS
         return self.etd.lora_expert.targets_of(known)
 
-    def _check_adapted(self):
-        etd = self.etd
+    def _check_adapted(self, etd):
         wanted = etd.lora_expert.target_modules or ()
-        if not etd.use_lora_experts:
-            return
         first, behind = etd.get_layer_ranges()["think"]
         found = {name for i in range(first, behind) for name in self.adapted_projections(i)}
         missing = sorted(set(wanted) - found)

@@ -84,7 +84,7 @@ def prefill(
     model: Any, caches: Caches, newest: Newest, chunk: PrefillChunk
 ) -> tuple[Caches, Newest]:
     """Reads one chunk of the prompts, with the MTP modules where `newest` has their input."""
-    inputs = {"token_ids": chunk.token_ids, "padding_mask": chunk.mask, **chunk.decisions}
+    inputs = {"token_ids": chunk.token_ids, "padding_mask": chunk.mask, **dict(chunk.decisions)}
     output = model.backbone(inputs, cache=caches.model)
     any_new = valid_lengths(chunk.mask)[:, None] > 0
     hidden = ops.where(any_new, last_hidden(output.hidden, chunk.mask), newest.hidden)

@@ -182,7 +182,7 @@ class Generator:
             size = max(size, prompts.token_ids.shape[1])
         for chunk in prefill_chunks(prompts, size, config.max_position_embeddings):
             prompt = {"prompt_mask": chunk.mask} if reads else {}
-            yield chunk._replace(decisions={**decisions, **prompt})
+            yield chunk._replace(decisions={**decisions, **prompt} or ())
             decisions = {}
 
     def _capacity(self, prompts, max_new_tokens, method):

@@ -1,7 +1,7 @@
 """Prompts on the host: read, checked, and cut into chunks of a few widths."""
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -37,14 +37,14 @@ class PrefillChunk(NamedTuple):
         next_ids: `(B, C)` int32.
         next_mask: `(B, C)` bool, true where the following token is real.
         decisions: What goes with the first tokens of a prompt: `"prompt_mask"`, `"route"` and
-            `"branch"`, as a model takes them, or nothing.
+            `"branch"`, as a model takes them; an empty tuple for nothing.
     """
 
     token_ids: Tensor
     mask: Tensor
     next_ids: Tensor
     next_mask: Tensor
-    decisions: dict[str, Tensor] = {}
+    decisions: Any = ()
 
 
 def read_prompts(prompts: Iterable | dict | np.ndarray, vocab_size: int) -> Prompts:

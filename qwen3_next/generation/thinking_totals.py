@@ -34,7 +34,8 @@ def no_totals(model: Any) -> ThinkingTotals | tuple[()]:
     if etd is None:
         return ()
     selections = ops.zeros((etd.num_lora_experts,), "float32") if etd.use_lora_experts else ()
-    return ThinkingTotals(*(ops.zeros((), "float32") for _ in range(4)), selections)
+    zero = ops.zeros((), "float32")
+    return ThinkingTotals(zero, zero, zero, zero, selections)
 
 
 def with_tokens(
@@ -46,12 +47,20 @@ def with_tokens(
     if not totals or thinking is None:
         return totals
     weight = ops.cast(read, "float32")
-    found = (thinking.iterations, thinking.early_exit, thinking.exit_confidence)
-    sums = [ops.sum(weight), *(ops.sum(weight * ops.cast(x, "float32")) for x in found)]
     selections = totals.selections
     if not isinstance(selections, tuple):
         selections = selections + ops.sum(thinking.selections, axis=0)
-    return ThinkingTotals(*(a + b for a, b in zip(totals, sums)), selections)
+
+    def total(values: Tensor) -> Tensor:
+        return ops.sum(weight * ops.cast(values, "float32"))
+
+    return ThinkingTotals(
+        totals.tokens + ops.sum(weight),
+        totals.think_iterations + total(thinking.iterations),
+        totals.early_exit + total(thinking.early_exit),
+        totals.exit_confidence + total(thinking.exit_confidence),
+        selections,
+    )
 
 
 def thinking_stats(totals: ThinkingTotals | tuple[()], cache: Cache) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from qwen3_next.layers import (
     ThinkLoop,
 )
 from qwen3_next.layers.projection import dense
-from qwen3_next.models.weight_table import projection_dims
+from qwen3_next.models.think_weights import projection_dims
 
 
 def make_decoder_layer(

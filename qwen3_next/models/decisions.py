@@ -96,14 +96,12 @@ def check_decisions(config: Qwen3NextConfig, inputs: Inputs) -> None:
 def _check_route(config, route, rows):
     count = 0 if config.etd is None else config.etd.n_think_layers
     shape, is_array = tuple(route.shape), isinstance(route, np.ndarray)
-    if len(shape) != 2 or shape[1] != count or None not in (shape[0], rows) and shape[0] != rows:
+    if len(shape) != 2 or shape[1] != count or (None not in (shape[0], rows) and shape[0] != rows):
         raise ValueError(
             f"`route` must have an action for each of the {count} think layers, for all of the "
             f"{rows} rows at once or for each. Received: route.shape={shape}"
         )
-    if is_array and not (
-        np.issubdtype(route.dtype, np.integer) and np.isin(route, ACTIONS).all()
-    ):
+    if is_array and not (np.issubdtype(route.dtype, np.integer) and np.isin(route, ACTIONS).all()):
         raise ValueError(
             "`route` must hold actions, 0 (skip), 1 (execute) and 2 (repeat). "
             f"Received: route={shown(route)}"

@@ -5,7 +5,8 @@ from typing import Any
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.models.schedule import Schedule
-from qwen3_next.models.weight_table import PARTS, weight_table
+from qwen3_next.models.weight_rows import PARTS
+from qwen3_next.models.weight_table import weight_table
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

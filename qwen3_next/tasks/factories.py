@@ -268,7 +268,7 @@ def create_qwen3_next_model(
 
 def create_qwen3_next_efficient(variant_or_preset: str = PUBLISHED, **options: Any) -> Qwen3Next:
     """`create_qwen3_next_model` for little compute: a frozen backbone, at most 2 iterations up to a
-    confidence of 0.8, 3 tokens ahead.
+    confidence of 0.8, layer routers, 2 LoRA experts of rank 8, 3 tokens ahead.
 
     Args:
         variant_or_preset, **options: As for `create_qwen3_next_model`.
@@ -283,12 +283,12 @@ def create_qwen3_next_efficient(variant_or_preset: str = PUBLISHED, **options: A
     assert model.config.etd.max_think_iterations == 2
     ```
     """
-    return _with_depth(variant_or_preset, 2, 0.8, 3, {"freeze_backbone": True, **options})
+    return _with_depth(variant_or_preset, (2, 0.8), (2, 8), 3, {"freeze_backbone": True, **options})
 
 
 def create_qwen3_next_performance(variant_or_preset: str = PUBLISHED, **options: Any) -> Qwen3Next:
     """`create_qwen3_next_model` for quality: everything trains, at most 5 iterations up to a
-    confidence of 0.95, 4 tokens ahead.
+    confidence of 0.95, layer routers, 8 LoRA experts of rank 32, 4 tokens ahead.
 
     Args:
         variant_or_preset, **options: As for `create_qwen3_next_model`.
@@ -303,15 +303,21 @@ def create_qwen3_next_performance(variant_or_preset: str = PUBLISHED, **options:
     assert model.config.etd.max_think_iterations == 5
     ```
     """
-    return _with_depth(variant_or_preset, 5, 0.95, 4, options)
+    return _with_depth(variant_or_preset, (5, 0.95), (8, 32), 4, options)
 
 
-def _with_depth(variant_or_preset, iterations, threshold, tokens, options):
+def _with_depth(variant_or_preset, depth, experts, tokens, options):
     if options.get("use_etd", True) and "etd" not in options:
         is_variant = variant_or_preset in variants.names()
         etd = _default_etd(variant_or_preset, is_variant, options)
+        (iterations, threshold), (number, rank) = depth, experts
         options["etd"] = etd.replace(
-            max_think_iterations=iterations, confidence_threshold=threshold
+            max_think_iterations=iterations,
+            confidence_threshold=threshold,
+            use_layer_router=True,
+            use_lora_experts=True,
+            num_lora_experts=number,
+            lora_expert={"rank": rank, "alpha": 2.0 * rank},
         )
     if options.get("use_mtp", True) and "mtp" not in options:
         options["mtp"] = MTPConfig(

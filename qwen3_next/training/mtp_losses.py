@@ -51,7 +51,7 @@ def step_losses(
     Returns:
         `StepLosses`.
     """
-    token_ids, mask, segments = inputs
+    token_ids, mask, segments = inputs.token_ids, inputs.padding_mask, inputs.segment_ids
     if segments is not None:
         segments = segment_index(segments, mask)
     if mask is not None:

@@ -47,6 +47,31 @@ CASES = {
         14,
         {},
     ),
+    "LayerRouter": (
+        {"hidden_size": 5},
+        {"hidden_shape": WIDE, "prompt_shape": WIDE[:2]},
+        4,
+        {
+            "expected_output_shape": (2, 3),
+            **MANY,
+        },
+    ),
+    "LoRAExperts": (
+        {"num_experts": 3, "rank": 2, "output_shape": (2, 5)},
+        {"x_shape": WIDE, "weights_shape": (2, 1, 3)},
+        2,
+        {"expected_output_shape": (2, 3, 2, 5), **MANY},
+    ),
+    "ExpertRouter": (
+        {"num_experts": 4},
+        {"encoded_shape": WIDE, "hidden_shape": WIDE},
+        1,
+        {
+            "expected_output_shape": (2, 1, 4),
+            "expected_num_non_trainable_weights": 2,
+            **MANY,
+        },
+    ),
     "GatedRMSNorm": ({}, {"x_shape": WIDE, "gate_shape": WIDE}, 1, MANY),
     "PartialRotaryEmbedding": (
         {},
@@ -95,13 +120,16 @@ def test_a_layer_is_at_home_in_keras(name):
     output = next(iter(shape.values())) if isinstance(shape, dict) else shape
     harness = Harness()
     harness.setUp()
-    options = {"expected_output_shape": output, **options}
+    options = {
+        "expected_output_shape": output,
+        "expected_num_non_trainable_weights": 0,
+        **options,
+    }
     harness.run_layer_test(
         getattr(layers, name),
         init_kwargs=arguments,
         input_shape=shape,
         expected_num_trainable_weights=weights,
-        expected_num_non_trainable_weights=0,
         expected_num_losses=0,
         supports_masking=False,
         **options,

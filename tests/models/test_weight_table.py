@@ -4,7 +4,8 @@ import pytest
 
 from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
-from qwen3_next.models.weight_table import AXES, PARTS, weight_table
+from qwen3_next.models.weight_rows import AXES, PARTS
+from qwen3_next.models.weight_table import weight_table
 from tests.support.published import MODELS, published
 from tests.support.small_models import SMALL, small
 

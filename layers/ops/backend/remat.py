@@ -5,14 +5,10 @@ from typing import Any
 
 import keras
 
-from ..tensor_types import Tensor
-
 BACKEND = keras.backend.backend()
 
 
-def remat(
-    function: Callable[..., Any], layers: Sequence[keras.layers.Layer]
-) -> Callable[..., Any]:
+def remat(function: Callable[..., Any], layers: Sequence[keras.layers.Layer]) -> Callable[..., Any]:
     """`function(*tensors)`, of which only these are kept for the backward pass.
 
     Args:

@@ -1,0 +1,214 @@
+"""Supervised training of layer routers on routes that a path search has found."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from qwen3_next.config.validation import (
+    BOOLEAN,
+    NOT_NEGATIVE,
+    Rule,
+    integer,
+    is_list_of,
+    number,
+    require,
+)
+from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.inputs import check_token_ids, unpack
+from qwen3_next.tasks.task import Task
+
+ACTIONS = 3
+COUNTS = Rule(
+    "three counts of at least 0", lambda v: is_list_of(v, integer(0).fits) and len(v) == 3
+)
+WEIGHTS = Rule(
+    "three numbers of at least 0", lambda v: is_list_of(v, NOT_NEGATIVE.fits) and len(v) == 3
+)
+SHARE = number("in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def effective_number_weights(counts: Sequence[int], beta: float = 0.999) -> list[float]:
+    """Class weights `alpha_c = (1 - beta) / (1 - beta^n_c)`, divided by their sum and times 3.
+
+    An action that never occurs counts as one that occurs once.
+
+    Args:
+        counts: How often the labels skip, run and repeat a layer.
+        beta: In [0, 1); 0 gives equal weights.
+
+    Reference: Class-Balanced Loss Based on Effective Number of Samples, arXiv 1901.05555.
+
+    Example:
+
+    ```python
+    from qwen3_next import effective_number_weights
+
+    weights = effective_number_weights([4399, 120956, 1457])
+    assert abs(sum(weights) - 3) < 1e-9 and weights[2] > weights[0] > weights[1]
+    ```
+    """
+    require(COUNTS, "counts", list(counts))
+    require(SHARE, "beta", beta)
+    alphas = [(1 - beta) / (1 - beta ** max(count, 1)) for count in counts]
+    return [ACTIONS * alpha / sum(alphas) for alpha in alphas]
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class FocalLoss(keras.losses.Loss):
+    """Focal cross-entropy of actions.
+
+        loss = -alpha_a (1 - p_a)^gamma log p_a,   p = softmax(logits), a the label
+
+    Args:
+        class_weights: alpha, one per action.
+        gamma: Focus on what is not yet predicted well; 0 for the cross-entropy.
+
+    Reference: Focal Loss for Dense Object Detection, arXiv 1708.02002.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from qwen3_next import FocalLoss
+
+    loss = FocalLoss(gamma=0.0)(np.array([[1]]), np.zeros((1, 1, 3), "float32"))
+    assert abs(float(loss) - np.log(3)) < 1e-6
+    ```
+    """
+
+    def __init__(
+        self,
+        class_weights: Sequence[float] = (1.0, 1.0, 1.0),
+        gamma: float = 2.0,
+        name: str = "focal_loss",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name, **kwargs)
+        require(WEIGHTS, "class_weights", list(class_weights))
+        require(NOT_NEGATIVE, "gamma", gamma)
+        self.class_weights = [float(weight) for weight in class_weights]
+        self.gamma = gamma
+
+    def call(
+        self, y_true: Annotated[Tensor, "B L"], y_pred: Annotated[Tensor, "B L 3"]
+    ) -> Annotated[Tensor, "B L"]:
+        logs = ops.log_softmax(ops.cast(y_pred, "float32"))
+        labels = ops.cast(y_true, "int32")[..., None]
+        hit = ops.cast(labels == ops.arange(ACTIONS, dtype="int32"), "float32")
+        log = ops.sum(hit * logs, axis=-1)
+        alpha = ops.sum(hit * ops.convert_to_tensor(self.class_weights, "float32"), axis=-1)
+        return -alpha * ops.power(1.0 - ops.exp(log), self.gamma) * log
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "class_weights": self.class_weights, "gamma": self.gamma}
+
+
+class RouterTrainer(keras.Model):
+    """Trains the layer routers of a model, and nothing else, on labels.
+
+        x = {"token_ids", "padding_mask"}        prompts        -> logits (B, L, 3)
+        y = (B, L) actions
+
+    With teacher forcing a router reads what the labels of the layers before it leave, as it will
+    once they are learned. Everything but the routers is frozen, also afterwards.
+
+    Args:
+        model: `Qwen3Next` or `Qwen3NextClassifier` with layer routers.
+        teacher_forcing: Whether rows take the labels' routes in training; otherwise those that
+            their routers say.
+
+    Raises:
+        ValueError: a model without layer routers; and from `fit`, labels that are no actions.
+
+    Example:
+
+    ```python
+    import numpy as np
+    from qwen3_next import ETDConfig, FocalLoss, Qwen3Next, RouterTrainer
+
+    etd = ETDConfig(1, 2, 1, max_think_iterations=1, adaptive_depth=False, use_layer_router=True)
+    model = Qwen3Next.from_variant(
+        "tiny", vocab_size=64, hidden_size=32, num_layers=4, num_experts=0, etd=etd
+    )
+    trainer = RouterTrainer(model)
+    trainer.compile("adamw", FocalLoss(), metrics=["accuracy"])
+    trainer.fit(np.ones((4, 8), "int32"), np.tile([[1, 0]], (4, 1)), verbose=0)
+    ```
+
+    Reference: Dr.LLM, arXiv 2510.12773, section 3.
+    """
+
+    def __init__(self, model: Task, teacher_forcing: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        etd = model.config.etd if isinstance(model, Task) else None
+        if etd is None or not etd.use_layer_router:
+            raise ValueError(
+                "`model` must be a Qwen3Next or a Qwen3NextClassifier with layer routers, "
+                f"`ETDConfig(use_layer_router=True)`. Received: model={model!r}"
+            )
+        require(BOOLEAN, "teacher_forcing", teacher_forcing)
+        self.model = model
+        self.teacher_forcing = teacher_forcing
+        self.num_layers = etd.n_think_layers
+        kept = {id(layer) for router in self._routers() for layer in router._flatten_layers()}
+        for layer in model._flatten_layers(recursive=True):
+            is_leaf = not list(layer._flatten_layers(recursive=True, include_self=False))
+            if is_leaf and id(layer) not in kept:
+                layer.trainable = False
+        self.built = True
+
+    def _routers(self):
+        return self.model.backbone.think_loop.routers
+
+    def call(self, inputs: Any, training: bool | None = None) -> Annotated[Tensor, "B L 3"]:
+        # Routes are decided in the first iteration: the program holds no other, nor what follows.
+        output = self.model.backbone(inputs, full_output=True, think_iterations=1)
+        return output.thinking.route_logits
+
+    def compute_output_spec(self, inputs: Any, **kwargs: Any) -> keras.KerasTensor:
+        token_ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
+        return keras.KerasTensor((token_ids.shape[0], self.num_layers, ACTIONS), "float32")
+
+    def train_step(self, *args):
+        return super().train_step(*self._with_prompts(args, self.teacher_forcing))
+
+    def test_step(self, *args):
+        return super().test_step(*self._with_prompts(args, False))
+
+    def predict_step(self, *args):
+        return super().predict_step(*self._with_prompts(args, False))
+
+    def _with_prompts(self, args, forced):
+        """The arguments of a step, its rows prompts as a whole, perhaps with the labels' routes."""
+        *state, data = args
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        inputs = unpack(x)
+        prompt = ops.ones_like(inputs.token_ids, "bool")
+        route = ops.cast(y, "int32") if forced and y is not None else None
+        x = inputs._replace(prompt_mask=prompt, route=route).given()
+        return *state, (x, y, sample_weight)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if y is not None:
+            self._check(y)
+            check_token_ids(x, self.model.config.vocab_size)
+        return super().fit(x, y, *args, **kwargs)
+
+    def _check(self, y):
+        labels = np.asarray(y)
+        if labels.ndim != 2 or labels.shape[1] != self.num_layers:
+            raise ValueError(
+                f"Labels must have shape (rows, {self.num_layers}), an action for every think "
+                f"layer. Received: y.shape={labels.shape}"
+            )
+        if not np.issubdtype(labels.dtype, np.integer) or not np.isin(labels, range(ACTIONS)).all():
+            raise ValueError(
+                "Labels must be actions, 0 (skip), 1 (execute) and 2 (repeat). "
+                f"Received: y with {np.unique(labels)[:8]}"
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        raise NotImplementedError("Save the model whose routers were trained, not the trainer.")
