@@ -92,7 +92,7 @@ def decided(
     logits = router(hidden, given.prompt)
     drawn = logits
     if not isinstance(routes.weights, tuple):
-        uniform = keras.random.uniform(logits.shape, seed=DrawnSeed(given.route_seeds[place]))
+        uniform = keras.random.uniform(ops.shape(logits), seed=DrawnSeed(given.route_seeds[place]))
         noise = -ops.log(-ops.log(ops.clip(uniform, 1e-7, 1.0 - 1e-7)))
         drawn = logits + noise / router.temperature
     action = ops.cast(ops.argmax(drawn, axis=-1), "int32")

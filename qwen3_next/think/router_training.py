@@ -153,17 +153,17 @@ class RouterTrainer(keras.Model):
         self.model = model
         self.teacher_forcing = teacher_forcing
         self.num_layers = etd.n_think_layers
-        kept = {id(layer) for router in self._routers() for layer in router._flatten_layers()}
-        for layer in model._flatten_layers(recursive=True):
-            is_leaf = not list(layer._flatten_layers(recursive=True, include_self=False))
-            if is_leaf and id(layer) not in kept:
+        loop = model.backbone.think_loop
+        kept = {id(v) for router in loop.routers for v in router.variables}
+        for layer in model._flatten_layers():
+            if not any(id(variable) in kept for variable in layer.variables):
                 layer.trainable = False
         self.built = True
 
-    def _routers(self):
-        return self.model.backbone.think_loop.routers
-
     def call(self, inputs: Any, training: bool | None = None) -> Annotated[Tensor, "B L 3"]:
+        inputs = unpack(inputs)
+        prompt = ops.ones_like(inputs.token_ids, "bool")  # all of a row is its prompt
+        inputs = inputs._replace(prompt_mask=prompt).given()
         # Routes are decided in the first iteration: the program holds no other, nor what follows.
         output = self.model.backbone(inputs, full_output=True, think_iterations=1)
         return output.thinking.route_logits
@@ -173,23 +173,12 @@ class RouterTrainer(keras.Model):
         return keras.KerasTensor((token_ids.shape[0], self.num_layers, ACTIONS), "float32")
 
     def train_step(self, *args):
-        return super().train_step(*self._with_prompts(args, self.teacher_forcing))
-
-    def test_step(self, *args):
-        return super().test_step(*self._with_prompts(args, False))
-
-    def predict_step(self, *args):
-        return super().predict_step(*self._with_prompts(args, False))
-
-    def _with_prompts(self, args, forced):
-        """The arguments of a step, its rows prompts as a whole, perhaps with the labels' routes."""
-        *state, data = args
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        inputs = unpack(x)
-        prompt = ops.ones_like(inputs.token_ids, "bool")
-        route = ops.cast(y, "int32") if forced and y is not None else None
-        x = inputs._replace(prompt_mask=prompt, route=route).given()
-        return *state, (x, y, sample_weight)
+        if self.teacher_forcing:
+            *state, data = args
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            x = unpack(x)._replace(route=ops.cast(y, "int32")).given()
+            args = *state, (x, y, sample_weight)
+        return super().train_step(*args)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         if y is not None:
