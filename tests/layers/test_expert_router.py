@@ -16,13 +16,13 @@ from tests.support.running import (
 )
 
 RNG = np.random.default_rng(0)
-ENCODED, HIDDEN = RNG.normal(size=(2, 4, 7, 6)).astype("float32")
+ENCODED, HIDDEN = (RNG.normal(size=(2, 4, 7, 6)) * [[[[1.0]]], [[[7.0]]]]).astype("float32")
 PROMPT = np.stack([RNG.permutation(np.arange(7) < length) for length in (1, 3, 5, 7)])
 EXPERTS = 3
 
 
 def learned(granularity="sequence", **options):
-    """A router with larger weights than the first ones, always the same."""
+    """A router as if it had learned, always the same."""
     router = ExpertRouter(EXPERTS, granularity, **options)
     router.build(ENCODED.shape)
     kernel = router.score.kernel
@@ -32,8 +32,9 @@ def learned(granularity="sequence", **options):
 
 def by_hand(router, prompt):
     """Scores `(B, T, N)` in float64; `None` for those of every token by itself."""
-    both = np.concatenate([ENCODED, HIDDEN], axis=-1).astype("float64")
-    u = both @ to_numpy(router.score.kernel.value)
+    states = [x.astype("float64") for x in (ENCODED, HIDDEN)]
+    normed = [x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) for x in states]
+    u = np.concatenate(normed, axis=-1) @ to_numpy(router.score.kernel.value)
     if prompt is not None:
         u = np.stack([row[real].mean(0, keepdims=True) for row, real in zip(u, prompt)])
     return 1 / (1 + np.exp(-u))
@@ -56,6 +57,18 @@ def test_the_shape_is_known_before_the_values(granularity, length):
     router, x = learned(granularity), keras.KerasTensor((4, 7, 6))
     spec = router(x, x, keras.KerasTensor((4, 7), dtype="bool"))
     assert spec.shape == (4, length, EXPERTS) and spec.dtype == "float32"
+
+
+def test_the_size_of_a_state_is_not_seen():
+    router = learned()
+    expected = run(router, ENCODED, HIDDEN, PROMPT)
+    assert_close(run(router, 50 * ENCODED, HIDDEN / 3, PROMPT), expected, 2e-5)
+
+
+def test_a_new_router_tells_inputs_apart():
+    router = ExpertRouter(200)
+    router.build((None, None, 32))
+    assert np.std(to_numpy(router.score.kernel.value)) == pytest.approx(1 / 8, rel=0.05)
 
 
 def test_without_a_prompt_no_expert_is_better():
