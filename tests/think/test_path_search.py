@@ -74,7 +74,7 @@ def test_visits_and_rewards_count_for_all_above():
         assert node.reward == sum(found.rewards[one.route] for one in below(node))
 
 
-def full_of_children(random_moves, seed=0):
+def full_of_children(random_moves, seed):
     """A tree whose root must not get one more child."""
     found = tree(seed=seed, random_moves=random_moves)
     found.record(FULL, False)
@@ -85,16 +85,15 @@ def full_of_children(random_moves, seed=0):
     return found
 
 
-def test_the_child_with_the_largest_bound_goes_on():
-    found = full_of_children(random_moves=0.0)
+def goes_on_with_the_best(random_moves, seed):
+    found = full_of_children(random_moves, seed)
     best = max(found.root.children, key=lambda node: ucb(node, 1.8, 3.0))
-    assert found.nodes[found.propose()].parent is best
+    return found.nodes[found.propose()].parent is best
 
 
-def test_a_random_child_may_go_on():
-    trees = [full_of_children(1.0, seed) for seed in range(10)]
-    places = {t.root.children.index(t.nodes[t.propose()].parent) for t in trees}
-    assert len(places) > 2
+def test_the_child_with_the_largest_bound_goes_on_or_a_random_one():
+    assert all(goes_on_with_the_best(0.0, seed) for seed in SEEDS)
+    assert sum(goes_on_with_the_best(1.0, seed) for seed in SEEDS) < len(SEEDS) / 2
 
 
 @pytest.mark.parametrize("seed", SEEDS)
