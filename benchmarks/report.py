@@ -38,7 +38,7 @@ def table(results):
     for name, by in found.items():
         cells = [_cost(by.get(contender)) for contender in who]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [*_speculation(found), *_thinking(found), *_adaptive(found)]
+    lines += [*_speculation(found), *_thinking(found), *_adaptive(found), *_routes(found)]
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +108,26 @@ def _adaptive(found):
                 speed = f"{row['units_per_second']:.0f}"
                 lines.append(f"| {name}, {contender} | {k:.2f} | {speed} |")
     return ["", "| | mean iterations | tokens/s |", "|---|---|---|", *lines] if lines else []
+
+
+def _routes(found):
+    """Times with layer routers, in times of the model without them."""
+    lines = []
+    for name, by in found.items():
+        work, _, rest = name.rpartition(", ")
+        if rest != "no routers":
+            continue
+        for contender, without in by.items():
+            kinds = ("routers asked", "half skipped")
+            rows = [found.get(f"{work}, {kind}", {}).get(contender, {}) for kind in kinds]
+            if "failed" in without or any("seconds" not in row for row in rows):
+                continue
+            cells = [f"{row['seconds'] / without['seconds']:.3f}x" for row in rows]
+            lines.append(f"| {work}, {contender} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = "| | routers asked | half of the think layers skipped |"
+    return ["", "Time against that without layer routers.", "", head, "|---|---|---|", *lines]
 
 
 def _time(result, ours):

@@ -23,6 +23,7 @@ from benchmarks.workloads import (
     MODELS,
     adaptive_thinking,
     curves,
+    routes,
     rows,
     speculation,
     thinking,
@@ -42,7 +43,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
 
-    known = (*rows(), *speculation(), *thinking(), *adaptive_thinking(), *curves())
+    known = (*rows(), *speculation(), *thinking(), *adaptive_thinking(), *routes(), *curves())
     wanted = [row for row in known if args.only in row.name]
     if args.quick:
         wanted = [row for row in wanted if row.quick]

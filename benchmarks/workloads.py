@@ -1,6 +1,10 @@
 """What is measured: the models, the rows of the table and the points of the scaling curves."""
 
+import json
+from pathlib import Path
 from typing import NamedTuple
+
+VARIANTS = Path(__file__).resolve().parents[1] / "variants"
 
 MODEL = {
     "vocab_size": 8192,
@@ -41,6 +45,18 @@ ETD = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 1}
 THINKING = {**MODEL, "etd": {**ETD, "adaptive_depth": False}}
 ADAPTIVE = {**MODEL, "etd": {**ETD, "adaptive_depth": True}}
 WITHOUT_THINK_BLOCK = {**MODEL, "num_layers": 2, "full_attention_interval": 2}
+# The variant `small`, six of its twelve layers think once: without routers, and with them.
+SMALL = {
+    **json.loads((VARIANTS / "small.json").read_text()),
+    "etd": {
+        "n_encoder_layers": 3,
+        "n_think_layers": 6,
+        "n_decoder_layers": 3,
+        "max_think_iterations": 1,
+        "adaptive_depth": False,
+    },
+}
+ROUTED = {**SMALL, "etd": {**SMALL["etd"], "use_layer_router": True}}
 MODELS = {
     "model": MODEL,
     "many_experts": MANY_EXPERTS,
@@ -48,6 +64,8 @@ MODELS = {
     "thinking": THINKING,
     "adaptive": ADAPTIVE,
     "without_think_block": WITHOUT_THINK_BLOCK,
+    "small": SMALL,
+    "routed": ROUTED,
 }
 
 EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow", "transformers")
@@ -147,6 +165,22 @@ def adaptive_thinking():
         name, adaptive = f"think loop: decode, batch 4, {prompts}", {**size, "prompts": prompts}
         adaptive["think_iterations"] = 4
         yield Row(name, "decode", adaptive, OURS, "adaptive", quick=prompts == "easy")
+
+
+def routes():
+    """Reading and writing with layer routers, on the full path and past half of the think layers."""
+    half = [0, 1] * 3
+    for what, size in (
+        ("prefill 1 x 1024", {"batch": 1, "length": 1024}),
+        ("decode, batch 1", {"batch": 1, "length": 16, "new": 64}),
+    ):
+        task = what.split()[0].rstrip(",")
+        for kind, model, extra in (
+            ("no routers", "small", {}),
+            ("routers asked", "routed", {"asks": True}),
+            ("half skipped", "routed", {"route": half}),
+        ):
+            yield Row(f"routes: {what}, {kind}", task, {**size, **extra}, OURS, model)
 
 
 def curves():

@@ -12,25 +12,26 @@ from .projection import RowDense
 from .shapes import Shape
 
 NO_EXPERT = -1
+EPSILON = 1e-6
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
 class ExpertRouter(keras.layers.Layer):
     """Scores the LoRA experts of a think loop and balances how often each is chosen.
 
-        u = [e; s] W                              e the encoder's output, s the think state
+        u = [e / rms(e); s / rms(s)] W            e the encoder's output, s the think state
         r = sigmoid(mean of u over the prompt)    or of every token by itself
         n = argmax(r + b)                         b decides only who is chosen
         gate = 1 + (r_n - stop_gradient(r_n))     1 forward, the slope of r_n backward
 
-    W is drawn small. The selection bias b does not train: after every training step it moves up
+    W is drawn with a standard deviation of 1 / sqrt(2 D), so that inputs are told apart from the
+    beginning: experts that begin as equals would else all learn the mean of what they see. The selection bias b does not train: after every training step it moves up
     for experts that were chosen too rarely and down for the others.
 
     Args:
         num_experts: Experts N.
         granularity: `"sequence"`, where a row chooses by its prompt, or `"token"`.
         bias_update_rate: Step of the selection bias.
-        initializer_range: Standard deviation of the initial W.
 
     Call arguments:
         encoded: `(B, T, D)`, e.
@@ -60,7 +61,6 @@ class ExpertRouter(keras.layers.Layer):
         num_experts: int,
         granularity: str = "sequence",
         bias_update_rate: float = 0.001,
-        initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
         super().__init__(autocast=False, **kwargs)
@@ -73,7 +73,6 @@ class ExpertRouter(keras.layers.Layer):
         self.num_experts = num_experts
         self.granularity = granularity
         self.bias_update_rate = bias_update_rate
-        self.initializer_range = initializer_range
 
     def build(
         self,
@@ -84,7 +83,7 @@ class ExpertRouter(keras.layers.Layer):
         self.score = RowDense(
             self.num_experts,
             use_bias=False,
-            kernel_initializer=Normal(self.initializer_range),
+            kernel_initializer=Normal((2 * encoded_shape[-1]) ** -0.5),
             name="score",
             dtype="float32",
         )
@@ -99,7 +98,7 @@ class ExpertRouter(keras.layers.Layer):
         hidden: Annotated[Tensor, "B T D"],
         prompt: Annotated[Tensor, "B T"] | None = None,
     ) -> Annotated[Tensor, "B T N"]:
-        both = ops.concatenate([ops.cast(x, "float32") for x in (encoded, hidden)], axis=-1)
+        both = ops.concatenate([_normed(encoded), _normed(hidden)], axis=-1)
         with full_precision():
             if self.granularity == "sequence":
                 weight = ops.ones_like(both[..., :1]) if prompt is None else prompt[..., None]
@@ -154,5 +153,9 @@ class ExpertRouter(keras.layers.Layer):
             "num_experts": self.num_experts,
             "granularity": self.granularity,
             "bias_update_rate": self.bias_update_rate,
-            "initializer_range": self.initializer_range,
         }
+
+
+def _normed(x: Tensor) -> Tensor:
+    x = ops.cast(x, "float32")
+    return x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + EPSILON)

@@ -24,9 +24,19 @@ def build(config, think_iterations=None):
     return Qwen3Next(Qwen3NextConfig.from_dict(config))
 
 
-def prefill(config, batch, length, think_iterations=None):
+def prefill(config, batch, length, think_iterations=None, asks=False, route=None):
     model = build(config, think_iterations)
-    return forward(model, model.variables, token_ids(config, batch, length))
+    ids, decisions = token_ids(config, batch, length), {}
+    if asks:
+        decisions["prompt_mask"] = np.ones((batch, length), bool)
+    if route is not None:
+        decisions["route"] = np.tile(route, (batch, 1)).astype("int32")
+    decisions = {name: ops.convert_to_tensor(value) for name, value in decisions.items()}
+
+    def call(ids):
+        return model({"token_ids": ids, **decisions})
+
+    return forward(call if decisions else model, model.variables, ids)
 
 
 def train(config, batch, length, think_iterations=None):
@@ -35,7 +45,8 @@ def train(config, batch, length, think_iterations=None):
     return train_work(model, token_ids(config, batch, length + 1))
 
 
-def decode(config, batch, length, new, think_iterations=None, prompts=None):
+def decode(config, batch, length, new, think_iterations=None, prompts=None, asks=False, route=None):
+    del asks  # `generate` does, unless it is told a route
     model = build(config, think_iterations)
     ids = token_ids(config, batch, length)
     if prompts is not None:
@@ -46,7 +57,7 @@ def decode(config, batch, length, new, think_iterations=None, prompts=None):
     found = []
 
     def run():
-        found[:] = [model.generate(ids, new)]
+        found[:] = [model.generate(ids, new, **({} if route is None else {"route": route}))]
 
     def notes():
         return {"mean_iterations": found[0].stats["think_iterations"]}

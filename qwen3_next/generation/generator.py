@@ -179,7 +179,7 @@ class Generator:
         }
         reads = reads_prompts(config) and not decides_all(config, decisions)
         if reads:
-            size = max(size, prompts.token_ids.shape[1])
+            size = max(size, bucket(prompts.token_ids.shape[1], SMALLEST_WIDTH))
         for chunk in prefill_chunks(prompts, size, config.max_position_embeddings):
             prompt = {"prompt_mask": chunk.mask} if reads else {}
             yield chunk._replace(decisions={**decisions, **prompt} or ())

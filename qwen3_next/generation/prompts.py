@@ -66,7 +66,7 @@ def prefill_chunks(prompts: Prompts, size: int, longest: int) -> Iterator[Prefil
     """
     length = prompts.token_ids.shape[1]
     for start in range(0, length, size):
-        width = min(bucket(min(length - start, size), SMALLEST_CHUNK), longest - start)
+        width = min(bucket(min(length - start, size), SMALLEST_CHUNK), size, longest - start)
         ids = np.zeros((len(prompts.lengths), width + 1), "int32")
         here = prompts.token_ids[:, start : start + width + 1]
         ids[:, : here.shape[1]] = here

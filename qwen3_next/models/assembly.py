@@ -100,7 +100,6 @@ def _make_experts(config, etd, dtype):
         etd.num_lora_experts,
         expert.granularity,
         expert.bias_update_rate,
-        std,
         name="expert_router",
         dtype=dtype,
     )

@@ -61,11 +61,6 @@ def check_decisions(config: Qwen3NextConfig, inputs: Inputs) -> None:
     """
     etd = config.etd
     if inputs.route is not None:
-        if etd is None or not etd.use_layer_router:
-            raise ValueError(
-                "A `route` needs a model with layer routers, `ETDConfig(use_layer_router=True)`. "
-                f"Received: route={shown(inputs.route)}, etd={etd}"
-            )
         values = host_values("route", inputs.route)
         _check_route(config, inputs.route if values is None else values, inputs.token_ids.shape[0])
     if inputs.branch is not None:
@@ -94,7 +89,13 @@ def check_decisions(config: Qwen3NextConfig, inputs: Inputs) -> None:
 
 
 def _check_route(config, route, rows):
-    count = 0 if config.etd is None else config.etd.n_think_layers
+    etd = config.etd
+    if etd is None or not etd.use_layer_router:
+        raise ValueError(
+            "A `route` needs a model with layer routers, `ETDConfig(use_layer_router=True)`. "
+            f"Received: route={shown(route)}, etd={etd}"
+        )
+    count = etd.n_think_layers
     shape, is_array = tuple(route.shape), isinstance(route, np.ndarray)
     if len(shape) != 2 or shape[1] != count or (None not in (shape[0], rows) and shape[0] != rows):
         raise ValueError(

@@ -64,7 +64,7 @@ def merge_lora_expert(model: Task, expert: int) -> Any:
     merged = type(model).from_config({**fields, "etd": etd.replace(**without).to_dict()})
     values = {variable.path: variable for variable in model.weights}
     for variable in merged.weights:
-        variable.assign(values[variable.path])
+        variable.assign(ops.copy(values[variable.path].value))
     loop = model.backbone.think_loop
     for layer, experts in zip(merged.backbone.think_loop.layers, loop.experts):
         projections = layer.mixer.projections()

@@ -251,26 +251,24 @@ class _ResultsFile:
         """What is there already, by number of the prompt; a new file gets its first line."""
         if self.path is None:
             return {}
-        if not self.path.exists():
-            self.path.write_text(json.dumps(self.head) + "\n", encoding="utf-8")
+        head = json.dumps(self.head) + "\n"
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if head.startswith(text):  # nothing there, or cut off when it was begun
+            self.path.write_text(head, encoding="utf-8")
             return {}
-        text = self.path.read_text(encoding="utf-8")
-        lines = text.splitlines()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # the last line was cut off when it was written
-            lines = lines[:-1]
-            self.path.write_text(whole, encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # without a line that was cut off
         try:
-            head, *entries = map(json.loads, lines)
-            same = head == json.loads(json.dumps(self.head))
+            first, *entries = map(json.loads, whole.splitlines() or [text])
             found = {entry.pop("number"): _from_json(entry, self.rows) for entry in entries}
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.path} does not hold the results of a path search") from error
-        if not same:
+        if first != json.loads(head):
             raise ValueError(
                 f"{self.path} is of other prompts or settings: continue that search, or give "
                 f"another `path`. Received: path={str(self.path)!r}"
             )
+        if whole != text:
+            self.path.write_text(whole, encoding="utf-8")
         return {n: dataclasses.replace(one, prompt=tuple(self.rows[n])) for n, one in found.items()}
 
     def add(self, number, result):

@@ -30,6 +30,7 @@ class Node:
         children: The nodes that it was moved to.
         visits: Simulations through it.
         reward: Sum of their rewards.
+        exhausted: Whether no route is left to try below it.
     """
 
     route: Route
@@ -37,6 +38,7 @@ class Node:
     children: list["Node"] = field(default_factory=list)
     visits: int = 0
     reward: float = 0.0
+    exhausted: bool = False
 
 
 def ucb(node: Node, exploration: float, length_penalty: float) -> float:
@@ -104,21 +106,23 @@ class PathTree:
         self.rewards: dict[Route, bool] = {}
 
     def propose(self) -> Route | None:
-        """A route that was not tried yet; `None` where none is left below the nodes chosen."""
+        """A route that was not tried yet; `None` where all were."""
         node = self.root
-        while True:
+        while not self.root.exhausted:
             untried = [route for route in moves(node.route) if route not in self.nodes]
-            if untried and len(node.children) <= WIDENING * math.sqrt(node.visits):
+            going = [child for child in node.children if not child.exhausted]
+            if untried and (not going or len(node.children) <= WIDENING * math.sqrt(node.visits)):
                 child = Node(untried[self.rng.integers(len(untried))], node)
                 node.children.append(child)
                 self.nodes[child.route] = child
                 return child.route
-            if not node.children:
-                return None
-            if self.rng.random() < self.random_moves:
-                node = node.children[self.rng.integers(len(node.children))]
+            if not going:
+                node.exhausted, node = True, self.root
+            elif self.rng.random() < self.random_moves:
+                node = going[self.rng.integers(len(going))]
             else:
-                node = max(node.children, key=self._bound)
+                node = max(going, key=self._bound)
+        return None
 
     def record(self, route: Route, reward: bool) -> None:
         """Notes the reward of a route that was proposed, or of the full path."""
@@ -130,12 +134,12 @@ class PathTree:
             node = node.parent
 
     def best(self) -> Route | None:
-        """The shortest route with a reward, of equally long ones that with the fewest layers; the
-        full path before others like it. `None` where no route had one."""
+        """The shortest route with a reward, of equally long ones the full path, else that with the
+        fewest layers. `None` where no route had one."""
         found = [route for route, reward in self.rewards.items() if reward]
 
-        def cost(route: Route) -> tuple[int, int, bool]:
-            return sum(route), sum(map(bool, route)), route != self.root.route
+        def cost(route: Route) -> tuple[int, bool, int]:
+            return sum(route), route != self.root.route, sum(map(bool, route))
 
         return min(found, key=cost, default=None)
 

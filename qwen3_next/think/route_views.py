@@ -26,8 +26,8 @@ def route_flops(
     """Floating-point operations that a token costs on a route.
 
     Two for each weight that it meets (an MoE layer counts the experts that it is routed to), in
-    attention four times the query width for each token before it, in a DeltaNet six for each
-    element of the state. Layers outside of the loop, head and norms are counted, routers are not.
+    attention four times the query width for each token that it sees, in a DeltaNet six for each
+    element of the state. Layers outside of the loop and the head are counted, routers are not.
 
     Args:
         config: `Qwen3NextConfig` of a model with a think loop.
@@ -56,7 +56,11 @@ def route_flops(
         raise ValueError("`config` must have a think loop. Received: config.etd=None")
     require(integer(0), "context", context)
     passes = np.ones(etd.n_think_layers) if route is None else np.asarray(route, "float64")
-    if passes.ndim not in (1, 2) or passes.shape[-1] != etd.n_think_layers or (passes < 0).any():
+    if (
+        passes.ndim not in (1, 2)
+        or passes.shape[-1] != etd.n_think_layers
+        or not (passes >= 0).all()
+    ):
         raise ValueError(
             f"`route` must hold a number of passes for each of the {etd.n_think_layers} think "
             f"layers. Received: route={route}"
@@ -96,7 +100,11 @@ def plot_router_actions(actions: Any, path: Any = None, ax: Any = None, first: i
     ```
     """
     counts = np.asarray(actions, "float64")
-    if counts.ndim != 2 or counts.shape[1] != len(ACTIONS) or not (counts.sum(1) > 0).all():
+    if (
+        counts.ndim != 2
+        or counts.shape[1] != len(ACTIONS)
+        or not (len(counts) and (counts >= 0).all() and (counts.sum(1) > 0).all())
+    ):
         raise ValueError(
             "`actions` must be counts (layers, 3), some for every layer. "
             f"Received: actions={actions}"

@@ -100,7 +100,9 @@ class FocalLoss(keras.losses.Loss):
         hit = ops.cast(labels == ops.arange(ACTIONS, dtype="int32"), "float32")
         log = ops.sum(hit * logs, axis=-1)
         alpha = ops.sum(hit * ops.convert_to_tensor(self.class_weights, "float32"), axis=-1)
-        return -alpha * ops.power(1.0 - ops.exp(log), self.gamma) * log
+        # Not 0, where a power below 1 has no slope.
+        missing = ops.maximum(1.0 - ops.exp(log), 1e-7)
+        return -alpha * ops.power(missing, self.gamma) * log
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "class_weights": self.class_weights, "gamma": self.gamma}
@@ -165,7 +167,7 @@ class RouterTrainer(keras.Model):
         prompt = ops.ones_like(inputs.token_ids, "bool")  # all of a row is its prompt
         inputs = inputs._replace(prompt_mask=prompt).given()
         # Routes are decided in the first iteration: the program holds no other, nor what follows.
-        output = self.model.backbone(inputs, full_output=True, think_iterations=1)
+        output = self.model.backbone(inputs, full_output=True, think_iterations=1, training=False)
         return output.thinking.route_logits
 
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> keras.KerasTensor:

@@ -314,3 +314,19 @@ def test_routers_learn_from_what_was_solved():
     assert unsolved.routes.shape == (0, 3)
     with pytest.raises(ValueError, match="nothing to learn"):
         unsolved.training_data()
+
+
+def test_all_routes_are_tried_if_there_are_simulations_enough():
+    found = tree(2)
+    found.record((1, 1), False)
+    while (route := found.propose()) is not None:
+        found.record(route, False)
+    assert len(found.rewards) == 9
+
+
+def test_a_file_of_something_else_without_a_last_newline_stays_as_it_is(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"config\.json"):
+        search(fails, path=path)
+    assert path.read_text() == '{"a": 1}'

@@ -93,7 +93,7 @@ def test_bad_arguments_are_refused_by_name(make, name):
 ETD = {"n_encoder_layers": 0, "n_think_layers": 2, "n_decoder_layers": 0}
 ETD |= {"max_think_iterations": 2, "adaptive_depth": False}
 ROUTER = {"hidden_size": 16, "window_size": 1, "num_windows": 4}
-ROUTED = {"use_layer_router": True, "layer_router": ROUTER, "router_warmup_steps": 0}
+ROUTED = {"use_layer_router": True, "layer_router": ROUTER}
 DENSE = {"num_layers": 2, "num_experts": 0, "mlp_only_layers": ()}
 DENSE |= {"layer_types": ("full_attention",) * 2}
 # The first token of a prompt says its route.
@@ -208,3 +208,11 @@ def test_what_has_no_routers_cannot_be_trained():
 def test_a_trainer_is_not_what_one_saves():
     with pytest.raises(NotImplementedError, match="not the trainer"):
         RouterTrainer(routable()).get_config()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_a_prediction_that_is_certain_has_a_gradient(gamma):
+    logits = np.array([[[0, 30, 0]]], "float32")
+    arrays = [np.array([[1]], "int32"), logits]
+    found = gradients(FocalLoss(gamma=gamma).call, arrays, np.ones((1, 1), "float32"))
+    np.testing.assert_allclose(found[1], np.zeros((1, 1, 3)), atol=1e-6)

@@ -1,0 +1,209 @@
+"""Models with layer routers and LoRA experts: training, generation and files."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+from qwen3_next import (
+    ETDConfig,
+    MTPConfig,
+    Qwen3Next,
+    Qwen3NextClassifier,
+    describe,
+    wrap_transformer_with_etd,
+)
+from qwen3_next.generation.generator import Generator
+from tests.support.routed_models import ETD, EXPERTS, KINDS, ROUTES, learn, routed
+from tests.support.running import to_numpy
+from tests.support.small_models import TWO_LAYERS, random_ids, small
+
+IDS = random_ids(4, 16)
+LABELS = np.where((np.arange(16) < 7) | (np.arange(16) == 15), -100, np.roll(IDS, -1, axis=1))
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [30, 41], [17, 3, 59, 20, 11]]
+MTP = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
+# One think layer, for tests that compile a training step.
+ONE = {**TWO_LAYERS, "etd": {**KINDS["both"], **ETD, "n_think_layers": 1, "adaptive_depth": False}}
+
+
+@functools.cache
+def speaking():
+    return routed(Qwen3Next, mtp=MTP)
+
+
+def one(model=Qwen3Next, etd=(), **changes):
+    made = small(model, **{**ONE, **changes, "etd": {**ONE["etd"], **dict(etd)}})
+    learn(made.backbone.think_loop)
+    return made
+
+
+def values(model):
+    return {v.path: to_numpy(v.value).copy() for v in model.variables}
+
+
+def test_speculation_is_greedy_on_every_route():
+    model = speaking()
+    plain, stats = model.generate(PROMPTS, 8, use_speculative=False)
+    drafted, speculative = model.generate(PROMPTS, 8, use_speculative=True)
+    for a, b in zip(plain, drafted):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(stats["route"], speculative["route"])
+    assert len(np.unique(stats["route"], axis=0)) > 1
+
+
+def test_generation_is_the_uncached_forward_pass():
+    model, prompt = speaking(), PROMPTS[1]
+    (tokens,), stats = model.generate([prompt], 8, use_speculative=False)
+    ids = np.concatenate([prompt, tokens])[None]
+    asked = {"token_ids": ids, "prompt_mask": np.arange(ids.shape[1])[None] < len(prompt)}
+    predicted = to_numpy(model(asked)).argmax(-1)[0]
+    np.testing.assert_array_equal(predicted[len(prompt) - 1 : -1], tokens)
+    assert stats["router_actions"] == [
+        np.bincount([a], minlength=3).tolist() for a in stats["route"][0]
+    ]
+
+
+def test_a_prompt_is_decided_as_a_whole_whatever_the_chunk():
+    model = speaking()
+    expected = model.decide(PROMPTS)
+    generator = Generator(model, prefill_chunk=2)
+    found = generator.generate(PROMPTS, 4, use_speculative=False)
+    np.testing.assert_array_equal(found.stats["route"], expected["route"])
+    given = generator.generate(PROMPTS, 4, use_speculative=False, **expected)  # in chunks of two
+    streamed = np.stack(list(model.stream(PROMPTS, 4)), axis=1)
+    for row, (a, b) in enumerate(zip(found.tokens, given.tokens)):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, streamed[row])
+
+
+def test_what_was_decided_is_told():
+    model = speaking()
+    _, stats = model.generate(PROMPTS, 4, use_speculative=False)
+    counts = np.array(stats["router_actions"]).sum(0)
+    found = model.get_router_stats()
+    assert [found[f"{name}_count"] for name in ("skip", "execute", "repeat")] == counts.tolist()
+    skipped = [1 + layer for layer in range(2) if (stats["route"][:, layer] == 0).any()]
+    assert found["skip_layers"] == skipped
+    told = model.get_metrics()["etd"]
+    assert told["router_actions"] == stats["router_actions"]
+    assert told["expert_selections"] == stats["expert_selections"]
+    model.reset_stats()
+    assert model.get_router_stats()["execute_count"] == 0
+
+
+def test_a_prompt_in_training_is_what_comes_before_the_first_label():
+    model = one()
+    model.compile("sgd")
+    logs = model.evaluate(IDS, LABELS, verbose=0, return_dict=True)
+    asked = {"token_ids": IDS, "prompt_mask": np.tile(np.arange(16) < 8, (4, 1))}
+    route = to_numpy(model.backbone(asked, full_output=True).thinking.route)
+    shares = [logs[f"router_{name}"] for name in ("skip", "execute", "repeat")]
+    np.testing.assert_allclose(shares, np.bincount(route.ravel(), minlength=3) / 4)
+    assert model.get_metrics()["etd"]["router_actions"] == [
+        np.bincount(route[:, 0], minlength=3).tolist()
+    ]
+    output = model(asked, labels=np.where(np.arange(16) < 8, -100, IDS))
+    loss = to_numpy(output.loss) - 0.01 * to_numpy(output.aux_loss)  # `evaluate` leaves that out
+    assert float(loss) == pytest.approx(logs["loss"], rel=1e-5)
+
+
+def test_experts_and_gates_learn_and_the_selection_bias_follows_the_sign_rule():
+    model = one(etd={"lora_expert": {"rank": 4, "bias_update_rate": 0.25}})
+    before = values(model)
+    model.compile("sgd")
+    model.fit(IDS, LABELS, batch_size=4, verbose=0)
+    counts = np.array(model.get_metrics()["etd"]["expert_selections"])
+    after = values(model)
+    router = "model/think_loop/expert_router/"
+    moved = after[router + "selection_bias"] - before[router + "selection_bias"]
+    np.testing.assert_array_equal(moved, 0.25 * np.sign(counts.mean() - counts))
+    assert not after[router + "selected"].any() and counts.sum() == 3 * 4
+    same = [path for path in before if np.array_equal(before[path], after[path])]
+    assert all("/router_0/" in path or "selected" in path or "seed" in path for path in same), same
+
+
+def test_routers_learn_from_the_loss_and_their_budget():
+    router = {**ROUTES["layer_router"], "use_gumbel": True}
+    budget = {"budget_weight": 2.0, "compute_budget": 0.2}
+    model = one(etd={"layer_router": {**router, **budget}})
+    before = values(model)
+    expected = mean_passes(model)
+    model.compile(keras.optimizers.SGD(0.01))
+    model.fit(IDS, LABELS, epochs=4, verbose=0)
+    assert mean_passes(model) < expected - 0.01
+    after = values(model)
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert {path for path in before if "/router_0/" in path} <= changed
+
+
+def mean_passes(model):
+    asked = {"token_ids": IDS, "prompt_mask": np.tile(np.arange(16) < 8, (4, 1))}
+    logits = to_numpy(model.backbone(asked, full_output=True).thinking.route_logits)
+    return (to_numpy(keras.ops.softmax(logits)) @ np.arange(3)).mean()
+
+
+def test_warm_up_is_counted_in_training_only_and_saved(tmp_path):
+    model = one(etd={"router_warmup_steps": 2, "expert_warmup_steps": 3})
+    model.compile("sgd")
+    logs = model.fit(IDS, LABELS, epochs=3, verbose=0).history
+    assert logs["router_execute"][:2] == [1.0, 1.0] and logs["router_execute"][2] < 1
+    model.evaluate(IDS, LABELS, verbose=0)
+    model.generate(PROMPTS, 2)
+    assert int(model.backbone.think_loop.steps.value) == 3
+    model.save(tmp_path / "model.keras")
+    model.save_to_preset(tmp_path / "preset")
+    expected = model.generate(PROMPTS, 4)
+    for loaded in (
+        keras.models.load_model(tmp_path / "model.keras"),
+        Qwen3Next.from_preset(tmp_path / "preset", progress=False),
+    ):
+        assert int(loaded.backbone.think_loop.steps.value) == 3
+        assert loaded.config == model.config
+        found = loaded.generate(PROMPTS, 4)
+        np.testing.assert_array_equal(found.stats["route"], expected.stats["route"])
+        for a, b in zip(found.tokens, expected.tokens):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_new_parts_with_a_loop_and_drafts_generate_what_the_model_did():
+    base = small(**TWO_LAYERS, mtp=MTP)
+    once = {**ETD, "n_think_layers": 1, "max_think_iterations": 1, "adaptive_depth": False}
+    model = wrap_transformer_with_etd(base, ETDConfig(**once, **ROUTES, **EXPERTS))
+    expected, _ = base.generate(PROMPTS, 8, use_speculative=False)
+    for speculative in (False, True):
+        tokens, _ = model.generate(PROMPTS, 8, use_speculative=speculative)
+        for a, b in zip(tokens, expected):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_classifier_decides_from_the_whole_row():
+    model = one(Qwen3NextClassifier, num_labels=3)
+    asked = {"token_ids": IDS, "prompt_mask": np.ones((4, 16), bool)}
+    route = to_numpy(model.backbone(asked, full_output=True).thinking.route)
+    assert (route != 1).any()
+    whole = to_numpy(model(IDS))
+    np.testing.assert_allclose(to_numpy(model(IDS, route=route)), whole, atol=1e-5)
+    assert np.abs(to_numpy(model(IDS, route=[1])) - whole).max() > 1e-3
+
+
+def test_second_runs_have_caches_that_are_counted():
+    fields = dict(num_layers=4, num_experts=0, etd={**ETD, "n_decoder_layers": 1})
+    plain = describe("tiny", **fields)
+    with_routers = describe(
+        "tiny", **{**fields, "etd": {**fields["etd"], "use_layer_router": True}}
+    )
+    # Layers 1 and 2, DeltaNets, run three times: 2 + 6 caches without routers, 2 + 12 with them.
+    ratio = with_routers.cache_bytes_per_row["float32"] / plain.cache_bytes_per_row["float32"]
+    assert ratio == pytest.approx((1 + 12) / (1 + 6))
+    assert with_routers.layer_passes == plain.layer_passes
+
+
+def test_decisions_without_routers_are_refused():
+    model = small(**TWO_LAYERS)
+    with pytest.raises(ValueError, match="use_layer_router"):
+        model.generate(PROMPTS, 2, route=[1])
+    with pytest.raises(ValueError, match="use_lora_experts"):
+        model.generate(PROMPTS, 2, branch=0)
+    with pytest.raises(ValueError, match="use_layer_router"):
+        model.get_router_stats()
