@@ -25,7 +25,7 @@ def main():
 
     module = importlib.import_module(f"benchmarks.contenders.{library}")
     size = row["size"]
-    if row["task"] in ("prefill", "train", "decode", *FIRST_CALLS):
+    if row["task"] in ("prefill", "read", "train", "decode", *FIRST_CALLS):
         size = {"config": MODELS[row["model"]], **size}
     work = getattr(module, row["task"])(**size)
     before = _peak()

@@ -168,10 +168,10 @@ def adaptive_thinking():
 
 
 def routes():
-    """Reading and writing with layer routers, on the full path and past half of the think layers."""
+    """Reading and writing without layer routers, with them, and past half of the think layers."""
     half = [0, 1] * 3
     for what, size in (
-        ("prefill 1 x 1024", {"batch": 1, "length": 1024}),
+        ("read 1 x 1024", {"batch": 1, "length": 1024}),
         ("decode, batch 1", {"batch": 1, "length": 16, "new": 64}),
     ):
         task = what.split()[0].rstrip(",")

@@ -25,8 +25,9 @@ class ExpertRouter(keras.layers.Layer):
         gate = 1 + (r_n - stop_gradient(r_n))     1 forward, the slope of r_n backward
 
     W is drawn with a standard deviation of 1 / sqrt(2 D), so that inputs are told apart from the
-    beginning: experts that begin as equals would else all learn the mean of what they see. The selection bias b does not train: after every training step it moves up
-    for experts that were chosen too rarely and down for the others.
+    beginning: experts that begin as equals would else all learn the mean of what they see. The
+    selection bias b does not train: after every training step it moves up for experts that were
+    chosen too rarely and down for the others.
 
     Args:
         num_experts: Experts N.

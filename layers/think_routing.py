@@ -222,7 +222,7 @@ def adapters_of(
     weights = router.weigh(experts.chosen, scores)
     if given.warm_experts is not None:  # while the experts warm up all of them take part
         even = ops.cast(experts.chosen != NO_EXPERT, "float32")[..., None] / router.num_experts
-        weights = ops.where(given.warm_experts, ops.broadcast_to(even, weights.shape), weights)
+        weights = ops.where(given.warm_experts, even * ops.ones_like(weights), weights)
     seeds = given.expert_seeds[place] if given.expert_seeds else {}
     return Adapters(own, weights, folded(seeds, number) if seeds else {})
 

@@ -24,8 +24,14 @@ def build(config, think_iterations=None):
     return Qwen3Next(Qwen3NextConfig.from_dict(config))
 
 
-def prefill(config, batch, length, think_iterations=None, asks=False, route=None):
+def prefill(config, batch, length, think_iterations=None):
     model = build(config, think_iterations)
+    return forward(model, model.variables, token_ids(config, batch, length))
+
+
+def read(config, batch, length, asks=False, route=None):
+    """The layers alone: a prompt needs the head once, whatever its length."""
+    model = build(config).backbone
     ids, decisions = token_ids(config, batch, length), {}
     if asks:
         decisions["prompt_mask"] = np.ones((batch, length), bool)
@@ -36,7 +42,7 @@ def prefill(config, batch, length, think_iterations=None, asks=False, route=None
     def call(ids):
         return model({"token_ids": ids, **decisions})
 
-    return forward(call if decisions else model, model.variables, ids)
+    return forward(call, model.variables, ids)
 
 
 def train(config, batch, length, think_iterations=None):

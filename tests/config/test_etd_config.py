@@ -2,7 +2,19 @@
 
 import pytest
 
-from qwen3_next import ETDConfig, Qwen3NextConfig
+from qwen3_next import ETDConfig, LayerRouterConfig, Qwen3NextConfig
+
+
+def routed(backprop_iterations=None, **fields):
+    options = {"use_layer_router": True, "backprop_iterations": backprop_iterations}
+    return ETDConfig(**options, layer_router=LayerRouterConfig(**fields))
+
+
+def adapted(**fields):
+    """A model whose only think layer is a DeltaNet."""
+    etd = {"use_lora_experts": True, "lora_expert": fields}
+    layers = {"n_encoder_layers": 0, "n_think_layers": 1, "n_decoder_layers": 1}
+    return Qwen3NextConfig.from_variant("tiny", num_layers=2, etd={**layers, **etd})
 
 
 class Profile:
@@ -31,7 +43,17 @@ def test_a_profile_gives_the_split():
 
 
 def test_it_survives_its_dict_inside_a_model():
-    etd = ETDConfig(1, 2, 1, granularity="sequence")
+    router, expert = {"num_windows": 3}, {"target_modules": ["out_proj"]}
+    etd = ETDConfig(
+        1,
+        2,
+        1,
+        granularity="sequence",
+        use_layer_router=True,
+        layer_router=router,
+        use_lora_experts=True,
+        lora_expert=expert,
+    )
     config = Qwen3NextConfig.from_variant("tiny", num_layers=4, etd=etd)
     assert Qwen3NextConfig.from_dict(config.to_dict()) == config
     assert config.to_dict()["etd"]["granularity"] == "sequence"
@@ -59,6 +81,21 @@ def test_it_survives_its_dict_inside_a_model():
         (lambda: ETDConfig.from_ratio(4, 0.5, 0.0, 0.5), "too short"),
         (lambda: ETDConfig.from_ratio(4, -0.5, 1.0, 0.5), "encoder"),
         (lambda: Qwen3NextConfig(etd="deep"), "etd"),
+        (lambda: ETDConfig(router_warmup_steps=5), "use_layer_router=True"),
+        (lambda: ETDConfig(num_lora_experts=2), "use_lora_experts=True"),
+        (lambda: ETDConfig(use_layer_router=True, layer_router={"num_actions": 2}), "num_actions"),
+        (lambda: ETDConfig(use_layer_router=True, layer_router="deep"), "layer_router"),
+        (lambda: routed(temperature=0.0), "temperature"),
+        (lambda: routed(window_size=0), "window_size"),
+        (lambda: routed(budget_weight=1.0), "use_gumbel=True"),
+        (lambda: routed(use_gumbel=True, compute_budget=0.5), "budget_weight"),
+        (lambda: routed(use_gumbel=True, backprop_iterations=1), "backprop_iterations"),
+        (lambda: adapted(target_modules=["q_prj"]), "target_modules"),
+        (lambda: adapted(target_modules=["q_proj", "q_proj"]), "target_modules"),
+        (lambda: adapted(target_modules=["q_proj"]), "none called .'q_proj'."),
+        (lambda: adapted(rank=0), "rank"),
+        (lambda: adapted(dropout=1.0), "dropout"),
+        (lambda: adapted(granularity="batch"), "granularity"),
     ],
 )
 def test_wrong_values_are_refused_by_name(build, message):

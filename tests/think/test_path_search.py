@@ -131,11 +131,11 @@ def test_the_search_stops_early_by_its_rules():
         assert right.is_done() is done
 
 
-def test_the_best_route_is_the_shortest_and_of_equals_that_with_the_fewest_layers():
+def test_the_best_route_is_the_shortest_then_the_full_path_then_that_with_the_fewest_layers():
     found = tree(4)
     found.record((1, 1, 1, 1), False)
     assert found.best() is None
-    for route in ((2, 1, 1, 1), (1, 1, 1, 1), (0, 1, 1, 2), (1, 1, 1, 0), (2, 1, 0, 0)):
+    for route in ((2, 1, 1, 1), (0, 1, 1, 2), (1, 1, 1, 1), (1, 1, 1, 0), (2, 1, 0, 0)):
         found.rewards[route] = True
         assert found.best() == route
     for route in ((1, 1, 0, 1), (1, 1, 1, 1), (0, 0, 2, 2)):
