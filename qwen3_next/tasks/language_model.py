@@ -225,11 +225,11 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         before = mtp is not None and mtp.hidden_state == "before_norm"
         return output.before_norm if before else output.hidden
 
-    def __call__(self, inputs, labels=None, *args, **kwargs):
+    def __call__(self, inputs, labels=None, **kwargs):  # type: ignore[override]
         if labels is None:
-            return super().__call__(inputs, *args, **kwargs)
+            return super().__call__(inputs, **kwargs)
         self.check_labels(labels)
-        return super().__call__(inputs, labels, *args, **kwargs)
+        return super().__call__(inputs, labels=labels, **kwargs)
 
     def call(self, inputs, labels=None, think_iterations=None, training=None):
         if isinstance(inputs, StepInputs):

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import ETDConfig, Qwen3NextBackbone
+from qwen3_next import ETDConfig, LayerRouterConfig, LoRAExpertConfig, Qwen3NextBackbone
 from qwen3_next.training.thinking_metrics import ponder_loss
 from tests.support import float64_model
 from tests.support.running import (
@@ -132,11 +132,11 @@ CHANGES = {
     "warmup_steps": 5,
     "input_injection": True,
     "use_layer_router": True,
-    "layer_router": {"hidden_size": 8},
+    "layer_router": LayerRouterConfig(hidden_size=8),
     "router_warmup_steps": 5,
     "use_lora_experts": True,
     "num_lora_experts": 2,
-    "lora_expert": {"rank": 2},
+    "lora_expert": LoRAExpertConfig(rank=2),
     "expert_warmup_steps": 5,
 }
 
