@@ -148,6 +148,7 @@ def test_presets_of_settings(capsys):
     etd, mtp = efficient.config.etd, efficient.config.mtp
     assert (etd.max_think_iterations, etd.confidence_threshold) == (2, 0.8)
     assert (etd.n_encoder_layers, etd.n_think_layers, mtp.num_predict_tokens) == (1, 2, 3)
+    assert (etd.num_lora_experts, etd.lora_expert.rank, etd.use_layer_router) == (2, 8, True)
     trains = {v.path for v in efficient.trainable_variables}
     assert all("mtp" in path or "think_loop" in path for path in trains)
     share = sum(np.prod(v.shape) for v in efficient.trainable_weights) / efficient.count_params()
@@ -155,7 +156,9 @@ def test_presets_of_settings(capsys):
     performance = create_qwen3_next_performance("tiny", use_mtp=False, **TINY)
     etd = performance.config.etd
     assert (etd.max_think_iterations, etd.confidence_threshold) == (5, 0.95)
-    assert len(performance.trainable_weights) == len(performance.weights)
+    assert (etd.num_lora_experts, etd.lora_expert.rank, etd.use_layer_router) == (8, 32, True)
+    left = {v.path.rpartition("/")[2] for v in performance.non_trainable_weights}
+    assert left == {"selection_bias", "selected", "steps"}
 
 
 @pytest.mark.parametrize(
