@@ -22,6 +22,18 @@ class Adapters:
         experts: `LoRAExperts` by the name of the projection that they change, or `block_output`.
         weights: `(B, 1, N)` or `(B, T, N)` float32, the weight of every expert.
         seeds: Dropout seed tensors by the same names; without one nothing is dropped.
+
+    Example:
+        ```python
+        import numpy as np
+        from qwen3_next.layers import Adapters, GatedAttention, LoRAExperts
+
+        mixer = GatedAttention(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+        experts = {"v_proj": LoRAExperts(num_experts=2, rank=1, output_shape=(1, 8))}
+        first = np.array([[[1.0, 0.0]]], "float32")  # the first expert for the only row
+        x = np.ones((1, 3, 16), "float32")
+        assert mixer(x, adapters=Adapters(experts, first, {})).shape == (1, 3, 16)
+        ```
     """
 
     experts: Mapping[str, LoRAExperts]

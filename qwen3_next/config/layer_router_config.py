@@ -15,7 +15,16 @@ from qwen3_next.config.validation import (
 
 
 class RouterAction(IntEnum):
-    """What a router does with a layer: how often it runs."""
+    """What a router does with a layer: how often it runs.
+
+    Example:
+
+    ```python
+    from qwen3_next import RouterAction
+
+    assert [action.value for action in RouterAction] == [0, 1, 2]
+    ```
+    """
 
     SKIP = 0
     EXECUTE = 1

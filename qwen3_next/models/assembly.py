@@ -19,7 +19,7 @@ from qwen3_next.layers import (
     SwiGLU,
     ThinkLoop,
 )
-from qwen3_next.layers.projection import dense
+from qwen3_next.layers.initializers import Normal
 from qwen3_next.models.think_weights import projection_dims
 
 
@@ -185,7 +185,14 @@ def _make_moe(config, policy):
 
 def make_head(config: Qwen3NextConfig, units: int, name: str, dtype: Any) -> keras.layers.Dense:
     """A built head on the hidden states."""
-    head = dense(units, config.initializer_range, name, dtype)
+    # Keras files the layers of a model by their class: files know this one as a `Dense`.
+    head = keras.layers.Dense(
+        units,
+        use_bias=False,
+        kernel_initializer=Normal(config.initializer_range),
+        name=name,
+        dtype=dtype,
+    )
     # Built here and not by its model, so that its path does not begin with the model's name.
     head.build((None, None, config.hidden_size))
     return head

@@ -36,6 +36,15 @@ class FoundPath:
         full_is_right: Whether the full path, every layer once, answers it rightly.
         route: The best route found, or `None` where none answers it rightly.
         tried: Routes that were tried, the full path among them.
+
+    Example:
+
+    ```python
+    from qwen3_next import FoundPath
+
+    path = FoundPath(prompt=(1, 2), full_is_right=True, route=(1, 0), tried=9)
+    assert sum(path.route) == 1
+    ```
     """
 
     prompt: tuple[int, ...]
@@ -51,6 +60,15 @@ class FoundPaths:
     Attributes:
         paths: One `FoundPath` per prompt.
         num_layers: Think layers L.
+
+    Example:
+
+    ```python
+    from qwen3_next import FoundPath, FoundPaths
+
+    paths = FoundPaths((FoundPath((1, 2), False, (2, 0), 9), FoundPath((3,), False, None, 9)), 2)
+    assert paths.action_counts() == [1, 0, 1] and len(paths.solved) == 1
+    ```
     """
 
     paths: tuple[FoundPath, ...]
