@@ -186,7 +186,7 @@ def _layer_skips(loop, options, given, place, cache):
             own = (cache.repeats if turn else cache.layers)[place]
             own = layer.empty_update(own, given.x.shape[1]) if options.replayable else own
         hidden = ops.cast(x, layer.compute_dtype)
-        return DecoderLayerOutput(hidden, own, _no_routing(layer) or ())
+        return DecoderLayerOutput(hidden, own, _no_routing(layer))
 
     return skip
 

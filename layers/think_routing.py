@@ -211,10 +211,10 @@ def chosen_experts(
 
 
 def adapters_of(
-    loop: Any, options: Any, given: Any, experts: Experts, place: int, number: Any
+    loop: Any, options: Any, given: Any, experts: Experts | tuple[()], place: int, number: Any
 ) -> Adapters | None:
     """The experts of layer `place`, weighed as they were chosen."""
-    if isinstance(experts, tuple) and not experts:
+    if not experts:
         return None
     router, own = loop.expert_router, loop.experts[place]
     forced = given.branch is not None

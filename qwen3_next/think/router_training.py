@@ -178,6 +178,8 @@ class RouterTrainer(keras.Model):
         if self.teacher_forcing:
             *state, data = args
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            if y is None:
+                raise ValueError("Routers learn from labels: `fit` needs y. Received: y=None")
             x = unpack(x)._replace(route=ops.cast(y, "int32")).given()
             args = *state, (x, y, sample_weight)
         return super().train_step(*args)
