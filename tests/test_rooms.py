@@ -26,7 +26,8 @@ ARROWS = {
     "checkpoints": {*BELOW_MODELS, "models"},
     "tasks": BELOW_TASKS,
     "think": {*BELOW_TASKS, "tasks"},
-    "": {*BELOW_TASKS, "tasks", "think"},
+    "transfer": {*BELOW_TASKS, "tasks", "think"},
+    "": {*BELOW_TASKS, "tasks", "think", "transfer"},
 }
 PYTHON = sys.stdlib_module_names
 # What a room may import besides this package; rooms that are not listed, anything.
