@@ -48,7 +48,7 @@ class GatedAttention(keras.layers.Layer):
         q, gate = split(x W_q)            per head
         q, k = rope(norm(q)), rope(norm(k))
         o = softmax(q k^T / sqrt(D) + causal) v
-        y = (o * sigmoid(gate)) W_o
+        y = (o * sigmoid(gate + b)) W_o
 
     With `output_gate=False` and full rotary dims it is the attention of Qwen3.
 
@@ -57,6 +57,8 @@ class GatedAttention(keras.layers.Layer):
         num_key_value_heads: Key and value heads G, a divisor of H.
         head_dim: Width D of a head, independent of the width of x.
         output_gate: Whether W_q also makes the gate.
+        gate_bias: Initial value of the gate's bias b, one per channel; `None` for no bias, as
+            published.
         partial_rotary_factor: Fraction of D that is rotated.
         rope_theta: Base of the rotary wavelengths.
         normalization_type: Norm of queries and keys, see `norms.NORMALIZATIONS`.
@@ -106,6 +108,7 @@ class GatedAttention(keras.layers.Layer):
         num_key_value_heads: int,
         head_dim: int,
         output_gate: bool = True,
+        gate_bias: float | None = None,
         partial_rotary_factor: float = 0.25,
         rope_theta: float = 10000.0,
         normalization_type: str = "zero_centered_rms_norm",
@@ -121,11 +124,16 @@ class GatedAttention(keras.layers.Layer):
                 "`num_attention_heads` must be a multiple of `num_key_value_heads`. "
                 f"Received: {num_attention_heads=}, {num_key_value_heads=}"
             )
+        if gate_bias is not None and not output_gate:
+            raise ValueError(
+                f"`gate_bias` needs `output_gate=True`. Received: {gate_bias=}, {output_gate=}"
+            )
         rotary_dim(head_dim, partial_rotary_factor)
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.output_gate = output_gate
+        self.initial_gate_bias = gate_bias
         self.partial_rotary_factor = partial_rotary_factor
         self.rope_theta = rope_theta
         self.normalization_type = normalization_type
@@ -153,6 +161,14 @@ class GatedAttention(keras.layers.Layer):
         self.q_norm.build((None, None, self.num_attention_heads, dim))
         self.k_norm.build((None, None, self.num_key_value_heads, dim))
         self.rotary.build((None, None, self.num_attention_heads, dim))
+        self.gate_bias: Any = None
+        if self.initial_gate_bias is not None:
+            self.gate_bias = self.add_weight(
+                name="gate_bias",
+                shape=(self.num_attention_heads, dim),
+                initializer=keras.initializers.Constant(self.initial_gate_bias),
+                autocast=False,
+            )
 
     def init_cache(self, batch_size: int, max_length: int) -> AttentionCache:
         """An empty cache for `max_length` tokens per row, in the compute dtype."""
@@ -190,18 +206,11 @@ class GatedAttention(keras.layers.Layer):
         )
         check_context(context, needs_lengths=True)
         x = ops.cast(x, self.compute_dtype)
-        query, gate = project(self, x, "q_proj", adapters), None  # (B, T, H, D)
-        if self.output_gate:
-            query, gate = ops.split(query, 2, axis=-1)
         segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
         positions = _positions(x, segment, padding_mask)
         if cache is not None:
             positions = ops.expand_dims(lengths, -1) + positions
-        query = self.rotary(self.q_norm(query), positions)
-        key = self.rotary(
-            self.k_norm(project(self, x, "k_proj", adapters)), positions
-        )  # (B, T, G, D)
-        value = project(self, x, "v_proj", adapters)  # (B, T, G, D)
+        query, key, value, gate = self._read(x, positions, adapters)
         if cache is None:
             visible = {"key_mask": padding_mask, "query_segments": segment, "key_segments": segment}
         else:
@@ -213,12 +222,32 @@ class GatedAttention(keras.layers.Layer):
         dropout = self.attention_dropout if training else 0.0
         output = attention(query, key, value, dropout=dropout, dropout_seed=dropout_seed, **visible)
         if gate is not None:
-            gate = ops.sigmoid(ops.cast(gate, "float32"))
+            gate = ops.cast(gate, "float32")
+            if self.gate_bias is not None:
+                gate = gate + ops.cast(self.gate_bias, "float32")
+            gate = ops.sigmoid(gate)
             output = ops.cast(ops.cast(output, "float32") * gate, self.compute_dtype)
         output = project(self, output, "o_proj", adapters)
         if cache is None:
             return output
         return output, AttentionUpdate(*cache) if replayable else cache
+
+    def heads(
+        self, x: Annotated[Tensor, "B T D"], padding_mask: Annotated[Tensor, "B T"] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries `(B, T, H, D)`, rotated keys and values `(B, T, G, D)` of rows."""
+        x = ops.cast(x, self.compute_dtype)
+        return self._read(x, _positions(x, None, padding_mask), None)[:3]
+
+    def _read(
+        self, x: Tensor, positions: Tensor, adapters: Adapters | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        query, gate = project(self, x, "q_proj", adapters), None  # (B, T, H, D)
+        if self.output_gate:
+            query, gate = ops.split(query, 2, axis=-1)
+        key = self.k_norm(project(self, x, "k_proj", adapters))  # (B, T, G, D)
+        value = project(self, x, "v_proj", adapters)  # (B, T, G, D)
+        return self.rotary(self.q_norm(query), positions), self.rotary(key, positions), value, gate
 
     def commit(
         self, cache: AttentionCache, update: AttentionUpdate, counts: Annotated[Tensor, "B"]
@@ -258,6 +287,7 @@ class GatedAttention(keras.layers.Layer):
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
             "output_gate": self.output_gate,
+            "gate_bias": self.initial_gate_bias,
             "partial_rotary_factor": self.partial_rotary_factor,
             "rope_theta": self.rope_theta,
             "normalization_type": self.normalization_type,

@@ -42,6 +42,22 @@ class DeltaNetUpdate(NamedTuple):
     rule: Replay
 
 
+class _Read(NamedTuple):
+    """What a Gated DeltaNet makes of its tokens before the rule runs.
+
+    Attributes:
+        channels: `(B, T, C)`, the inputs of the convolution.
+        conv: What the convolution returned.
+        gate: `(B, T, H, V)`, before its SiLU.
+        inputs: Queries, keys, values, log-decays and betas, as the rule takes them.
+    """
+
+    channels: Tensor
+    conv: Any
+    gate: Tensor
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 @keras.saving.register_keras_serializable(package="qwen3_next")
 class GatedDeltaNet(keras.layers.Layer):
     """Linear attention with a gated delta rule.
@@ -209,17 +225,7 @@ class GatedDeltaNet(keras.layers.Layer):
         )
         check_context(context, needs_lengths=False)
         cache = None if cache is None else DeltaNetCache(*cache)
-        x = ops.cast(x, self.compute_dtype)
-        channels, gate = self._split(project(self, x, "in_proj_qkvz", adapters))
-        conv = causal_conv1d(
-            channels,
-            ops.reshape(self.conv1d, (self.linear_conv_kernel_dim, -1)),
-            state=None if cache is None else cache.conv,
-            padding_mask=padding_mask,
-            segment_ids=segment_ids,
-        )
-        beta, log_decay = self._gates(project(self, x, "in_proj_ba", adapters))
-        inputs = (*self._heads(conv.output), log_decay, beta)
+        channels, conv, gate, inputs = self._read(x, padding_mask, segment_ids, cache, adapters)
         left: DeltaNetCache | DeltaNetUpdate | None = None
         if cache is None:
             output, _ = gated_delta_rule(
@@ -238,6 +244,34 @@ class GatedDeltaNet(keras.layers.Layer):
             left = DeltaNetCache(conv.state, state)
         output = project(self, self.norm(output, gate), "out_proj", adapters)
         return output if left is None else (output, left)
+
+    def head_outputs(
+        self, x: Annotated[Tensor, "B T D"], padding_mask: Annotated[Tensor, "B T"] | None = None
+    ) -> Annotated[Tensor, "B T H V"]:
+        """What the delta rule gives for every head, before norm, gate and output projection."""
+        inputs = self._read(x, padding_mask, None, None, None).inputs
+        return gated_delta_rule(*inputs, padding_mask=padding_mask)[0]
+
+    def _read(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        cache: DeltaNetCache | None,
+        adapters: Adapters | None,
+    ) -> "_Read":
+        x = ops.cast(x, self.compute_dtype)
+        channels, gate = self._split(project(self, x, "in_proj_qkvz", adapters))
+        conv = causal_conv1d(
+            channels,
+            ops.reshape(self.conv1d, (self.linear_conv_kernel_dim, -1)),
+            state=None if cache is None else cache.conv,
+            padding_mask=padding_mask,
+            segment_ids=segment_ids,
+        )
+        beta, log_decay = self._gates(project(self, x, "in_proj_ba", adapters))
+        inputs = (*self._heads(conv.output), log_decay, beta)
+        return _Read(channels, conv, gate, inputs)
 
     def commit(
         self, cache: DeltaNetCache, update: DeltaNetUpdate, counts: Annotated[Tensor, "B"]

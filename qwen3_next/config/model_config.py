@@ -11,6 +11,7 @@ from qwen3_next.config.validation import (
     BOOLEAN,
     DROPOUT_RATE,
     NOT_NEGATIVE,
+    OPTIONAL_NUMBER,
     POSITIVE,
     Config,
     Rule,
@@ -65,6 +66,8 @@ class Qwen3NextConfig(Config):
         attention_dropout: Dropout rate on the attention weights.
         normalization_type: `"zero_centered_rms_norm"` or `"rms_norm"`.
         attention_type: `"gated_attention"` or `"group_query_attention"` (no output gate).
+        attention_gate_bias: Initial value of a bias of the output gate of `"gated_attention"`, one
+            per channel; `None` for no bias, as published.
         ffn_type: `"swiglu"` or `"geglu"`.
         mtp: `MTPConfig` (or its fields as a dict) of a language model that predicts several tokens
             ahead, or `None`.
@@ -115,6 +118,7 @@ class Qwen3NextConfig(Config):
     attention_dropout: float = 0.0
     normalization_type: str = "zero_centered_rms_norm"
     attention_type: str = "gated_attention"
+    attention_gate_bias: float | None = None
     ffn_type: str = "swiglu"
     mtp: MTPConfig | None = None
     etd: ETDConfig | None = None
@@ -157,6 +161,7 @@ class Qwen3NextConfig(Config):
         "attention_dropout": DROPOUT_RATE,
         "normalization_type": one_of(NORMALIZATION_TYPES),
         "attention_type": one_of(ATTENTION_TYPES),
+        "attention_gate_bias": OPTIONAL_NUMBER,
         "ffn_type": one_of(FFN_TYPES),
         "mtp": Rule(
             "None, an MTPConfig or a dict of its fields",
@@ -228,6 +233,12 @@ class Qwen3NextConfig(Config):
             raise ValueError(
                 "`head_dim * partial_rotary_factor` must be even and at least 2. Received: "
                 f"head_dim={self.head_dim}, partial_rotary_factor={self.partial_rotary_factor}"
+            )
+        if self.attention_gate_bias is not None and self.attention_type != "gated_attention":
+            raise ValueError(
+                "`attention_gate_bias` needs `attention_type='gated_attention'`. Received: "
+                f"attention_gate_bias={self.attention_gate_bias}, "
+                f"attention_type={self.attention_type!r}"
             )
         if self.num_experts and self.num_experts_per_tok > self.num_experts:
             raise ValueError(

@@ -47,6 +47,10 @@ def one_of(names: Iterable[str]) -> Rule:
 BOOLEAN = Rule("a bool", lambda value: isinstance(value, bool))
 NOT_NEGATIVE = number("at least 0", lambda value: value >= 0)
 POSITIVE = number("above 0", lambda value: value > 0)
+OPTIONAL_NUMBER = Rule(
+    "None or a finite number",
+    lambda value: value is None or (_is_number(value) and abs(value) <= sys.float_info.max),
+)
 DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
 
 

@@ -147,6 +147,7 @@ def _make_mixer(config, layer_type, policy):
         config.num_key_value_heads,
         config.head_dim,
         output_gate=config.attention_type == "gated_attention",
+        gate_bias=config.attention_gate_bias,
         partial_rotary_factor=config.partial_rotary_factor,
         rope_theta=config.rope_theta,
         normalization_type=config.normalization_type,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.models.think_weights import think_loop_rows
 from qwen3_next.models.weight_layouts import (
+    SAME,
     STACK_SWAP,
     SWAP,
     conv_layout,
@@ -161,6 +162,13 @@ def _attention(config, base):
     width, dim, part = config.hidden_size, config.head_dim, "attention"
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     query_dim = 2 * dim if config.attention_type == "gated_attention" else dim
+    gate_bias = f"{base}/gate_bias"
+    axes = ("heads", "head_dim")
+    biases = [
+        Weight(
+            gate_bias, (heads, dim), axes, part, (published_name(gate_bias),), (heads, dim), SAME
+        )
+    ]
     return [
         to_heads_row(f"{base}/q_proj", width, heads, query_dim, ("heads", "head_dim"), part),
         to_heads_row(f"{base}/k_proj", width, groups, dim, ("kv_heads", "head_dim"), part),
@@ -168,6 +176,7 @@ def _attention(config, base):
         from_heads_row(f"{base}/o_proj", heads, dim, width, ("heads", "head_dim"), part),
         norm_row(config, f"{base}/q_norm", dim, "head_dim"),
         norm_row(config, f"{base}/k_norm", dim, "head_dim"),
+        *(biases if config.attention_gate_bias is not None else ()),
     ]
 
 

@@ -51,6 +51,7 @@ CHANGES = {
     "attention_dropout": 0.5,
     "normalization_type": "rms_norm",
     "attention_type": "group_query_attention",
+    "attention_gate_bias": 0.5,
     "ffn_type": "geglu",
 }
 
