@@ -135,7 +135,7 @@ def load(model: Any, checkpoint: Checkpoint, plan: Plan, progress: bool = True) 
     bar = keras.utils.Progbar(len(plan.sources), unit_name="weight") if progress else None
     for source in plan.sources:
         variable = variables.pop(source.path)
-        tensors = _Tensors(checkpoint, source.names, np.dtype(variable.dtype))
+        tensors = Tensors(checkpoint, source.names, np.dtype(variable.dtype))
         variable.assign(source.layout.load(tensors))
         if bar is not None:
             bar.add(1)
@@ -218,17 +218,24 @@ def _classifier_fields(fields, num_labels, pad_token_id):
     }
 
 
-class _Tensors(Sequence):
-    """Tensors that are read, in the dtype of their variable, when a layout asks for them."""
+class Tensors(Sequence):
+    """Tensors that are read when a layout asks for them.
 
-    def __init__(self, checkpoint, names, dtype):
+    Args:
+        checkpoint: An open `Checkpoint`.
+        names: Their names.
+        dtype: What to cast them to, `None` for what they are.
+    """
+
+    def __init__(self, checkpoint, names, dtype=None):
         self.checkpoint, self.names, self.dtype = checkpoint, names, dtype
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, index):
-        return self.checkpoint.read(self.names[index]).astype(self.dtype, copy=False)
+        tensor = self.checkpoint.read(self.names[index])
+        return tensor if self.dtype is None else tensor.astype(self.dtype, copy=False)
 
 
 def _left_over(checkpoint, sources, num_labels):

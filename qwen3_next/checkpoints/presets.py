@@ -7,9 +7,11 @@ the variables; it also holds what no published model type can express.
 A configuration is compared with the headers of the weight files before anything is allocated.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ from qwen3_next.checkpoints.coverage import listed
 from qwen3_next.checkpoints.hugging_face_config import check_model_type, config_from_hugging_face
 from qwen3_next.checkpoints.interchange import (
     Source,
+    Tensors,
     load,
     plan_loading,
     published_sources,
@@ -58,10 +61,61 @@ class Described(NamedTuple):
     arguments: dict[str, Any]
 
 
+class PresetWeights(NamedTuple):
+    """The weights of a preset, on the disk.
+
+    Attributes:
+        config: Configuration of its model.
+        paths: Paths of the weights that it holds.
+        read: From a path to the array of the weight.
+        unused: For every tensor that the model does not need, the reason.
+    """
+
+    config: Qwen3NextConfig
+    paths: tuple[str, ...]
+    read: Callable[[str], np.ndarray]
+    unused: dict[str, str]
+
+
 def from_preset(
     cls: Any, preset: str | Path, *, dtype: Any = None, progress: bool = True, **options: Any
 ) -> Any:
     """Builds a model of class `cls` from a preset; see `Task.from_preset`."""
+    with _opened(cls, preset, dtype, options) as (described, checkpoint, plan):
+        with weights_to_be_loaded():
+            model = described.cls(described.config, **described.arguments)
+        report = load(model, checkpoint, plan, progress)
+    _draw_initialised(model, report)
+    model.coverage_report = report
+    if progress:
+        print(f"{type(model).__name__} from {preset}: {report}")
+    return model
+
+
+@contextlib.contextmanager
+def preset_weights(cls: Any, preset: str | Path) -> Iterator[PresetWeights]:
+    """Configuration and weights of a preset, one read at a time, without building its model.
+
+    Args:
+        cls: `Qwen3Next` or `Qwen3NextClassifier`.
+        preset: A directory, or `"hf://owner/name"`.
+
+    Raises:
+        ValueError: as `from_preset`, before anything is read.
+    """
+    with _opened(cls, preset, None, {}) as (described, checkpoint, plan):
+        sources = {source.path: source for source in plan.sources}
+
+        def read(path):
+            source = sources[path]
+            return source.layout.load(Tensors(checkpoint, source.names))
+
+        yield PresetWeights(described.config, tuple(sources), read, plan.unused)
+
+
+@contextlib.contextmanager
+def _opened(cls, preset, dtype, options):
+    """What a preset describes, its open weight files, and what is to be read of them."""
     directory = _directory(preset)
     saved = _read_config(directory)
     own = {name: options.pop(name) for name in cls.constructor_options() if name in options}
@@ -83,14 +137,7 @@ def from_preset(
         else:
             sources = published_sources(rows, checkpoint)
         plan = plan_loading(checkpoint, sources, arguments.get("num_labels"))
-        with weights_to_be_loaded():
-            model = cls(config, **arguments)
-        report = load(model, checkpoint, plan, progress)
-    _draw_initialised(model, report)
-    model.coverage_report = report
-    if progress:
-        print(f"{type(model).__name__} from {preset}: {report}")
-    return model
+        yield Described(cls, config, arguments), checkpoint, plan
 
 
 def preset_config(preset: str | Path) -> Qwen3NextConfig:

@@ -9,6 +9,7 @@ import numpy as np
 from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
 from qwen3_next.checkpoints.staging import replaced
+from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
@@ -167,6 +168,19 @@ class Task(IterationsOfRun, ConfiguredModel):
         for action in (0, 2):
             found[f"{ACTIONS[action]}_layers"] = layers[counts[:, action] > 0].tolist()
         return found
+
+    def get_layer_stats(self) -> dict[str, int]:
+        """How many layers have which mixer: `deltanet_layers`, `gated_attention_layers`,
+        `group_query_attention_layers` (without an output gate) and `total_layers`."""
+        linear = self.config.layer_types.count(LINEAR)
+        full = self.config.num_layers - linear
+        gated = full if self.config.attention_type == "gated_attention" else 0
+        return {
+            "deltanet_layers": linear,
+            "gated_attention_layers": gated,
+            "group_query_attention_layers": full - gated,
+            "total_layers": self.config.num_layers,
+        }
 
     def reset_stats(self) -> None:
         """Forgets what `get_metrics` and `get_router_stats` tell."""
