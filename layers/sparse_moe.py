@@ -28,22 +28,26 @@ class Routing(NamedTuple):
     tokens: Tensor
 
 
-def load_balancing_loss(routings: Sequence[Routing]) -> Tensor:
-    """The published load-balancing loss, pooled over layers.
+def load_balancing_loss(routings: Sequence[Routing], by_layer: bool = False) -> Tensor:
+    """The load-balancing loss, as published pooled over layers, or the mean of their own.
 
         loss = E * sum_e f_e P_e
         f_e = tokens_per_expert_e / tokens        P_e = probability_e / tokens
 
     f sums to the number of experts per token, so perfect balance gives `num_experts_per_tok`, not
     1. The counts carry no gradient. Source: Switch Transformers, arXiv 2101.03961, eq. 4, in the
-    convention of the `transformers` library (all layers' tokens pooled before the product).
+    convention of the `transformers` library (all layers' tokens pooled before the product). Pooled,
+    layers that favour different experts make up for one another and none of them gets balanced.
 
     Args:
         routings: `Routing` statistics, one per MoE layer.
+        by_layer: Whether every layer is balanced by itself.
 
     Returns:
         `()` float32.
     """
+    if by_layer:
+        return sum(load_balancing_loss([one]) for one in routings) / len(routings)
     tokens_per_expert = sum(routing.tokens_per_expert for routing in routings)
     probability = sum(routing.probability for routing in routings)
     tokens = ops.maximum(sum(routing.tokens for routing in routings), 1.0)

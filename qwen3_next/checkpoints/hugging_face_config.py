@@ -82,6 +82,7 @@ _RULED = {
     "attention_type",
     "ffn_type",
     "dropout",
+    "router_aux_loss_scope",
     "mtp",
 }
 _PLAIN = {
@@ -174,7 +175,7 @@ def config_from_hugging_face(fields: dict[str, Any]) -> dict[str, Any]:
 def config_to_hugging_face(config: Qwen3NextConfig) -> dict[str, Any]:
     """The `config.json` of a model, for old and new versions of transformers alike.
 
-    `dropout`, which only training uses, has no counterpart and is left out.
+    `dropout` and `router_aux_loss_scope`, which only training uses, have no counterpart there.
 
     Args:
         config: `Qwen3NextConfig`.

@@ -60,6 +60,8 @@ class Qwen3NextConfig(Config):
         shared_expert_intermediate_size: Width of the shared expert, 0 for none.
         norm_topk_prob: Whether the weights of the chosen experts are divided by their sum.
         router_aux_loss_coef: Weight of the load-balancing loss in training.
+        router_aux_loss_scope: `"layer"` for the mean of every layer's own load-balancing loss;
+            `None` for one of all layers pooled, as published.
         mlp_only_layers: Layers that are dense although the others are MoE layers.
         decoder_sparse_step: Layer i is an MoE layer when `(i + 1)` is a multiple of this.
         dropout: Dropout rate on the residual branches.
@@ -112,6 +114,7 @@ class Qwen3NextConfig(Config):
     shared_expert_intermediate_size: int = 512
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.001
+    router_aux_loss_scope: str | None = None
     mlp_only_layers: tuple[int, ...] = ()
     decoder_sparse_step: int = 1
     dropout: float = 0.0
@@ -153,6 +156,7 @@ class Qwen3NextConfig(Config):
         "shared_expert_intermediate_size": integer(0),
         "norm_topk_prob": BOOLEAN,
         "router_aux_loss_coef": NOT_NEGATIVE,
+        "router_aux_loss_scope": Rule("None or 'layer'", lambda v: v is None or v == "layer"),
         "mlp_only_layers": Rule(
             "a list of layer numbers", lambda value: is_list_of(value, integer(0).fits)
         ),

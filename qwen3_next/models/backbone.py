@@ -244,7 +244,7 @@ class Qwen3NextBackbone(ConfiguredModel):
             cache, update = None, CacheUpdate(tuple(left))
         elif cache is not None:
             cache = Cache(cache.lengths + _new_lengths(inputs), tuple(left))
-        aux_loss, expert_load = _balance(routings)
+        aux_loss, expert_load = balance(self.config, routings)
         return BackboneOutput(hidden, before_norm, cache, update, aux_loss, expert_load, thinking)
 
     def _thinking_options(self, block, inputs, think_iterations):
@@ -323,10 +323,11 @@ def _new_lengths(inputs):
     return valid_lengths(inputs.padding_mask)
 
 
-def _balance(routings: list[Routing]) -> tuple:
+def balance(config: Qwen3NextConfig, routings: list[Routing]) -> tuple:
     """Load-balancing loss and relative expert load of the MoE layers, `None` without any."""
     if not routings:
         return None, None
     loads = ops.stack([routing.tokens_per_expert for routing in routings])
     even = ops.maximum(ops.mean(loads, axis=-1, keepdims=True), 1e-9)
-    return load_balancing_loss(routings), loads / even
+    by_layer = config.router_aux_loss_scope == "layer"
+    return load_balancing_loss(routings, by_layer), loads / even

@@ -45,6 +45,7 @@ CHANGES = {
     "shared_expert_intermediate_size": 0,
     "norm_topk_prob": False,
     "router_aux_loss_coef": 0.5,
+    "router_aux_loss_scope": "layer",
     "mlp_only_layers": (0,),
     "decoder_sparse_step": 2,
     "dropout": 0.5,

@@ -143,6 +143,10 @@ def test_load_balancing_loss_matches_the_oracle():
     ]
     loss = run(lambda *r: layers.load_balancing_loss(r), *routings)
     assert_close(loss, oracles.load_balancing_loss(probabilities, chosen, MASK), 1e-6)
+    by_layer = run(lambda *r: layers.load_balancing_loss(r, by_layer=True), *routings)
+    each = [oracles.load_balancing_loss([p], [c], MASK) for p, c in zip(probabilities, chosen)]
+    assert_close(by_layer, np.mean(each), 1e-6)
+    assert abs(loss - by_layer) > 1e-4
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
