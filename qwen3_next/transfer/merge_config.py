@@ -18,13 +18,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qwen3_next.checkpoints.interchange import table_of
 from qwen3_next.checkpoints.presets import preset_config
 from qwen3_next.checkpoints.staging import PATH
-from qwen3_next.config.validation import Rule, one_of, require, shown
+from qwen3_next.config.validation import (
+    BOOLEAN,
+    NOT_NEGATIVE,
+    Rule,
+    integer,
+    one_of,
+    require,
+    shown,
+)
+from qwen3_next.models.weight_table import weight_table
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.tasks.task import Task
 from qwen3_next.transfer.dare import LINEAR, TIES, merge_dare
 from qwen3_next.transfer.karcher import merge_karcher
+from qwen3_next.transfer.merge_amounts import ANY, DENSITY, FRACTION, by_model, by_weight
 from qwen3_next.transfer.merge_recipes import amount_of, read_recipe, require_keys
 from qwen3_next.transfer.mergeable import require_same_function
 from qwen3_next.transfer.named_weights import require_model
@@ -42,6 +53,7 @@ class Method(NamedTuple):
         of_models: Parameters of each model, as the recipe calls them.
         of_merge: Parameters of the merge, and what the function calls them.
         needed: Those of the latter that have no default.
+        weight: What the weight of a model must be.
     """
 
     merge: Callable[..., Any]
@@ -49,28 +61,35 @@ class Method(NamedTuple):
     of_models: tuple[str, ...]
     of_merge: dict[str, str]
     needed: tuple[str, ...] = ()
+    weight: Rule = ANY
 
 
 _SUM = {"normalize": "normalize", "lambda": "scale"}
 _DROP = {**_SUM, "rescale": "rescale", "seed": "seed"}
 _BOTH = ("weight", "density")
+_WEIGHT = ("weight",)
+_linear, _ties = (functools.partial(merge_dare, combine=name) for name in (LINEAR, TIES))
 METHODS = {
-    "linear": Method(merge_linear, False, ("weight",), {"normalize": "normalize"}),
+    "linear": Method(merge_linear, False, _WEIGHT, {"normalize": "normalize"}),
     "slerp": Method(merge_slerp, False, (), {"t": "t"}, ("t",)),
-    "karcher": Method(merge_karcher, False, ("weight",), {}),
-    "task_arithmetic": Method(merge_task_arithmetic, True, ("weight",), _SUM),
-    "ties": Method(merge_ties, True, _BOTH, _SUM),
-    "dare_linear": Method(functools.partial(merge_dare, combine=LINEAR), True, _BOTH, _DROP),
-    "dare_ties": Method(functools.partial(merge_dare, combine=TIES), True, _BOTH, _DROP),
+    "karcher": Method(merge_karcher, False, _WEIGHT, {}, weight=NOT_NEGATIVE),
+    "task_arithmetic": Method(merge_task_arithmetic, True, _WEIGHT, _SUM),
+    "ties": Method(merge_ties, True, _BOTH, _SUM, weight=NOT_NEGATIVE),
+    "dare_linear": Method(_linear, True, _BOTH, _DROP),
+    "dare_ties": Method(_ties, True, _BOTH, _DROP, weight=NOT_NEGATIVE),
 }
+_RULES = {"normalize": BOOLEAN, "rescale": BOOLEAN, "scale": ANY, "seed": integer(0)}
 _PLURAL = {"weight": "weights", "density": "density"}
 _KEYS = ("merge_method", "base_model", "models", "parameters", "dtype")
+_MODELS = Rule(
+    "None or a dict from names to models", lambda value: value is None or isinstance(value, dict)
+)
 _TEXT = Rule("None or the name of a dtype", lambda value: value is None or isinstance(value, str))
 
 
 def merge_from_config(
     recipe: str | Path | Mapping[str, Any],
-    models: Mapping[str, Task] | None = None,
+    models: dict[str, Task] | None = None,
     model_class: type[Task] = Qwen3Next,
     progress: bool = True,
 ) -> Any:
@@ -82,10 +101,10 @@ def merge_from_config(
     and the `dare`s, `density`. Those of the merge are `t` (`slerp`), `normalize`, `lambda` (with a
     base), `rescale` and `seed` (`dare`s), and what holds for all models that do not say otherwise.
 
-    Numbers may be lists along the decoder layers, dicts by part or path as for the functions, or
-    lists of `filter` and `value` as mergekit has them, where a filter is a piece of the path.
+    A number may be a list along the decoder layers, a dict by part or path as for the functions, or
+    a list of `filter` and `value` as mergekit has it, where a filter is a piece of the path.
 
-    The configurations of all models are compared before weights are read.
+    The configurations of all models are compared, and the numbers checked, before weights are read.
 
     Args:
         recipe: A JSON or YAML file, or what such a file holds. YAML needs PyYAML.
@@ -128,9 +147,20 @@ def merge_from_config(
     require_keys("recipe", fields, _KEYS, needed=("merge_method", "models"))
     require(one_of(METHODS), "merge_method", fields["merge_method"])
     require(_TEXT, "dtype", fields.get("dtype"))
+    require(_MODELS, "models", models)
     method = METHODS[fields["merge_method"]]
+    given = dict(models or {})
     names, arguments = _arguments(method, fields)
-    loaded = _load(names, dict(models or {}), model_class, fields.get("dtype"), progress)
+    _check_models(names, given, model_class, fields.get("dtype"))
+    configs = {n: given[n].config if n in given else preset_config(n) for n in names}
+    require_same_function(configs)
+    _check_numbers(method, arguments, _rows(given.get(names[0]), model_class, configs[names[0]]))
+    for name in names:
+        if name not in given:
+            given[name] = model_class.from_preset(
+                name, dtype=fields.get("dtype"), progress=progress
+            )
+    loaded = [given[name] for name in names]
     if method.merge is merge_slerp:
         return merge_slerp(loaded[0], loaded[1], **arguments)
     if method.base:
@@ -155,7 +185,7 @@ def _arguments(method, fields):
                 raise ValueError(f"`parameters` must have {name!r}. Received: none for {model!r}")
             values.append(amount_of(name, own[name] if name in own else shared[name]))
         arguments[_PLURAL[name]] = values
-    base = [fields["base_model"]] if method.base else []
+    base = [str(fields["base_model"])] if method.base else []
     return [*base, *(model for model, _ in entries)], arguments
 
 
@@ -183,6 +213,8 @@ def _entries(method, fields):
         require(PATH, "base_model", base)
         # mergekit's files list the base among the models, with nothing to say of it.
         entries = [entry for entry in entries if entry != (str(base), {})]
+        if not entries:
+            raise ValueError(f"`models` must have another one than {base!r}. Received: {listed}")
     return entries
 
 
@@ -196,9 +228,7 @@ def _two_ends(entries, base):
     return entries[::-1] if base is not None and str(base) == names[1] else entries
 
 
-def _load(names, models, model_class, dtype, progress):
-    """The models of those names, in that order."""
-    names = [str(name) for name in names]
+def _check_models(names, models, model_class, dtype):
     if not (isinstance(model_class, type) and issubclass(model_class, Task)):
         raise ValueError(
             "`model_class` must be Qwen3Next or Qwen3NextClassifier. "
@@ -214,8 +244,23 @@ def _load(names, models, model_class, dtype, progress):
             f"`dtype` must be the dtype policy of {names[0]!r}, which is loaded already: "
             f"{models[names[0]].dtype_policy.name!r}. Received: dtype={dtype!r}"
         )
-    require_same_function({n: models[n].config if n in models else preset_config(n) for n in names})
-    for name in names:
-        if name not in models:
-            models[name] = model_class.from_preset(name, dtype=dtype, progress=progress)
-    return [models[name] for name in names]
+
+
+def _rows(model, model_class, config):
+    """The weight table of a model that is loaded, or will be one of a class."""
+    if model is not None:
+        return table_of(model)
+    # No number depends on how many labels there are.
+    return weight_table(config, 1 if "num_labels" in model_class.constructor_options() else None)
+
+
+def _check_numbers(method, arguments, rows):
+    """Refuses here what the function would refuse once all models are loaded."""
+    for name, value in arguments.items():
+        if name in _PLURAL.values():
+            rule = DENSITY if name == "density" else method.weight
+            by_model(name, value, len(value), rows, rule)
+        elif name == "t":
+            by_weight(name, value, rows, FRACTION)
+        else:
+            require(_RULES[name], name, value)
