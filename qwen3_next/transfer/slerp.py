@@ -45,7 +45,7 @@ def merge_slerp(first: Task, second: Task, t: Amount) -> Any:
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_experts": 0}
     first, second = (Qwen3Next.from_variant("tiny", **sizes) for _ in range(2))
     middle = merge_slerp(first, second, t=0.5)
-    rising = merge_slerp(first, second, t={"attention": [0.0, 1.0], "deltanet": 0.3, "*": 0.5})
+    rising = merge_slerp(first, second, t={"mlp": [0.0, 1.0], "deltanet": 0.3, "*": 0.5})
     assert middle.config == rising.config == first.config
     ```
     """

@@ -68,7 +68,7 @@ def merge_ties(
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_experts": 0}
     base, coder, poet = (Qwen3Next.from_variant("tiny", **sizes) for _ in range(3))
     both = merge_ties(base, [coder, poet], weights=[1, 0.5], density=0.2)
-    rest = merge_ties(base, [coder, poet], [1, 1], density=[{"attention": 0.5, "*": 0.2}, 0.1])
+    rest = merge_ties(base, [coder, poet], [1, 1], density=[{"mlp": 0.5, "*": 0.2}, 0.1])
     assert both.config == rest.config == base.config
     ```
     """

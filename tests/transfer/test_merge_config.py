@@ -204,6 +204,9 @@ def test_all_is_checked_before_weights_are_read(presets, monkeypatch, changes, o
     given["models"] = [{"model": str(presets / other)}]
     given["parameters"] = {"weight": 1, "density": 0.5, **changes}
     refused(lambda: merge_from_config(given), word)
+    ends = [{"model": str(presets / name)} for name in ("first", "second")]
+    given = {"merge_method": "slerp", "models": ends, "parameters": {"t": 2}}
+    refused(lambda: merge_from_config(given), "t=2")
 
 
 def test_yaml_without_pyyaml_is_refused(tmp_path, monkeypatch):
