@@ -106,8 +106,7 @@ def agreed(deltas: Sequence[np.ndarray], weights: Sequence[float], normalize: bo
     merged, mass = np.zeros_like(deltas[0]), np.zeros_like(deltas[0])
     for delta, weight in zip(deltas, weights):
         if weight:
-            agrees = (np.sign(delta) == elected) & (elected != 0)
-            factor = agrees * delta.dtype.type(weight)
+            factor = (np.sign(delta) == elected) * delta.dtype.type(weight)
             merged += factor * delta
             mass += factor
     return np.divide(merged, mass, out=merged, where=mass > 0) if normalize else merged

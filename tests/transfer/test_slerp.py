@@ -69,8 +69,12 @@ def test_parallel_opposite_and_zero_tensors_go_along_the_chord():
 
 
 def test_small_angles_keep_their_arc():
-    cosine = cosines([np.array([1, 0], "float32"), np.array([1, 2**-10], "float32")])
-    np.testing.assert_allclose(np.arccos(cosine[0, 1]), np.arctan(2**-10), rtol=1e-8)
+    rng = np.random.default_rng(0)
+    first, noise = rng.normal(size=(2, 3000))
+    pair = [first.astype("float32"), (first + 1e-3 * noise).astype("float32")]
+    u, v = (direction(array.astype("float64")) for array in pair)
+    angle = 2 * np.arcsin(np.linalg.norm(u - v) / 2)
+    np.testing.assert_allclose(np.arccos(cosines(pair)[0, 1]), angle, rtol=1e-8)
 
 
 def test_t_by_part_path_and_layer():
@@ -113,7 +117,7 @@ def test_the_mean_of_three_is_where_their_pulls_cancel():
 
 
 def test_the_mean_of_equal_lengths_keeps_the_length():
-    vectors = [np.array(v, "float64") for v in ([1, 0, 0], [0, 1, 0], [0.6, 0, 0.8])]
+    vectors = [np.array(v) for v in ([1, 0, 0], [0, 1, 0], [0.6, 0, 0.8])]
     c = karcher_coefficients(cosines(vectors), [0.2, 0.3, 0.5])
     np.testing.assert_allclose(np.linalg.norm(sum(c[:, None] * vectors)), 1.0, atol=1e-12)
 
