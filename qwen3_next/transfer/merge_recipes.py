@@ -72,7 +72,7 @@ def _read_yaml(path):
         yaml = importlib.import_module("yaml")
     except ImportError as error:
         raise ValueError(
-            "Recipes in YAML need PyYAML (pip install pyyaml), those in JSON nothing. "
+            'Recipes in YAML need PyYAML: pip install "qwen3-next-keras[yaml]". '
             f"Received: recipe={path}"
         ) from error
     try:
