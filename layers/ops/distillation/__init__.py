@@ -1,0 +1,9 @@
+"""Divergence of a student's next-token distribution from a teacher's, without all logits at once.
+
+linear_kl_divergence         from the hidden states and the head's kernel of both, chunk by chunk
+linear_top_kl_divergence     from the teacher's largest log-probabilities
+"""
+
+from .api import linear_kl_divergence, linear_top_kl_divergence
+
+__all__ = ["linear_kl_divergence", "linear_top_kl_divergence"]
