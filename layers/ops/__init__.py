@@ -10,6 +10,7 @@
     replay                          the state after those that stay
     linear_kl_divergence            what a student's distribution of every row lacks of a teacher's
     linear_top_kl_divergence        the same from the teacher's largest log-probabilities
+    linear_top_log_probs            these, from hidden states and the head's kernel
     grouped_matmul                  every row times the matrix of its group
 
 One folder per op: `api.py` has the public functions, checks and the choice of implementation, the
@@ -20,7 +21,7 @@ other modules the maths. Beside them stand what several ops share (`activations`
 from .attention import attention
 from .causal_conv1d import causal_conv1d
 from .cross_entropy import cross_entropy, linear_cross_entropy
-from .distillation import linear_kl_divergence, linear_top_kl_divergence
+from .distillation import linear_kl_divergence, linear_top_kl_divergence, linear_top_log_probs
 from .expert_mlp import expert_mlp
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_with_replay, replay
 from .grouped_matmul import grouped_matmul
@@ -36,5 +37,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl_divergence",
     "linear_top_kl_divergence",
+    "linear_top_log_probs",
     "replay",
 ]

@@ -11,22 +11,19 @@ factor t^2 keeps the size of the gradient the same at every temperature. The tea
 
     linear_kl_divergence         from the teacher's hidden states and its head's kernel
     linear_top_kl_divergence     from its n largest log-probabilities
+    linear_top_log_probs         these, from hidden states and the head's kernel
 """
 
-import functools
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 from keras import ops
 
-from ..backend.autodiff import custom_gradient
 from ..backend.loops import scan
 from ..checks import require_shape, to_int32
 from ..cross_entropy.api import CHUNK_LOGITS
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
-
-NOWHERE = -1e30  # a logit without probability
+from .divergences import LINEAR, TOP, differentiable
 
 
 def linear_kl_divergence(
@@ -61,7 +58,7 @@ def linear_kl_divergence(
     require_shape("teacher_hidden", teacher_hidden, (hidden.shape[0], None))
     require_shape("teacher_kernel", teacher_kernel, (teacher_hidden.shape[1], kernel.shape[-1]))
     teacher_kernel = ops.cast(teacher_kernel, teacher_hidden.dtype)
-    teacher = _LINEAR, (teacher_hidden,), (teacher_kernel,)
+    teacher = LINEAR, (teacher_hidden,), (teacher_kernel,)
     return _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows)
 
 
@@ -103,133 +100,77 @@ def linear_top_kl_divergence(
     require_shape("teacher_ids", teacher_ids, (hidden.shape[0], None))
     require_shape("teacher_log_probs", teacher_log_probs, tuple(teacher_ids.shape))
     log_probs = ops.cast(teacher_log_probs, "float32")
-    teacher = _TOP, (to_int32(teacher_ids), log_probs), ()
+    teacher = TOP, (to_int32(teacher_ids), log_probs), ()
     return _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows)
 
 
+def linear_top_log_probs(
+    hidden: Annotated[Tensor, "N D"],
+    kernel: Annotated[Tensor, "D V"],
+    count: int,
+    temperature: float = 1.0,
+    *,
+    chunk_rows: int | None = None,
+) -> tuple[Annotated[Tensor, "N n"], Annotated[Tensor, "N n"]]:
+    """The `count` largest of `log softmax(hidden @ kernel / t)` of every row, not differentiated.
+
+    Args:
+        hidden: `(N, D)`.
+        kernel: `(D, V)`.
+        count: n, 1 to V.
+        temperature: t, above 0.
+        chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
+
+    Returns:
+        Token ids `(N, n)` int32 and log-probabilities `(N, n)` float32, the largest first.
+
+    Raises:
+        ValueError: shapes that do not fit together, a count or a temperature out of range.
+    """
+    _check(hidden, kernel, temperature)
+    if not isinstance(count, int) or not 1 <= count <= kernel.shape[1]:
+        raise ValueError(f"`count` must be 1 to {kernel.shape[1]}. Received: {count=}")
+    rows, (xs,) = _chunks(kernel, chunk_rows, (hidden,))
+    kernel = ops.cast(kernel, hidden.dtype)
+
+    def step(carry, xs):
+        logits = ops.cast(xs[0] @ kernel, "float32") / temperature  # (R, V)
+        values, ids = ops.top_k(logits, count)
+        return carry, (ops.cast(ids, "int32"), values - ops.logsumexp(logits, -1, keepdims=True))
+
+    into = tuple(
+        ops.repeat(ops.zeros_like(xs[..., :1], dtype), count, axis=-1)
+        for dtype in ("int32", "float32")
+    )
+    _, found = scan(step, (), (xs,), into)
+    ids, log_probs = (ops.reshape(x, (-1, count))[:rows] for x in found)
+    return ids, log_probs
+
+
 def _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows):
+    _check(hidden, kernel, temperature)
+    require_shape("mask", mask, (hidden.shape[0],))
+    kind, by_row, shared = teacher
+    mask = ops.ones_like(hidden[:, 0], "bool") if mask is None else ops.cast(mask, "bool")
+    count, rows = _chunks(kernel, chunk_rows, (hidden, mask, *by_row))
+    function = differentiable(kind, len(by_row), float(temperature))
+    losses = function(ops.cast(kernel, hidden.dtype), *shared, *rows)
+    return ops.reshape(losses, (-1,))[:count]
+
+
+def _check(hidden, kernel, temperature):
     require_shape("hidden", hidden, (None, None))
     require_shape("kernel", kernel, (hidden.shape[1], None))
-    require_shape("mask", mask, (hidden.shape[0],))
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` must be above 0. Received: {temperature=}")
-    count = ops.shape(hidden)[0]
+
+
+def _chunks(kernel, chunk_rows, xs):
+    """The number of rows, and tensors `(N, ...)` as `(chunks, rows of a chunk, ...)`."""
+    count = ops.shape(xs[0])[0]
     if chunk_rows is None:
         chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
     if isinstance(count, int):
         chunk_rows = max(1, min(chunk_rows, count))
-    kind, by_row, shared = teacher
-    mask = ops.ones_like(hidden[:, 0], "bool") if mask is None else ops.cast(mask, "bool")
-
-    def chunked(x):
-        x = pad_to_multiple(x, chunk_rows)
-        return ops.reshape(x, (-1, chunk_rows, *x.shape[1:]))
-
-    kernel = ops.cast(kernel, hidden.dtype)
-    rows = [chunked(x) for x in (hidden, mask, *by_row)]
-    function = _differentiable(kind, len(by_row), float(temperature))
-    losses = function(kernel, *shared, *rows)
-    return ops.reshape(losses, (-1,))[:count]
-
-
-@functools.cache
-def _differentiable(
-    kind: tuple[Callable[..., Tensor], Callable[..., Tensor]], num_by_row: int, temperature: float
-) -> Callable[..., Any]:
-    divergence, probabilities = kind
-
-    def split(inputs):
-        kernel, *shared = inputs[: -(num_by_row + 2)]
-        return kernel, shared, inputs[-(num_by_row + 2) :]
-
-    def scaled(rows, kernel):
-        return ops.cast(rows @ kernel, "float32") / temperature  # (R, V)
-
-    def zeros_at_others(real, xs):
-        """A product with 0 would keep what is not finite."""
-        return [ops.where(real[:, None], x, ops.zeros_like(x)) for x in xs]
-
-    def teacher_of(others, shared):
-        """What the teacher gives of a chunk; its hidden states as logits."""
-        return [scaled(*others, *shared)] if shared else others
-
-    def forward(*inputs):
-        kernel, shared, xs = split(inputs)
-
-        def step(carry, xs):
-            rows, real, *others = xs
-            rows, *others = zeros_at_others(real, (rows, *others))
-            found = divergence(scaled(rows, kernel), *teacher_of(others, shared))
-            return carry, (ops.where(real, temperature**2 * found, 0.0),)
-
-        into = (ops.zeros_like(xs[1], "float32"),)
-        _, (losses,) = scan(step, (), tuple(xs), into)
-        return losses, inputs
-
-    def backward(inputs, d_losses):
-        kernel, shared, xs = split(inputs)
-
-        def step(carry, xs):
-            (d_kernel,) = carry
-            d_loss, rows, real, *others = xs
-            rows, *others = zeros_at_others(real, (rows, *others))
-            logits = scaled(rows, kernel)
-            missing = ops.softmax(logits) - probabilities(logits, *teacher_of(others, shared))
-            d_loss = ops.where(real, d_loss, 0.0)[:, None]
-            d_logits = ops.cast(temperature * d_loss * missing, kernel.dtype)
-            d_rows = d_logits @ ops.transpose(kernel)
-            d_kernel = d_kernel + ops.cast(ops.transpose(rows) @ d_logits, "float32")
-            return (d_kernel,), (d_rows,)
-
-        carry = (ops.zeros(kernel.shape, "float32"),)
-        (d_kernel,), (d_hidden,) = scan(step, carry, (d_losses, *xs), (ops.zeros_like(xs[0]),))
-        nothing = [None] * (len(xs) - 1)
-        return ops.cast(d_kernel, kernel.dtype), *([None] * len(shared)), d_hidden, *nothing
-
-    return custom_gradient(forward, backward)
-
-
-def _divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    logs, teacher_logs = ops.log_softmax(logits), ops.log_softmax(teacher_logits)
-    return ops.sum(ops.exp(teacher_logs) * (teacher_logs - logs), axis=-1)
-
-
-def _probabilities(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    del logits
-    return ops.softmax(teacher_logits)
-
-
-def _top_divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
-    total = ops.logsumexp(logits, axis=-1)
-    logs = ops.take_along_axis(logits, ids, axis=-1) - total[:, None]  # (R, n)
-    found = ops.sum(ops.exp(log_probs) * (log_probs - logs), axis=-1)
-    if ids.shape[1] == logits.shape[1]:
-        return found
-    rest = _rest(log_probs)
-    log_rest = ops.logsumexp(_written(logits, ids, NOWHERE), axis=-1) - total
-    return found + rest * (ops.log(ops.maximum(rest, 1e-30)) - log_rest)
-
-
-def _top_probabilities(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
-    """The teacher's, with the rest shared as the student shares its own."""
-    if ids.shape[1] == logits.shape[1]:
-        others = ops.zeros_like(logits)
-    else:
-        others = _rest(log_probs)[:, None] * ops.softmax(_written(logits, ids, NOWHERE))
-    return _written(others, ids, ops.exp(log_probs))
-
-
-def _rest(log_probs):
-    return ops.maximum(1.0 - ops.sum(ops.exp(log_probs), axis=-1), 0.0)
-
-
-def _written(x, ids, values):
-    """`x` `(R, V)` with `values`, a number or `(R, n)`, at `ids` `(R, n)` of each row."""
-    rows, count = ids.shape
-    places = ops.stack([ops.repeat(ops.arange(rows, dtype="int32"), count), ops.ravel(ids)], axis=1)
-    values = ops.broadcast_to(ops.cast(values, x.dtype), (rows, count))
-    return ops.scatter_update(x, places, ops.ravel(values))
-
-
-_LINEAR = _divergence, _probabilities
-_TOP = _top_divergence, _top_probabilities
+    padded = (pad_to_multiple(x, chunk_rows) for x in xs)
+    return count, [ops.reshape(x, (-1, chunk_rows, *x.shape[1:])) for x in padded]

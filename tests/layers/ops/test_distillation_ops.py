@@ -7,7 +7,11 @@ import pytest
 from keras import ops
 from keras.backend import standardize_dtype
 
-from qwen3_next.layers.ops import linear_kl_divergence, linear_top_kl_divergence
+from qwen3_next.layers.ops import (
+    linear_kl_divergence,
+    linear_top_kl_divergence,
+    linear_top_log_probs,
+)
 from tests.support.distillation_oracles import kl_divergence, top_kl_divergence, top_of
 from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
 
@@ -120,6 +124,19 @@ def test_the_top_never_says_more_than_the_whole():
         assert (part >= 0).all()
 
 
+def _top_of_rows(hidden, kernel):
+    return linear_top_log_probs(hidden, kernel, TOP, 2.0, chunk_rows=8)
+
+
+@pytest.mark.portable
+def test_the_largest_log_probabilities_are_those_of_the_oracle(compiled):
+    _, _, hidden, kernel, _ = inputs()
+    expected_ids, expected = top_of(np.float64(hidden) @ np.float64(kernel), TOP, 2.0)
+    ids, log_probs = run(_top_of_rows, hidden, kernel, mode=compiled)
+    np.testing.assert_array_equal(ids, expected_ids)
+    assert_close(log_probs, expected, TOLERANCE)
+
+
 def test_rows_that_do_not_count_give_nothing_whatever_they_hold():
     for function, arrays in ((full(), inputs()), (top(), top_inputs())):
         expected = run(function, *arrays), gradients(function, arrays, COTANGENT)[:2]
@@ -217,5 +234,7 @@ def test_an_error_names_the_argument_of_the_top():
     ):
         with pytest.raises(ValueError, match=f"`{name}`.*Received"):
             linear_top_kl_divergence(hidden, kernel, *teacher, 2.0, mask)
+    with pytest.raises(ValueError, match=r"`count`.*Received"):
+        linear_top_log_probs(hidden, kernel, VOCAB + 1)
     with pytest.raises(ValueError, match=r"`temperature`.*Received"):
         linear_top_kl_divergence(hidden, kernel, ids, log_probs, 0.0, mask)
