@@ -83,10 +83,8 @@ class DistillationTrainer(keras.Model):
     from qwen3_next.transfer.distillation import DistillationTrainer
 
     shape = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_experts": 0}
-    teacher = Qwen3Next.from_variant("tiny", layer_types=("full_attention",) * 2, **shape)
-    student = Qwen3Next.from_variant(
-        "tiny", layer_types=("linear_attention", "full_attention"), **shape
-    )
+    teacher = Qwen3Next.from_variant("tiny", full_attention_interval=1, **shape)
+    student = Qwen3Next.from_variant("tiny", full_attention_interval=2, **shape)
     token_ids = np.random.default_rng(0).integers(0, 64, (4, 8))
     for stage in ("alignment", "logits"):
         trainer = DistillationTrainer(teacher, student, stage=stage)
@@ -198,11 +196,11 @@ class DistillationTrainer(keras.Model):
 
     def call(self, inputs, training=None):
         if not isinstance(inputs, StepInputs):
-            return self.student(inputs, training=training)
+            return self.student(split_stored(inputs)[0], training=training)
         return self._stage.output(self.student, self.teacher, inputs, bool(training))
 
     def compute_output_spec(self, inputs: Any, **kwargs: Any) -> keras.KerasTensor:
-        return self.student.compute_output_spec(inputs)
+        return self.student.compute_output_spec(split_stored(inputs)[0])
 
     def train_step(self, *args):
         with one_replica():
@@ -273,6 +271,7 @@ class DistillationTrainer(keras.Model):
             return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
+        x = checked(self._check_inputs, x)
         with values_kept(self, self._stepped_variables()):
             return super().predict(x, *args, **kwargs)
 
@@ -283,6 +282,10 @@ class DistillationTrainer(keras.Model):
     def test_on_batch(self, x, y=None, *args, **kwargs):
         self._check_batch(x, y)
         return super().test_on_batch(x, y, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        self._check_inputs(x)
+        return super().predict_on_batch(x)
 
     def save(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save`, without the teacher; a `.keras` file is replaced at the end."""
@@ -309,9 +312,11 @@ class DistillationTrainer(keras.Model):
                     f"{value}. Received: {name}={getattr(stored, name)} in {stored.directory}"
                 )
 
+    def _check_inputs(self, x, y=None):
+        check_token_ids(split_stored(x)[0], self.student.config.vocab_size)
+
     def _check_batch(self, x, y=None):
-        given, _ = split_stored(x)
-        check_token_ids(given, self.student.config.vocab_size)
+        self._check_inputs(x)
         if y is None:
             return
         if isinstance(self._stage, Alignment):

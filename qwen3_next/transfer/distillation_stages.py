@@ -101,7 +101,8 @@ class Alignment:
     ) -> Aligned:
         teacher = _needed(teacher)
         inputs = unpack(step.inputs)
-        streams = [teacher.streams(inputs)[number] for number in self.layers]
+        taught = teacher.streams(inputs)  # of all layers, in one pass
+        streams = [taught[number] for number in self.layers]
         layers = [student.backbone.decoder_layers[number] for number in self.layers]
         mixed = [
             mixer_output(layer, stream.hidden, inputs, training)
