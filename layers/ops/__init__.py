@@ -8,6 +8,9 @@
     gated_delta_rule                linear attention with a decaying state and the delta rule
     gated_delta_rule_with_replay    the same for a few tokens of which only some may stay
     replay                          the state after those that stay
+    linear_kl_divergence            what a student's distribution of every row lacks of a teacher's
+    linear_top_kl_divergence        the same from the teacher's largest log-probabilities
+    linear_top_log_probs            these, from hidden states and the head's kernel
     grouped_matmul                  every row times the matrix of its group
 
 One folder per op: `api.py` has the public functions, checks and the choice of implementation, the
@@ -18,6 +21,7 @@ other modules the maths. Beside them stand what several ops share (`activations`
 from .attention import attention
 from .causal_conv1d import causal_conv1d
 from .cross_entropy import cross_entropy, linear_cross_entropy
+from .distillation import linear_kl_divergence, linear_top_kl_divergence, linear_top_log_probs
 from .expert_mlp import expert_mlp
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_with_replay, replay
 from .grouped_matmul import grouped_matmul
@@ -31,5 +35,8 @@ __all__ = [
     "gated_delta_rule_with_replay",
     "grouped_matmul",
     "linear_cross_entropy",
+    "linear_kl_divergence",
+    "linear_top_kl_divergence",
+    "linear_top_log_probs",
     "replay",
 ]

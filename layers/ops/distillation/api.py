@@ -1,0 +1,176 @@
+"""What a student's next-token distribution lacks of a teacher's, over large vocabularies.
+
+    loss_n = t^2 KL(p_n || q_n) = t^2 sum_v p_nv (log p_nv - log q_nv)
+    q = softmax(hidden @ kernel / t)        p = the teacher's at the same temperature t
+
+    d loss / d logits = t (q - p)
+
+As `linear_cross_entropy`, neither op holds the logits of more than one chunk of rows, of the
+student or of the teacher, forward or backward: the backward pass recomputes a chunk's logits. The
+factor t^2 keeps the size of the gradient the same at every temperature. The teacher has none.
+
+    linear_kl_divergence         from the teacher's hidden states and its head's kernel
+    linear_top_kl_divergence     from its n largest log-probabilities
+    linear_top_log_probs         these, from hidden states and the head's kernel
+"""
+
+from typing import Annotated
+
+from keras import ops
+
+from ..backend.loops import scan
+from ..checks import require_shape, to_int32
+from ..cross_entropy.api import CHUNK_LOGITS
+from ..padding import pad_to_multiple
+from ..tensor_types import Tensor
+from .divergences import LINEAR, TOP, differentiable
+
+
+def linear_kl_divergence(
+    hidden: Annotated[Tensor, "N D"],
+    kernel: Annotated[Tensor, "D V"],
+    teacher_hidden: Annotated[Tensor, "N E"],
+    teacher_kernel: Annotated[Tensor, "E V"],
+    temperature: float = 1.0,
+    mask: Annotated[Tensor, "N"] | None = None,
+    *,
+    chunk_rows: int | None = None,
+) -> Annotated[Tensor, "N"]:
+    """`t^2 KL(teacher || student)` of every row, from hidden states and the kernels of both heads.
+
+    Args:
+        hidden: `(N, D)`, the student's.
+        kernel: `(D, V)`.
+        teacher_hidden: `(N, E)`, any width and float dtype. It gets no gradient.
+        teacher_kernel: `(E, V)`. It gets no gradient.
+        temperature: t, by which the logits of both are divided; above 0.
+        mask: `(N,)` bool, true at rows that count, or `None` for all.
+        chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
+
+    Returns:
+        `(N,)` float32, 0 at rows that do not count, whatever they hold.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a temperature that is not above 0.
+
+    Reference: Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
+    """
+    require_shape("teacher_hidden", teacher_hidden, (hidden.shape[0], None))
+    require_shape("teacher_kernel", teacher_kernel, (teacher_hidden.shape[1], kernel.shape[-1]))
+    teacher_kernel = ops.cast(teacher_kernel, teacher_hidden.dtype)
+    teacher = LINEAR, (teacher_hidden,), (teacher_kernel,)
+    return _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows)
+
+
+def linear_top_kl_divergence(
+    hidden: Annotated[Tensor, "N D"],
+    kernel: Annotated[Tensor, "D V"],
+    teacher_ids: Annotated[Tensor, "N n"],
+    teacher_log_probs: Annotated[Tensor, "N n"],
+    temperature: float = 1.0,
+    mask: Annotated[Tensor, "N"] | None = None,
+    *,
+    chunk_rows: int | None = None,
+) -> Annotated[Tensor, "N"]:
+    """`t^2 KL(teacher || student)` of every row, from the teacher's n largest log-probabilities.
+
+    All other tokens are one event, whose probability is what the n leave:
+
+        KL = sum_top p (log p - log q) + P (log P - log Q),   P = 1 - sum_top p,   Q = 1 - sum_top q
+
+    That is never more than the divergence over the whole vocabulary, and with n = V the same.
+    How the student shares Q among the other tokens is left to it.
+
+    Args:
+        hidden: `(N, D)`, the student's.
+        kernel: `(D, V)`.
+        teacher_ids: `(N, n)` integers, tokens of the teacher, distinct within a row.
+        teacher_log_probs: `(N, n)`, `log softmax(teacher logits / t)` over the vocabulary at these
+            tokens. They belong to one temperature: those of another do not follow from them.
+        temperature: t, by which the logits of both are divided; above 0.
+        mask: `(N,)` bool, true at rows that count, or `None` for all.
+        chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
+
+    Returns:
+        `(N,)` float32, 0 at rows that do not count, whatever they hold.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a temperature that is not above 0.
+    """
+    require_shape("teacher_ids", teacher_ids, (hidden.shape[0], None))
+    require_shape("teacher_log_probs", teacher_log_probs, tuple(teacher_ids.shape))
+    log_probs = ops.cast(teacher_log_probs, "float32")
+    teacher = TOP, (to_int32(teacher_ids), log_probs), ()
+    return _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows)
+
+
+def linear_top_log_probs(
+    hidden: Annotated[Tensor, "N D"],
+    kernel: Annotated[Tensor, "D V"],
+    count: int,
+    temperature: float = 1.0,
+    *,
+    chunk_rows: int | None = None,
+) -> tuple[Annotated[Tensor, "N n"], Annotated[Tensor, "N n"]]:
+    """The `count` largest of `log softmax(hidden @ kernel / t)` of every row, not differentiated.
+
+    Args:
+        hidden: `(N, D)`.
+        kernel: `(D, V)`.
+        count: n, 1 to V.
+        temperature: t, above 0.
+        chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
+
+    Returns:
+        Token ids `(N, n)` int32 and log-probabilities `(N, n)` float32, the largest first.
+
+    Raises:
+        ValueError: shapes that do not fit together, a count or a temperature out of range.
+    """
+    _check(hidden, kernel, temperature)
+    if not isinstance(count, int) or not 1 <= count <= kernel.shape[1]:
+        raise ValueError(f"`count` must be 1 to {kernel.shape[1]}. Received: {count=}")
+    rows, (xs,) = _chunks(kernel, chunk_rows, (hidden,))
+    kernel = ops.cast(kernel, hidden.dtype)
+
+    def step(carry, xs):
+        logits = ops.cast(xs[0] @ kernel, "float32") / temperature  # (R, V)
+        values, ids = ops.top_k(logits, count)
+        return carry, (ops.cast(ids, "int32"), values - ops.logsumexp(logits, -1, keepdims=True))
+
+    into = tuple(
+        ops.repeat(ops.zeros_like(xs[..., :1], dtype), count, axis=-1)
+        for dtype in ("int32", "float32")
+    )
+    _, found = scan(step, (), (xs,), into)
+    ids, log_probs = (ops.reshape(x, (-1, count))[:rows] for x in found)
+    return ids, log_probs
+
+
+def _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows):
+    _check(hidden, kernel, temperature)
+    require_shape("mask", mask, (hidden.shape[0],))
+    kind, by_row, shared = teacher
+    mask = ops.ones_like(hidden[:, 0], "bool") if mask is None else ops.cast(mask, "bool")
+    count, rows = _chunks(kernel, chunk_rows, (hidden, mask, *by_row))
+    function = differentiable(kind, len(by_row), float(temperature))
+    losses = function(ops.cast(kernel, hidden.dtype), *shared, *rows)
+    return ops.reshape(losses, (-1,))[:count]
+
+
+def _check(hidden, kernel, temperature):
+    require_shape("hidden", hidden, (None, None))
+    require_shape("kernel", kernel, (hidden.shape[1], None))
+    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise ValueError(f"`temperature` must be above 0. Received: {temperature=}")
+
+
+def _chunks(kernel, chunk_rows, xs):
+    """The number of rows, and tensors `(N, ...)` as `(chunks, rows of a chunk, ...)`."""
+    count = ops.shape(xs[0])[0]
+    if chunk_rows is None:
+        chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
+    if isinstance(count, int):
+        chunk_rows = max(1, min(chunk_rows, count))
+    padded = (pad_to_multiple(x, chunk_rows) for x in xs)
+    return count, [ops.reshape(x, (-1, chunk_rows, *x.shape[1:])) for x in padded]

@@ -1,0 +1,89 @@
+"""What a language model adds to its cross-entropy in training, for trainers with another loss.
+
+The same terms, metrics and counters as in the model's own `fit`: load balancing, thinking, and
+multi-token prediction.
+"""
+
+from typing import Annotated, Any, NamedTuple
+
+from keras import ops
+
+from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.inputs import unpack
+from qwen3_next.tasks.language_model import Qwen3Next
+from qwen3_next.training.losses import per_token
+from qwen3_next.training.mtp_losses import StepLosses, step_losses, weighted_sum
+from qwen3_next.training.next_token_training import StepOutput
+from qwen3_next.training.thinking_metrics import thinking_loss, update_thinking_metrics
+
+
+class OwnLosses(NamedTuple):
+    """What a model adds to its cross-entropy.
+
+    Attributes:
+        loss: `()` float32, the sum of the terms; 0 outside of training.
+        mtp: `StepLosses`, or `None` without MTP modules.
+    """
+
+    loss: Tensor
+    mtp: StepLosses | None
+
+
+def own_losses(
+    student: Qwen3Next,
+    inputs: Any,
+    labels: Annotated[Tensor, "B T"],
+    output: StepOutput,
+    sample_weight: Tensor | None,
+    training: bool,
+) -> OwnLosses:
+    """The terms of a step.
+
+    Args:
+        student: Whose step it is.
+        inputs: What it was called with.
+        labels: `(B, T)` int32 that line up with the logits, -100 where ignored.
+        output: What it returned for `StepInputs`.
+        sample_weight: `(B,)` or `(B, T)`, or `None`.
+        training: Whether it trains.
+    """
+    loss, mtp = ops.zeros(()), None
+    if output.aux_loss is not None and training:
+        loss = loss + student.config.router_aux_loss_coef * output.aux_loss
+    thinking = thinking_loss(student.config, output.thinking)
+    if thinking is not None and training:
+        loss = loss + thinking
+    if output.mtp_input is not None:
+        weight = None
+        if sample_weight is not None:
+            weight = ops.broadcast_to(per_token(sample_weight), ops.shape(labels))
+        mtp = step_losses(student, output.mtp_input, unpack(inputs), labels, weight, training)
+        loss = loss + weighted_sum(student, mtp) if training else loss
+    return OwnLosses(loss, mtp)
+
+
+def note_step(
+    student: Qwen3Next,
+    labels: Annotated[Tensor, "B T"],
+    output: StepOutput,
+    own: OwnLosses,
+    training: bool,
+) -> None:
+    """Updates the metrics and the counters of the student, once the losses of a step are known."""
+    update_thinking_metrics(student.thinking_metrics, output.thinking)
+    if output.expert_load is not None:
+        student.expert_load_max.update_state(ops.max(output.expert_load))
+        student.expert_load_unused.update_state(
+            ops.mean(ops.cast(output.expert_load == 0, "float32"))
+        )
+    if own.mtp is not None:
+        values = (*own.mtp.losses, *own.mtp.accuracies)
+        for metric, value in zip(student.mtp_metrics, values, strict=True):
+            metric.update_state(value)
+    if not training:
+        return
+    student.backbone.update_expert_bias()
+    if own.mtp is not None and student.mtp_steps is not None:
+        student.mtp_steps.assign_add(1)
+    if own.mtp is not None and student.token_counts is not None:
+        student.token_counts.add(labels)
