@@ -39,6 +39,7 @@ def table(results):
         cells = [_cost(by.get(contender)) for contender in who]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [*_speculation(found), *_thinking(found), *_adaptive(found), *_routes(found)]
+    lines += _conversion(found)
     return "\n".join(lines) + "\n"
 
 
@@ -128,6 +129,23 @@ def _routes(found):
         return []
     head = "| | routers asked | half of the think layers skipped |"
     return ["", "Time against that without layer routers.", "", head, "|---|---|---|", *lines]
+
+
+def _conversion(found):
+    """Seconds of a conversion, and what its first run added to the memory of the process."""
+    columns = ("seconds", "model MiB", "largest weight MiB", "memory MiB above the model")
+    lines = []
+    for name, by in found.items():
+        for contender, row in by.items():
+            if row["task"] != "convert" or "failed" in row:
+                continue
+            above = row["peak_mib_first"] - row["peak_mib_before"] - row["model_mib"]
+            cells = (row["first_call_seconds"], row["model_mib"], row["largest_weight_mib"], above)
+            text = " | ".join(f"{cell:.{1 if i == 0 else 0}f}" for i, cell in enumerate(cells))
+            lines.append(f"| {name}, {contender} | {text} |")
+    if not lines:
+        return []
+    return ["", "| | " + " | ".join(columns) + " |", "|---" * 5 + "|", *lines]
 
 
 def _time(result, ours):

@@ -22,6 +22,7 @@ from benchmarks.workloads import (
     FIRST_CALLS,
     MODELS,
     adaptive_thinking,
+    conversion,
     curves,
     routes,
     rows,
@@ -43,7 +44,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
 
-    known = (*rows(), *speculation(), *thinking(), *adaptive_thinking(), *routes(), *curves())
+    known = (*rows(), *speculation(), *thinking(), *adaptive_thinking(), *routes(), *conversion())
+    known = (*known, *curves())
     wanted = [row for row in known if args.only in row.name]
     if args.quick:
         wanted = [row for row in wanted if row.quick]

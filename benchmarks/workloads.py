@@ -183,6 +183,11 @@ def routes():
             yield Row(f"routes: {what}, {kind}", task, {**size, **extra}, OURS, model)
 
 
+def conversion():
+    """From a checkpoint of a Qwen3 to a hybrid, with the memory that it takes."""
+    yield Row("convert a Qwen3 checkpoint of 1 GiB", "convert", {"mebibytes": 1024}, OURS)
+
+
 def curves():
     """Points of the scaling curves; `curve` names the line they belong to."""
     for length in (256, 1024, 4096, 16384):

@@ -1,7 +1,9 @@
 """Qwen3-Next in Keras 3."""
 
 from qwen3_next.config import (
+    CrossArchTransferConfig,
     ETDConfig,
+    HybridAttentionConfig,
     LayerRouterConfig,
     LoRAExpertConfig,
     MTPConfig,
@@ -36,22 +38,40 @@ from qwen3_next.think.router_training import (
 from qwen3_next.think.split_profile import profile_layers
 from qwen3_next.training.data import pack, pad, self_distillation_data
 from qwen3_next.training.optimizers import GroupedAdamW
+from qwen3_next.transfer.dare import merge_dare
+from qwen3_next.transfer.distillation import DistillationTrainer
+from qwen3_next.transfer.hybrid_transfer import (
+    create_full_hybrid_model,
+    create_hybrid_from_qwen3,
+    transfer_qwen3_to_hybrid,
+)
+from qwen3_next.transfer.karcher import merge_karcher
+from qwen3_next.transfer.layer_selection import LayerSelection, select_attention_layers
+from qwen3_next.transfer.merge_config import merge_from_config
+from qwen3_next.transfer.slerp import merge_slerp
+from qwen3_next.transfer.stored_logits import StoredLogits, store_teacher_logits
+from qwen3_next.transfer.task_arithmetic import merge_linear, merge_task_arithmetic
+from qwen3_next.transfer.ties import merge_ties
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackboneOutput",
     "Cache",
+    "CrossArchTransferConfig",
     "Description",
+    "DistillationTrainer",
     "ETDConfig",
     "FocalLoss",
     "FoundPath",
     "FoundPaths",
     "Generation",
     "GroupedAdamW",
+    "HybridAttentionConfig",
     "LanguageModelOutput",
     "LayerProfile",
     "LayerRouterConfig",
+    "LayerSelection",
     "LoRAExpertConfig",
     "MTPConfig",
     "Qwen3Next",
@@ -60,6 +80,9 @@ __all__ = [
     "Qwen3NextConfig",
     "RouterAction",
     "RouterTrainer",
+    "StoredLogits",
+    "create_full_hybrid_model",
+    "create_hybrid_from_qwen3",
     "create_qwen3_next",
     "create_qwen3_next_efficient",
     "create_qwen3_next_model",
@@ -68,7 +91,14 @@ __all__ = [
     "depth_text",
     "describe",
     "effective_number_weights",
+    "merge_dare",
+    "merge_from_config",
+    "merge_karcher",
+    "merge_linear",
     "merge_lora_expert",
+    "merge_slerp",
+    "merge_task_arithmetic",
+    "merge_ties",
     "pack",
     "pad",
     "plot_depth",
@@ -77,7 +107,10 @@ __all__ = [
     "profile_layers",
     "route_flops",
     "search_paths",
+    "select_attention_layers",
     "self_distillation_data",
+    "store_teacher_logits",
+    "transfer_qwen3_to_hybrid",
     "wrap_model_with_mtp",
     "wrap_transformer_with_etd",
 ]

@@ -27,7 +27,8 @@ ARROWS = {
     "tasks": BELOW_TASKS,
     "think": {*BELOW_TASKS, "tasks"},
     "transfer": {*BELOW_TASKS, "tasks", "think"},
-    "": {*BELOW_TASKS, "tasks", "think", "transfer"},
+    "cli": {*BELOW_TASKS, "tasks", "think", "transfer"},
+    "": {*BELOW_TASKS, "tasks", "think", "transfer", "cli"},
 }
 PYTHON = sys.stdlib_module_names
 # What a room may import besides this package; rooms that are not listed, anything.

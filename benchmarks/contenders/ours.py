@@ -9,7 +9,7 @@ from keras import ops
 from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
 from benchmarks.contenders.keras_work import fit, forward, gradient, predict
 from benchmarks.contenders.keras_work import train as train_work
-from qwen3_next import Qwen3Next, Qwen3NextConfig
+from qwen3_next import Qwen3Next, Qwen3NextConfig, create_hybrid_from_qwen3
 from qwen3_next.layers import SparseMoE
 from qwen3_next.layers.ops import gated_delta_rule, linear_cross_entropy
 from tests.support import oracles
@@ -124,6 +124,21 @@ def speculate_large(lookahead, new, vocab_size, steps, draft_vocabulary=None):
 
     model, prompts = trained(vocab_size, steps)
     return _speculation(model, prompts, new, lookahead, draft_vocabulary)
+
+
+def convert(mebibytes):
+    """A checkpoint like Qwen3's becomes a hybrid, read one weight at a time."""
+    from benchmarks.qwen3_checkpoint import checkpoint
+
+    directory, found = checkpoint(mebibytes), {}
+
+    def run():
+        model = create_hybrid_from_qwen3(directory, dtype="bfloat16", progress=False)
+        sizes = [np.prod(v.shape) * np.dtype(v.dtype).itemsize for v in model.weights]
+        found["model_mib"] = float(sum(sizes)) / 2**20
+        found["largest_weight_mib"] = float(max(sizes)) / 2**20
+
+    return Work(run, units=1, notes=lambda: found)
 
 
 def _speculation(model, prompts, new, lookahead, draft_vocabulary=None):

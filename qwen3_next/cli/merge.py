@@ -1,0 +1,18 @@
+"""`merge`: several models become one, as a recipe says."""
+
+from typing import Any
+
+from qwen3_next.transfer.merge_config import merge_from_config
+
+
+def add(commands: Any) -> Any:
+    """Adds the parser of the command."""
+    command = commands.add_parser("merge", help="several models become one")
+    command.add_argument("config", help="recipe, a JSON or YAML file")
+    command.add_argument("target", help="directory to write")
+    return command
+
+
+def run(arguments: Any) -> None:
+    """Merges and saves."""
+    merge_from_config(arguments.config).save_to_preset(arguments.target)

@@ -1,0 +1,25 @@
+"""Token ids from a file."""
+
+from pathlib import Path
+
+import numpy as np
+
+
+def read_tokens(path: str) -> np.ndarray:
+    """Token ids `(rows, tokens)` of a `.npy` file, mapped into memory.
+
+    Raises:
+        ValueError: no such file, or another array in it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"Token ids must be in a .npy file. Received: {path}")
+    try:
+        tokens = np.load(path, mmap_mode="r")
+    except Exception as error:  # whatever NumPy meets in another file
+        raise ValueError(f"Token ids must be in a .npy file. Received: {path}") from error
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            "Token ids must be integers of shape (rows, tokens). "
+            f"Received: {path} with {tokens.dtype} of shape {tokens.shape}"
+        )
+    return tokens

@@ -1,0 +1,77 @@
+"""The command line: what it writes, and how it says no."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qwen3_next import Qwen3Next
+from qwen3_next.cli import main
+from tests.support.small_models import logits, random_ids
+from tests.support.teachers import qwen3, weights_of
+
+IDS = random_ids(4, 12)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    qwen3(num_layers=2).export_to_transformers(tmp_path / "qwen3")
+    np.save(tmp_path / "tokens.npy", IDS)
+    hybrid = {"deltanet_layer_pattern": [0], "pattern_period": 2}
+    (tmp_path / "transfer.json").write_text(json.dumps({"hybrid_attention": hybrid}))
+    return tmp_path
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def loaded(directory):
+    return Qwen3Next.from_preset(directory, progress=False)
+
+
+def test_a_qwen3_is_converted_and_learns_from_itself(folder, capsys):
+    options = ("--config", folder / "transfer.json", "--calibration", folder / "tokens.npy")
+    run("convert", folder / "qwen3", folder / "hybrid", *options, "--format", "transformers")
+    assert "from attention distance" in capsys.readouterr().out
+    assert loaded(folder / "hybrid").get_layer_stats()["deltanet_layers"] == 1
+    pair = (folder / "qwen3", folder / "hybrid")
+    options = ("--tokens", folder / "tokens.npy", "--batch-size", 4, "--learning-rate", 1e-2)
+    run("distill", *pair, folder / "better", *options, "--stage", "alignment", "--epochs", 3)
+
+    def difference(name):
+        return np.abs(logits(loaded(folder / name), IDS) - logits(loaded(folder / "qwen3"), IDS))
+
+    assert difference("better").mean() < difference("hybrid").mean()
+
+
+def test_models_are_merged_as_a_recipe_says(folder):
+    models = [{"model": str(folder / "qwen3"), "parameters": {"weight": w}} for w in (0.25, 0.75)]
+    (folder / "recipe.json").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    run("merge", folder / "recipe.json", folder / "merged")
+    found, expected = (weights_of(loaded(folder / name)) for name in ("merged", "qwen3"))
+    for path, values in expected.items():
+        np.testing.assert_allclose(found[path], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("convert", "{}/nowhere", "{}/out"), "`preset` must be a directory"),
+        (("convert", "{}/qwen3", "{}/out", "--config", "{}/none.json"), "`--config` must be"),
+        (("convert", "{}/qwen3", "{}/out", "--calibration", "{}/transfer.json"), ".npy file"),
+        (("distill", "{}/qwen3", "{}/qwen3", "{}/out", "--tokens", "{}/none"), ".npy file"),
+        (("merge", "{}/none.json", "{}/out"), "none.json"),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_written(folder, arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(*(argument.format(folder) for argument in arguments))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_a_variant_is_described(capsys):
+    run("describe", "80b_a3b")
+    assert "79,674,391,296" in capsys.readouterr().out
