@@ -16,8 +16,14 @@ from qwen3_next.models.weight_table import weight_table
 from qwen3_next.tasks.factories import wrap_model_with_mtp, wrap_transformer_with_etd
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.transfer.deltanet_calibration import calibrate_deltanets, check_calibration
-from qwen3_next.transfer.hybrid_conversion import HybridConversion, hybrid_config
+from qwen3_next.transfer.hybrid_conversion import (
+    INITIALISED,
+    TRANSFORMED,
+    HybridConversion,
+    hybrid_config,
+)
 from qwen3_next.transfer.named_weights import NamedWeights, assign
+from qwen3_next.transfer.sparse_upcycling import upcycle_dense_to_moe
 from qwen3_next.transfer.transfer_report import TransferReport
 
 Source = str | Path | Qwen3Next
@@ -94,8 +100,21 @@ def transfer_qwen3_to_hybrid(
         choices |= calibrate_deltanets(
             teacher, model, calibration, config.hybrid_attention, progress=progress
         )
-    paths = {kind: tuple(found) for kind, found in conversion.paths.items()}
-    report = TransferReport(**paths, unused={**weights.unused, **unused}, choices=choices)
+    paths = conversion.paths
+    if config.num_experts:
+        model = upcycle_dense_to_moe(
+            model,
+            config.num_experts,
+            config.num_experts_per_tok,
+            config.expert_init_noise,
+            seed=config.seed,
+            name=name,
+        )
+        paths = _with_experts(paths, model)
+        noise = f" with noise of {config.expert_init_noise:g}" if config.expert_init_noise else ""
+        choices["experts"] = f"copies of the dense network{noise}"
+    found = {kind: tuple(listed) for kind, listed in paths.items()}
+    report = TransferReport(**found, unused={**weights.unused, **unused}, choices=choices)
     model.coverage_report = report
     if progress:
         print(f"{model.name}: {report}")
@@ -231,6 +250,18 @@ def _opened(source, calibration, progress) -> Iterator[tuple[PresetWeights, Qwen
             "`source` must be a Qwen3Next, a directory or 'hf://owner/name', or be named by "
             f"`source_model` in `config`. Received: source of type {type(source).__name__}"
         )
+
+
+def _with_experts(paths, model):
+    """What became of the weights of a model whose dense networks were copied into experts."""
+    rows = {row.path: row for row in weight_table(model.config)}
+    found = {kind: [path for path in listed if path in rows] for kind, listed in paths.items()}
+    known = {path for listed in found.values() for path in listed}
+    dense_was_new = any("/mlp/" in path for path in paths[INITIALISED])
+    for path in rows.keys() - known:
+        new = dense_was_new or rows[path].part == "router"
+        found[INITIALISED if new else TRANSFORMED].append(path)
+    return found
 
 
 def _converted(conversion, dtype, name, progress):

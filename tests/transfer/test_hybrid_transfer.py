@@ -38,6 +38,21 @@ def test_without_converted_layers_the_logits_are_the_teachers(changes):
     assert np.abs(logits(hybrid, IDS) - logits(teacher, IDS)).max() < 1e-4
 
 
+def test_dense_networks_become_experts_on_the_way():
+    teacher = qwen3(num_layers=2)
+    hybrid = converted(teacher, NONE, num_experts=4, num_experts_per_tok=2)
+    assert hybrid.config.num_experts == 4
+    assert np.abs(logits(hybrid, IDS) - logits(teacher, IDS)).max() < 1e-4
+    report = hybrid.coverage_report
+    listed = [*report.copied, *report.transformed, *report.initialised]
+    assert sorted(listed) == sorted(row.path for row in weight_table(hybrid.config))
+    assert {path for path in report.initialised} == {
+        f"model/layers_{i}/mlp/gate/kernel" for i in (0, 1)
+    }
+    noisy = converted(teacher, NONE, num_experts=4, expert_init_noise=0.1)
+    assert np.abs(logits(noisy, IDS) - logits(teacher, IDS)).max() > 1e-3
+
+
 def test_gate_strategies_stay_within_their_bounds_and_differ(teacher):
     expected = logits(teacher, IDS)
 
