@@ -88,9 +88,10 @@ def build_model():
         num_experts_per_tok=2,
         moe_intermediate_size=128,
         shared_expert_intermediate_size=128,
-        # The published 0.001 balances experts over long training; here one expert of a layer would
-        # get five times its share within 120 steps.
-        router_aux_loss_coef=0.15,
+        # Pooled over layers, as published, the loss would leave one expert of a layer with several
+        # times its share: layers make up for one another.
+        router_aux_loss_scope="layer",
+        router_aux_loss_coef=0.05,
     )
 
 

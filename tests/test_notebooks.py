@@ -29,6 +29,15 @@ SMALL = {
         "SIMULATIONS": "1",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
     },
+    "qwen3_to_hybrid": {
+        "TEACHER_STEPS": "2",
+        "ALIGN_STEPS": "1",
+        "STEPS": "1",
+        "BATCH": "2",
+        "HELD_OUT": "4",
+        "FILES": "6",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    },
 }
 
 
@@ -63,3 +72,10 @@ def test_routes_are_searched_and_learned_and_experts_compared(monkeypatch):
     printed = printed_by("layer_routing", monkeypatch)
     assert "the same logits, bit for bit: True" in printed
     assert "right on the full path" in printed and "one LoRA" in printed
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a long way, once is enough")
+def test_every_way_of_conversion_is_distilled(monkeypatch):
+    printed = printed_by("qwen3_to_hybrid", monkeypatch)
+    assert "from attention distance" in printed and "gap closed" in printed
+    assert printed.count("random") == 4 and printed.count("recall") == 7
