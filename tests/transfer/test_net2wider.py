@@ -88,6 +88,14 @@ def test_thinking_models_and_classifiers_grow(labels):
     assert_close(found, expected, 1e-5)
 
 
+def test_experts_grow_whatever_their_weights_sum_to():
+    fields = {**ONE_FULL, "mlp_only_layers": (), "norm_topk_prob": False}
+    model = small(**fields)
+    wider = grow_model_width(model, num_experts=15, noise_std=0.1, seed=0)
+    assert wider.config.num_experts_per_tok == 6
+    assert_close(all_logits(wider), all_logits(model), 1e-5)
+
+
 def test_query_heads_keep_their_key_heads():
     model = kind("plain")
     wider = grow_model_width(model, num_attention_heads=16, num_key_value_heads=4)
