@@ -49,6 +49,8 @@ def rebuilt(
 ) -> Any:
     """A new model of the class and options of another, with another configuration and weights.
 
+    What training counted, steps of warm-ups and tokens, goes on from where it is.
+
     Args:
         model: `Qwen3Next` or `Qwen3NextClassifier`; it is left as it is.
         config: Configuration of the new model.
@@ -65,6 +67,10 @@ def rebuilt(
     variables = {variable.path: variable for variable in made.weights}
     for row in weight_table(config, getattr(model, "num_labels", None)):
         assign(variables[row.path], make(row))
+    counters = _counters(model)
+    for name, variable in _counters(made).items():
+        if name in counters and counters[name].shape == variable.shape:
+            variable.assign(ops.copy(counters[name].value))
     return made
 
 
@@ -106,6 +112,12 @@ def require_same_weights(models: Mapping[str, Task]) -> None:
             f"`{name}` must have weights of the names and shapes of `{first}`. "
             f"Received: models that differ in {len(differing)} weights: {listed(differing)}"
         )
+
+
+def _counters(model: Task) -> dict[str, Any]:
+    """What training counts in a model, by its path within it."""
+    counters = (variable for variable in model.weights if "int" in variable.dtype)
+    return {variable.path.removeprefix(f"{model.name}/"): variable for variable in counters}
 
 
 def _options(model: Task) -> list[str]:

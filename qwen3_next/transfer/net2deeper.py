@@ -36,10 +36,11 @@ def grow_model_depth(
     layer_type: str | None = None,
     name: str | None = None,
 ) -> Any:
-    """A deeper model that computes what a model computes, bit for bit.
+    """A deeper model that computes what a model computes.
 
     A new layer is a copy of a layer of the model, of its weights and its kind, but for the
-    projections that write to the residual stream: they are 0, and the first things to learn. The
+    projections that write to the residual stream: they are 0, and the first things to learn. What
+    is added is 0, so results are equal to the bit, up to how a compiler fuses operations. The
     load-balancing loss of an MoE model is that of more routers than before. The model stays as it
     is.
 

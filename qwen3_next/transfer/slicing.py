@@ -1,7 +1,7 @@
 """Smaller models out of a large one: what matters least is left out."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,17 +103,10 @@ def slice_model(
         "intermediate_size": intermediate_size,
         "num_experts": num_experts,
     }
-    names = name or ""
-    family = create_model_family(
-        model,
-        {names: {field: size for field, size in sizes.items() if size is not None}},
-        calibration_data,
-        layer_selection,
-        importance,
-        preserve_first_last,
-        batch_size,
-    )
-    return family[names]
+    asked = {field: size for field, size in sizes.items() if size is not None}
+    choice = _Choice(layer_selection, importance, preserve_first_last, batch_size)
+    (sliced,) = _slices(model, [asked], [name], calibration_data, choice)
+    return sliced
 
 
 def create_model_family(
@@ -157,28 +150,48 @@ def create_model_family(
 
     Reference: Minitron, arXiv 2407.14679.
     """
+    require(_FAMILY, "sizes", sizes)
+    choice = _Choice(layer_selection, importance, preserve_first_last, batch_size)
+    made = _slices(model, list(sizes.values()), list(sizes), calibration_data, choice)
+    return dict(zip(sizes, made))
+
+
+class _Choice(NamedTuple):
+    """How to choose what stays: the arguments of `slice_model` of these names."""
+
+    layer_selection: str
+    importance: str
+    preserve_first_last: bool
+    batch_size: int
+
+
+def _slices(
+    model: Task,
+    family: Sequence[Mapping[str, int]],
+    names: Sequence[str | None],
+    data: Any,
+    choice: _Choice,
+) -> list[Any]:
+    """A slice for each of some sizes, all of them checked before anything is measured."""
     require_model("model", model)
     require_no_think_loop("slice_model", model.config)
-    require(_FAMILY, "sizes", sizes)
-    require(one_of(SELECTIONS), "layer_selection", layer_selection)
-    require(one_of(IMPORTANCES), "importance", importance)
-    require(BOOLEAN, "preserve_first_last", preserve_first_last)
-    require(integer(1), "batch_size", batch_size)
-    for asked in sizes.values():
-        _check_sizes(model, asked, preserve_first_last)
-    fields = {field for asked in sizes.values() for field in asked}
-    by_place = layer_selection != "importance"
-    is_ranked = bool(fields - {"num_layers"} if by_place else fields)
-    _check_data(calibration_data, is_ranked and importance == "activation")
+    require(one_of(SELECTIONS), "layer_selection", choice.layer_selection)
+    require(one_of(IMPORTANCES), "importance", choice.importance)
+    require(BOOLEAN, "preserve_first_last", choice.preserve_first_last)
+    require(integer(1), "batch_size", choice.batch_size)
+    for sizes in family:
+        _check_sizes(model, sizes, choice.preserve_first_last)
+    ranked = {field for sizes in family for field in sizes}
+    if choice.layer_selection != "importance":
+        ranked.discard("num_layers")
+    on_tokens = bool(ranked) and choice.importance == "activation"
+    _check_data(data, on_tokens)
     found = None
-    if is_ranked and importance == "activation":
-        found = activation_importance(model, calibration_data, batch_size)
-    elif is_ranked:
+    if on_tokens:
+        found = activation_importance(model, data, choice.batch_size)
+    elif ranked:
         found = weight_importance(model)
-    return {
-        name: _sliced(model, asked, found, layer_selection, preserve_first_last, name or None)
-        for name, asked in sizes.items()
-    }
+    return [_sliced(model, sizes, found, choice, name) for sizes, name in zip(family, names)]
 
 
 def _check_sizes(model: Task, sizes: Mapping[str, int], keeps_ends: bool) -> None:
@@ -222,15 +235,15 @@ def _sliced(
     model: Task,
     sizes: Mapping[str, int],
     found: Importance | None,
-    selection: str,
-    keeps_ends: bool,
+    choice: _Choice,
     name: str | None,
 ) -> Any:
     old, weights = model.config, NamedWeights(model)
     layers = list(range(old.num_layers))
     if "num_layers" in sizes:
-        scores = None if found is None or selection != "importance" else found.layers
-        layers = kept_layers(old.num_layers, sizes["num_layers"], selection, scores, keeps_ends)
+        scores = None if found is None else found.layers
+        place = choice.layer_selection, scores, choice.preserve_first_last
+        layers = kept_layers(old.num_layers, sizes["num_layers"], *place)
     widths = {field: size for field, size in sizes.items() if field != "num_layers"}
     config: Qwen3NextConfig = arranged_config(old, layers).replace(**widths)
 

@@ -78,6 +78,11 @@ def activation_importance(model: Task, data: Any, batch_size: int) -> Importance
             f"`calibration_data` must hold a sequence of more than {modules} tokens, which all "
             f"MTP modules read something of. Received: at most {longest} tokens"
         )
+    if not all(np.isfinite(value).all() for value in sums.values()):
+        raise ValueError(
+            "`model` must give finite hidden states for the calibration data. "
+            "Received: a model that does not"
+        )
     layers = sums.pop("layers") / sums["tokens"]
     channels = sums.pop("channels") / sums.pop("tokens")
     weights = NamedWeights(model)

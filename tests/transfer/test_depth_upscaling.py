@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import ETDConfig, Qwen3NextClassifier
+from qwen3_next import ETDConfig, MTPConfig, Qwen3NextClassifier
 from qwen3_next.transfer.depth_upscaling import depth_upscale, upscaled_layers
 from qwen3_next.transfer.named_weights import NamedWeights
 from tests.support.grown_models import (
@@ -102,6 +102,18 @@ def test_a_classifier_grows_too():
     deeper = depth_upscale(model)
     assert deeper(IDS).shape == (2, 3)
     assert np.array_equal(NamedWeights(deeper)["score/kernel"], NamedWeights(model)["score/kernel"])
+
+
+def test_what_training_counted_goes_on():
+    mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1, warmup_steps=3)
+    model = small(**{**DENSE, **ONE_FULL}, mtp=mtp.replace(draft_vocab_size=7))
+    model.mtp_steps.assign(2)
+    model.token_counts.counts.assign(np.arange(61))
+    deeper = depth_upscale(model)
+    assert int(deeper.mtp_steps.value) == 2
+    assert np.array_equal(deeper.frequent_tokens(), np.arange(54, 61))
+    deeper.mtp_steps.assign_add(1)
+    assert int(model.mtp_steps.value) == 2
 
 
 @pytest.mark.parametrize(

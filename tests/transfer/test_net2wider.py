@@ -65,6 +65,8 @@ def test_every_size_grows_alone():
 def test_modules_are_kept_whatever_they_read(fields):
     mtp = MTPConfig(num_predict_tokens=2, speculation_lookahead=2, **fields)
     model = small(**{**KINDS["tied_mtp"], "mtp": mtp})
+    # So small that the epsilon of the norm behind it would be felt, were its mean square another.
+    model.backbone.norm.weight.assign(keras.ops.full((24,), -0.95))
     wider = grow_model_width(model, hidden_size=72, noise_std=0.1, seed=0)
     assert_close(all_logits(wider), all_logits(model), 1e-5)
 
@@ -84,6 +86,14 @@ def test_thinking_models_and_classifiers_grow(labels):
     wider = grow_model_width(model, hidden_size=48, noise_std=0.1, seed=0)
     found, expected = (keras.ops.convert_to_numpy(one(IDS)) for one in (wider, model))
     assert_close(found, expected, 1e-5)
+
+
+def test_experts_grow_whatever_their_weights_sum_to():
+    fields = {**ONE_FULL, "mlp_only_layers": (), "norm_topk_prob": False}
+    model = small(**fields)
+    wider = grow_model_width(model, num_experts=15, noise_std=0.1, seed=0)
+    assert wider.config.num_experts_per_tok == 6
+    assert_close(all_logits(wider), all_logits(model), 1e-5)
 
 
 def test_query_heads_keep_their_key_heads():
@@ -122,7 +132,16 @@ def test_noise_tells_copies_apart_where_they_are_read():
     for source, units in enumerate(twin.values()):
         assert_close(new[units].sum(0), old[source], 1e-6)
         assert len(units) == 1 or (new[units[0]] != new[units[1]]).all()
-    assert np.abs(new[20:] * 2 - old[:20]).max() > 0
+
+
+def test_noise_is_relative_to_what_it_is_put_on():
+    model = kind("plain")
+    wider = NamedWeights(grow_model_width(model, hidden_size=48, noise_std=0.1, seed=0))
+    for name in ("model/layers_0/self_attn/q_proj/kernel", "lm_head/kernel"):
+        old = NamedWeights(model)[name]
+        noise = 2 * wider[name] - np.concatenate([old, old])
+        # Of two copies the second has the negative noise of the first, half of their difference.
+        assert noise.std() / old.std() == pytest.approx(0.1 * 0.5**0.5, rel=0.1)
 
 
 def test_it_learns_and_is_kept(tmp_path):

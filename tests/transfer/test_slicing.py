@@ -242,6 +242,10 @@ def test_other_models_are_refused():
         slice_model(kind("hybrid"), num_experts=1, **NORMS)
     with pytest.raises(ValueError, match="more than 1 tokens"):
         slice_model(kind("tied_mtp"), hidden_size=8, calibration_data=[[1]])
+    broken = small(**{**PLAIN, **ONE_FULL})
+    broken.backbone.embed_tokens.embeddings.assign(np.full((61, 24), np.nan))
+    with pytest.raises(ValueError, match="finite"):
+        slice_model(broken, hidden_size=8, calibration_data=DATA)
     thinks = small(**{**DENSE, **ONE_FULL}, etd=ETDConfig(0, 1, 0))
     with pytest.raises(ValueError, match="think loop"):
         slice_model(thinks, hidden_size=8, **NORMS)

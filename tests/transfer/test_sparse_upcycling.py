@@ -61,6 +61,13 @@ def test_noise_is_relative_and_spares_the_first_expert():
         assert len({one.tobytes() for one in experts}) == 8
 
 
+def test_routers_are_drawn_as_wide_as_asked():
+    weights = NamedWeights(upcycle_dense_to_moe(kind("plain"), 32, router_init_std=0.3, seed=0))
+    gate = weights["model/layers_0/mlp/gate/kernel"]
+    assert gate.shape == (24, 32)
+    assert gate.std() == pytest.approx(0.3, rel=0.1)
+
+
 def test_routers_are_read_once_experts_differ():
     def change(noise):
         sparse = upcycle_dense_to_moe(kind("plain"), 4, expert_init_noise=noise, seed=0)
