@@ -38,25 +38,31 @@ from qwen3_next.think.router_training import (
 from qwen3_next.think.split_profile import profile_layers
 from qwen3_next.training.data import pack, pad, self_distillation_data
 from qwen3_next.training.optimizers import GroupedAdamW
-from qwen3_next.transfer.dare import merge_dare
-from qwen3_next.transfer.depth_upscaling import depth_upscale
-from qwen3_next.transfer.distillation import DistillationTrainer
-from qwen3_next.transfer.hybrid_transfer import (
+from qwen3_next.transfer import (
+    DistillationTrainer,
+    LayerSelection,
+    StoredLogits,
+    TransferReport,
     create_full_hybrid_model,
     create_hybrid_from_qwen3,
+    create_model_family,
+    depth_upscale,
+    grow_model_depth,
+    grow_model_width,
+    merge_dare,
+    merge_from_config,
+    merge_karcher,
+    merge_linear,
+    merge_slerp,
+    merge_task_arithmetic,
+    merge_ties,
+    select_attention_layers,
+    slice_model,
+    store_teacher_logits,
     transfer_qwen3_to_hybrid,
+    upcycle_dense_to_moe,
+    upscaled_layers,
 )
-from qwen3_next.transfer.karcher import merge_karcher
-from qwen3_next.transfer.layer_selection import LayerSelection, select_attention_layers
-from qwen3_next.transfer.merge_config import merge_from_config
-from qwen3_next.transfer.net2deeper import grow_model_depth
-from qwen3_next.transfer.net2wider import grow_model_width
-from qwen3_next.transfer.slerp import merge_slerp
-from qwen3_next.transfer.slicing import create_model_family, slice_model
-from qwen3_next.transfer.sparse_upcycling import upcycle_dense_to_moe
-from qwen3_next.transfer.stored_logits import StoredLogits, store_teacher_logits
-from qwen3_next.transfer.task_arithmetic import merge_linear, merge_task_arithmetic
-from qwen3_next.transfer.ties import merge_ties
 
 __version__ = "0.1.0"
 
@@ -86,6 +92,7 @@ __all__ = [
     "RouterAction",
     "RouterTrainer",
     "StoredLogits",
+    "TransferReport",
     "create_full_hybrid_model",
     "create_hybrid_from_qwen3",
     "create_model_family",
@@ -122,6 +129,7 @@ __all__ = [
     "store_teacher_logits",
     "transfer_qwen3_to_hybrid",
     "upcycle_dense_to_moe",
+    "upscaled_layers",
     "wrap_model_with_mtp",
     "wrap_transformer_with_etd",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from qwen3_next.checkpoints.staging import read_json, require_regular
 from qwen3_next.cli.token_files import read_tokens
 from qwen3_next.config import CrossArchTransferConfig
-from qwen3_next.transfer.hybrid_transfer import transfer_qwen3_to_hybrid
+from qwen3_next.transfer.conversion.hybrid_transfer import transfer_qwen3_to_hybrid
 
 FORMATS = {"preset": "save_to_preset", "transformers": "export_to_transformers"}
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qwen3_next.transfer.merge_config import merge_from_config
+from qwen3_next.transfer.merge.merge_config import merge_from_config
 
 
 def add(commands: Any) -> Any:

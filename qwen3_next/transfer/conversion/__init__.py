@@ -1,0 +1,1 @@
+"""From a Qwen3 to the hybrid, and which layers keep their attention."""

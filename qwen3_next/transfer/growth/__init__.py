@@ -1,0 +1,1 @@
+"""Larger and smaller models that begin where another is."""

@@ -1,0 +1,95 @@
+"""Which layers keep their attention, by what it takes off the divergence."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qwen3_next import HybridAttentionConfig, create_hybrid_from_qwen3
+from qwen3_next.transfer.conversion.layer_selection import LayerSelection, select_attention_layers
+from qwen3_next.transfer.named_weights import NamedWeights, rebuilt
+from tests.support.small_models import logits, random_ids
+from tests.support.teachers import qwen3
+
+IDS = random_ids(4, 12)
+EVERYWHERE = HybridAttentionConfig((0,), pattern_period=1, allow_no_attention=True)
+SELECTION = LayerSelection(baseline=2.0, divergences=(1.9, 1.2, 1.8, 1.5), keep=2)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    teacher = qwen3(num_layers=3)
+    return teacher, create_hybrid_from_qwen3(teacher, EVERYWHERE, IDS, progress=False)
+
+
+def divergence(teacher, student):
+    """Mean KL per token in float64, from logits."""
+    expected, found = (logits(model, IDS).astype("float64") for model in (teacher, student))
+    logs = [z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in (expected, found)]
+    return (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1).mean()
+
+
+def test_divergences_are_those_of_hybrids_that_keep_one_layer(pair):
+    teacher, student = pair
+    selection = select_attention_layers(teacher, student, IDS, 1, batch_size=3, progress=False)
+    assert selection.baseline == pytest.approx(divergence(teacher, student), rel=1e-4)
+    kinds = ("linear_attention", "full_attention", "linear_attention")
+    hybrid = create_hybrid_from_qwen3(
+        teacher, HybridAttentionConfig(layer_types=kinds), progress=False
+    )
+    fitted, kept = NamedWeights(student), NamedWeights(hybrid)
+    one = rebuilt(hybrid, hybrid.config, lambda row: fitted.get(row.path, kept.get(row.path)))
+    assert selection.divergences[1] == pytest.approx(divergence(teacher, one), rel=1e-4)
+    assert selection.kept == (int(np.argmin(selection.divergences)),)
+
+
+def test_padding_changes_no_divergence(pair):
+    padded = {"token_ids": np.pad(IDS, ((0, 0), (3, 0)))}
+    padded["padding_mask"] = np.arange(15) >= np.full((4, 1), 3)
+    plain, other = (
+        select_attention_layers(*pair, given, 1, progress=False).divergences
+        for given in (IDS, padded)
+    )
+    np.testing.assert_allclose(plain, other, rtol=1e-4)
+
+
+def test_a_run_that_was_stopped_goes_on(pair, tmp_path):
+    path = tmp_path / "selection.json"
+    whole = select_attention_layers(*pair, IDS, 1, path=path, progress=False)
+    saved = json.loads(path.read_text())
+    saved["divergences"] = {"-1": whole.baseline, "0": 7.0}  # as if it had found that
+    path.write_text(json.dumps(saved))
+    again = select_attention_layers(*pair, IDS, 1, path=path, progress=False)
+    assert again.divergences == (7.0, *whole.divergences[1:])
+    with pytest.raises(ValueError, match="`path` must be a file of the same models and tokens"):
+        select_attention_layers(*pair, IDS + 1, 1, path=path, progress=False)
+
+
+def test_the_largest_falls_are_kept():
+    assert SELECTION.ranking == (1, 3, 2, 0) and SELECTION.kept == (1, 3)
+    np.testing.assert_allclose(SELECTION.falls, (0.1, 0.8, 0.2, 0.5))
+    kept = SELECTION.hybrid_attention(half_life=8.0)
+    assert [kept.should_use_deltanet(i) for i in range(4)] == [True, False, True, False]
+    assert kept.half_life == 8 and "1      0.8000  kept" in str(SELECTION)
+
+
+def test_falls_are_drawn(tmp_path):
+    ax = SELECTION.plot(tmp_path / "falls.png")
+    assert len(ax.patches) == 4 and (tmp_path / "falls.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t, s: select_attention_layers(t, t, IDS, 1), "`student` in none"),
+        (lambda t, s: select_attention_layers(s, s, IDS, 1), "`teacher` must have attention"),
+        (lambda t, s: select_attention_layers(t, 3, IDS, 1), "`student` must be a Qwen3Next"),
+        (lambda t, s: select_attention_layers(t, s, IDS, 3), "`keep` must be an integer, 1 to 2"),
+        (lambda t, s: select_attention_layers(t, s, IDS, 1, batch_size=0), "`batch_size` must"),
+        (lambda t, s: select_attention_layers(t, s, [[99]], 1), "Token ids must be"),
+        (lambda t, s: LayerSelection(np.nan, (1.0, 2.0), 1), "must be finite"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(pair, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*pair)
