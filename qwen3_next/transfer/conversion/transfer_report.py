@@ -12,6 +12,23 @@ class TransferReport(CoverageReport):
 
     Attributes:
         choices: How the weights were made that the source has none for, by what they are.
+
+    Example:
+
+    ```python
+    from qwen3_next import Qwen3Next, create_hybrid_from_qwen3
+
+    qwen3 = {
+        "attention_type": "group_query_attention", "normalization_type": "rms_norm",
+        "partial_rotary_factor": 1.0, "full_attention_interval": 1, "num_experts": 0,
+    }
+    teacher = Qwen3Next.from_variant(
+        "tiny", vocab_size=64, hidden_size=32, num_layers=4, head_dim=16, **qwen3
+    )
+    report = create_hybrid_from_qwen3(teacher, progress=False).coverage_report
+    assert report.choices["decay"] == "half-life of 64 tokens"
+    assert "model/layers_0/linear_attn/conv1d" in report.initialised
+    ```
     """
 
     choices: dict[str, str] = field(default_factory=dict)
