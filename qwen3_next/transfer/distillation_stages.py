@@ -276,4 +276,4 @@ def _mean_over_tokens(values, real, sample_weight):
     count = ops.maximum(ops.sum(weight), 1.0)
     if sample_weight is not None:
         weight = weight * per_token(sample_weight)
-    return ops.sum(ops.where(real, values, 0.0) * weight) / count
+    return ops.sum(values * weight) / count
