@@ -195,7 +195,7 @@ def test_without_a_teachers_share_it_is_the_students_own_training():
     options = {
         "num_experts": 5,
         "mtp": {**mtp, "mtp_head_type": "shared_lm_head"},
-        "etd": ETDConfig(0, 1, 0, max_think_iterations=2, ponder_cost=0.1),
+        "etd": ETDConfig(0, 1, 0, max_think_iterations=1, ponder_cost=0.1),
     }
     models = [linear_student(**options) for _ in range(2)]
     trainer = DistillationTrainer(softmax_teacher(), models[0], alpha=0.0)
