@@ -217,7 +217,7 @@ class Logits:
         counts = ops.reshape(labels != IGNORE, (-1,))
         kernel = student.head_kernel()
         if output.stored is not None:
-            ids, log_probs = (ops.reshape(x, (-1, x.shape[-1])) for x in output.stored)
+            ids, log_probs = (ops.reshape(x, (-1, ops.shape(x)[-1])) for x in output.stored)
             found = linear_top_kl_divergence(rows, kernel, ids, log_probs, self.temperature, counts)
         else:
             taught = output.teacher_hidden
@@ -276,4 +276,4 @@ def _mean_over_tokens(values, real, sample_weight):
     count = ops.maximum(ops.sum(weight), 1.0)
     if sample_weight is not None:
         weight = weight * per_token(sample_weight)
-    return ops.sum(ops.where(real, values, 0.0) * weight) / count
+    return ops.sum(values * weight) / count

@@ -21,7 +21,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from qwen3_next.checkpoints.staging import files_of, staged
+from qwen3_next.checkpoints.staging import PATH, files_of, staged
 from qwen3_next.config.validation import BOOLEAN, POSITIVE, integer, require
 from qwen3_next.layers.ops import linear_top_log_probs
 from qwen3_next.models.compiled import compile_with_weights
@@ -95,6 +95,7 @@ def store_teacher_logits(
     trainer.fit(stored.dataset(token_ids, batch_size=2), verbose=0)
     ```
     """
+    require(PATH, "directory", directory)
     arrays = _checked(teacher, x, top_n, temperature, batch_size, dtype, progress)
     refuse_checkpoints(directory)
     rows, length = arrays["token_ids"].shape
@@ -144,6 +145,7 @@ class StoredLogits:
     """
 
     def __init__(self, directory: str | Path) -> None:
+        require(PATH, "directory", directory)
         self.directory = Path(directory)
         self._files = files_of(self.directory)
         names = (DESCRIPTION, IDS, LOG_PROBS, CHECKSUMS)

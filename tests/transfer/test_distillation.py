@@ -13,6 +13,7 @@ from qwen3_next import ETDConfig, Qwen3NextClassifier
 from qwen3_next.transfer.distillation import DistillationTrainer
 from qwen3_next.transfer.frozen_teacher import FrozenTeacher
 from qwen3_next.transfer.layer_streams import layer_outputs, layer_streams
+from qwen3_next.transfer.named_weights import NamedWeights, rebuilt
 from tests.support.distillation_models import (
     DENSE,
     IDS,
@@ -89,11 +90,19 @@ def test_sample_weights_weigh_rows():
     assert_close(found, 2 * share * expected(x, alone), 1e-5)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn():
-    teacher, student = softmax_teacher(), softmax_teacher()
-    losses = DistillationTrainer(teacher, student).compute_loss(*batch())
-    assert float(losses["kd_loss"]) == 0
-    assert float(losses["task_loss"]) > 1
+def test_a_student_made_of_its_teacher_has_nothing_to_learn_and_leaves_it_alone():
+    teacher = softmax_teacher()
+    weights = NamedWeights(teacher)
+    student = rebuilt(teacher, teacher.config, lambda row: weights[row.path])
+    before = values(teacher)
+    trainer = DistillationTrainer(teacher, student, alpha=0.0)
+    trainer.compile(keras.optimizers.Adam(0.01))
+    first = trainer.fit(*batch(), verbose=0).history
+    assert abs(first["kd_loss"][0]) < 1e-6
+    second = trainer.fit(*batch(), verbose=0).history
+    assert second["kd_loss"][0] > 0.001
+    assert second["task_loss"][0] < first["task_loss"][0]
+    assert all((value == before[path]).all() for path, value in values(teacher).items())
 
 
 class Run:
@@ -186,7 +195,7 @@ def test_without_a_teachers_share_it_is_the_students_own_training():
     options = {
         "num_experts": 5,
         "mtp": {**mtp, "mtp_head_type": "shared_lm_head"},
-        "etd": ETDConfig(0, 1, 0, max_think_iterations=2, ponder_cost=0.1),
+        "etd": ETDConfig(0, 1, 0, max_think_iterations=1, ponder_cost=0.1),
     }
     models = [linear_student(**options) for _ in range(2)]
     trainer = DistillationTrainer(softmax_teacher(), models[0], alpha=0.0)

@@ -197,6 +197,7 @@ def test_a_wrong_description_is_refused_by_name(directory, tmp_path, field, valu
         ({"batch_size": 0}, "batch_size"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"progress": 1}, "progress"),
+        ({"directory": 5}, "directory"),
     ],
 )
 def test_arguments_are_refused_before_anything_is_written(tmp_path, options, name):

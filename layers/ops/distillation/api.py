@@ -25,6 +25,8 @@ from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
 from .divergences import LINEAR, TOP, differentiable
 
+CHUNK_OF_UNKNOWN = 512  # rows of a chunk at most where their number is not known in advance
+
 
 def linear_kl_divergence(
     hidden: Annotated[Tensor, "N D"],
@@ -170,7 +172,9 @@ def _chunks(kernel, chunk_rows, xs):
     count = ops.shape(xs[0])[0]
     if chunk_rows is None:
         chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
+        if not isinstance(count, int):  # may be few, and are filled up to a chunk
+            chunk_rows = min(chunk_rows, CHUNK_OF_UNKNOWN)
     if isinstance(count, int):
         chunk_rows = max(1, min(chunk_rows, count))
     padded = (pad_to_multiple(x, chunk_rows) for x in xs)
-    return count, [ops.reshape(x, (-1, chunk_rows, *x.shape[1:])) for x in padded]
+    return count, [ops.reshape(x, (-1, chunk_rows, *ops.shape(x)[1:])) for x in padded]

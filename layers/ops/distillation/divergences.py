@@ -99,31 +99,29 @@ def _top_divergence(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     total = ops.logsumexp(logits, axis=-1)
     logs = ops.take_along_axis(logits, ids, axis=-1) - total[:, None]  # (R, n)
     found = ops.sum(ops.exp(log_probs) * (log_probs - logs), axis=-1)
-    if ids.shape[1] == logits.shape[1]:
-        return found
-    rest = _rest(log_probs)
+    rest = _rest(log_probs, logits.shape[1])
     log_rest = ops.logsumexp(_written(logits, ids, NOWHERE), axis=-1) - total
     return found + rest * (ops.log(ops.maximum(rest, 1e-30)) - log_rest)
 
 
 def _top_probabilities(logits: Tensor, ids: Tensor, log_probs: Tensor) -> Tensor:
     """The teacher's, with the rest shared as the student shares its own."""
-    if ids.shape[1] == logits.shape[1]:
-        others = ops.zeros_like(logits)
-    else:
-        others = _rest(log_probs)[:, None] * ops.softmax(_written(logits, ids, NOWHERE))
+    rest = _rest(log_probs, logits.shape[1])[:, None]
+    others = rest * ops.softmax(_written(logits, ids, NOWHERE))
     return _written(others, ids, ops.exp(log_probs))
 
 
-def _rest(log_probs):
-    return ops.maximum(1.0 - ops.sum(ops.exp(log_probs), axis=-1), 0.0)
+def _rest(log_probs, vocab_size):
+    """What the n leave: nothing, to the bit, where they are the whole vocabulary."""
+    rest = ops.maximum(1.0 - ops.sum(ops.exp(log_probs), axis=-1), 0.0)
+    return ops.where(ops.equal(ops.shape(log_probs)[1], vocab_size), 0.0, rest)
 
 
 def _written(x, ids, values):
     """`x` `(R, V)` with `values`, a number or `(R, n)`, at `ids` `(R, n)` of each row."""
-    rows, count = ids.shape
-    places = ops.stack([ops.repeat(ops.arange(rows, dtype="int32"), count), ops.ravel(ids)], axis=1)
-    values = ops.broadcast_to(ops.cast(values, x.dtype), (rows, count))
+    rows = ops.zeros_like(ids) + ops.arange(ids.shape[0], dtype="int32")[:, None]
+    places = ops.stack([ops.ravel(rows), ops.ravel(ids)], axis=1)
+    values = ops.zeros_like(ids, x.dtype) + ops.cast(values, x.dtype)
     return ops.scatter_update(x, places, ops.ravel(values))
 
 

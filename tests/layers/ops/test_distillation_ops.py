@@ -116,6 +116,29 @@ def test_the_top_of_the_whole_vocabulary_is_the_full_divergence():
         assert_close(part, expected, 1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="shapes are known elsewhere")
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_rows_and_tops_of_unknown_number_give_the_same(jit_compile):
+    import tensorflow as tf
+
+    specs = [(None, DIM), (DIM, VOCAB), (None, None), (None, None), (None,)]
+    dtypes = ("float32", "float32", "int32", "float32", "bool")
+    specs = [tf.TensorSpec(*pair) for pair in zip(specs, dtypes)]
+
+    @tf.function(input_signature=specs, jit_compile=jit_compile, autograph=False)
+    def loss_and_slopes(*arrays):
+        with tf.GradientTape() as tape:
+            tape.watch(arrays[:2])
+            losses = top(2.0, None)(*arrays)
+            loss = ops.sum(losses * COTANGENT)
+        return losses, tape.gradient(loss, arrays[:2])
+
+    for arrays in (top_inputs(), top_inputs(VOCAB)):
+        losses, slopes = to_numpy(loss_and_slopes(*(tf.constant(x) for x in arrays)))
+        assert_close(losses, top_oracle()(*arrays), TOLERANCE)
+        assert_slopes(top_oracle(), arrays, COTANGENT, [*slopes, None, None, None])
+
+
 def test_the_top_never_says_more_than_the_whole():
     whole = run(full(), *inputs())[MASK]
     for count in (1, TOP, VOCAB - 1):
