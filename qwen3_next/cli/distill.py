@@ -8,7 +8,7 @@ import keras
 from qwen3_next.cli.token_files import read_tokens
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.optimizers import GroupedAdamW
-from qwen3_next.transfer.distillation import DistillationTrainer
+from qwen3_next.transfer.distill.distillation import DistillationTrainer
 
 
 def add(commands: Any) -> Any:

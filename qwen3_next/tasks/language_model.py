@@ -22,8 +22,8 @@ from qwen3_next.models.token_counts import TokenCounts
 from qwen3_next.tasks.task import Task
 from qwen3_next.tasks.text_generation import TextGeneration
 from qwen3_next.training.mtp_losses import step_losses, weighted_sum
-from qwen3_next.training.next_token_training import NextTokenTraining, StepOutput
-from qwen3_next.training.step_inputs import StepInputs
+from qwen3_next.training.next_token_training import NextTokenTraining
+from qwen3_next.training.step_inputs import StepInputs, StepOutput
 from qwen3_next.training.thinking_metrics import budget_loss, ponder_loss, thinking_loss
 
 

@@ -5,12 +5,11 @@ everywhere else it returns logits. The loss and all metrics are computed in
 `compute_loss`, where the weights of the step are at hand; Keras keeps the metrics' updates.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import keras
 from keras import ops
 
-from qwen3_next.layers import Thinking
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
 from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
@@ -18,33 +17,10 @@ from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.decisions import reads_prompts
 from qwen3_next.models.inputs import next_token_labels, unpack
-from qwen3_next.training.losses import label_weight, masked_mean, per_token
-from qwen3_next.training.mtp_losses import step_losses, weighted_sum
-from qwen3_next.training.step_inputs import with_step_inputs
-from qwen3_next.training.thinking_metrics import (
-    make_thinking_metrics,
-    thinking_loss,
-    update_thinking_metrics,
-)
-
-
-class StepOutput(NamedTuple):
-    """What a model returns for `StepInputs`.
-
-    Attributes:
-        hidden: `(B, T, D)`, which the head reads.
-        mtp_input: `(B, T, D)`, which the first MTP step reads, or `None` without MTP modules.
-        aux_loss: `()` float32, the load-balancing loss, or `None` for a dense model.
-        expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load, or
-            `None` for a dense model.
-        thinking: `Thinking`, or `None` without a think loop.
-    """
-
-    hidden: Tensor
-    mtp_input: Tensor | None
-    aux_loss: Tensor | None
-    expert_load: Tensor | None
-    thinking: Thinking | None
+from qwen3_next.training.losses import label_weight, masked_mean
+from qwen3_next.training.own_losses import note_step, own_losses
+from qwen3_next.training.step_inputs import StepOutput, with_step_inputs
+from qwen3_next.training.thinking_metrics import make_thinking_metrics
 
 
 class NextTokenTraining(ConfiguredModel):
@@ -116,21 +92,9 @@ class NextTokenTraining(ConfiguredModel):
             loss = sum((ops.sum(extra) for extra in self.losses), start=loss)
         else:
             loss = self._loss_of_logits(x, labels, logits, sample_weight, training)
-        if y_pred.aux_loss is not None and training:
-            loss = loss + self.config.router_aux_loss_coef * y_pred.aux_loss
-        thinking = thinking_loss(self.config, y_pred.thinking)
-        if thinking is not None and training:
-            loss = loss + thinking
-        if training:
-            self.backbone.update_expert_bias()
-        update_thinking_metrics(self.thinking_metrics, y_pred.thinking)
-        if y_pred.mtp_input is not None:
-            mtp_loss = self._mtp_loss(x.inputs, labels, y_pred.mtp_input, sample_weight, training)
-            loss = loss + mtp_loss if training else loss
-        if y_pred.expert_load is not None:
-            self.expert_load_max.update_state(ops.max(y_pred.expert_load))
-            unused = ops.cast(y_pred.expert_load == 0, "float32")
-            self.expert_load_unused.update_state(ops.mean(unused))
+        own = own_losses(self, x.inputs, labels, y_pred, sample_weight, training)
+        note_step(self, labels, y_pred, own, training)
+        loss = loss + own.loss
         if logits is not None:
             self._update_metrics(x.inputs, labels, logits, sample_weight)
         return loss
@@ -169,20 +133,6 @@ class NextTokenTraining(ConfiguredModel):
         """
         weight = label_weight(labels, sample_weight)
         return super().compute_loss(x, ops.maximum(labels, 0), logits, weight, training)
-
-    def _mtp_loss(self, inputs, labels, hidden, sample_weight, training):
-        weight = None
-        if sample_weight is not None:
-            weight = ops.broadcast_to(per_token(sample_weight), ops.shape(labels))
-        steps = step_losses(self, hidden, unpack(inputs), labels, weight, training)
-        for metric, value in zip(self.mtp_metrics, (*steps.losses, *steps.accuracies), strict=True):
-            metric.update_state(value)
-        loss = weighted_sum(self, steps)
-        if training and self.mtp_steps is not None:
-            self.mtp_steps.assign_add(1)
-        if training and self.token_counts is not None:
-            self.token_counts.add(labels)
-        return loss
 
     def _update_metrics(self, inputs, labels, logits, sample_weight):
         weight = label_weight(labels, sample_weight)

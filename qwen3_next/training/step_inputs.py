@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import keras
 
+from qwen3_next.layers import Thinking
+from qwen3_next.layers.ops.tensor_types import Tensor
+
 
 class StepInputs(NamedTuple):
     """What a train or test step calls the model with.
@@ -20,6 +23,25 @@ class StepInputs(NamedTuple):
 
     inputs: Any
     labels: Any = None
+
+
+class StepOutput(NamedTuple):
+    """What a model returns for `StepInputs`.
+
+    Attributes:
+        hidden: `(B, T, D)`, which the head reads.
+        mtp_input: `(B, T, D)`, which the first MTP step reads, or `None` without MTP modules.
+        aux_loss: `()` float32, the load-balancing loss, or `None` for a dense model.
+        expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load, or
+            `None` for a dense model.
+        thinking: `Thinking`, or `None` without a think loop.
+    """
+
+    hidden: Tensor
+    mtp_input: Tensor | None
+    aux_loss: Tensor | None
+    expert_load: Tensor | None
+    thinking: Thinking | None
 
 
 def with_step_inputs(args: tuple, labels: bool = False) -> tuple:

@@ -16,7 +16,8 @@ from qwen3_next.transfer.conversion.hybrid_transfer import (
 )
 from qwen3_next.transfer.conversion.layer_selection import LayerSelection, select_attention_layers
 from qwen3_next.transfer.conversion.transfer_report import TransferReport
-from qwen3_next.transfer.distillation import DistillationTrainer
+from qwen3_next.transfer.distill.distillation import DistillationTrainer
+from qwen3_next.transfer.distill.stored_logits import StoredLogits, store_teacher_logits
 from qwen3_next.transfer.growth.depth_upscaling import depth_upscale, upscaled_layers
 from qwen3_next.transfer.growth.net2deeper import grow_model_depth
 from qwen3_next.transfer.growth.net2wider import grow_model_width
@@ -28,7 +29,6 @@ from qwen3_next.transfer.merge.merge_config import merge_from_config
 from qwen3_next.transfer.merge.slerp import merge_slerp
 from qwen3_next.transfer.merge.task_arithmetic import merge_linear, merge_task_arithmetic
 from qwen3_next.transfer.merge.ties import merge_ties
-from qwen3_next.transfer.stored_logits import StoredLogits, store_teacher_logits
 
 __all__ = [
     "DistillationTrainer",

@@ -29,7 +29,7 @@ from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.inputs import check_token_ids, unpack
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.think.figures import axes_for
-from qwen3_next.transfer.layer_streams import mixer_output
+from qwen3_next.transfer.distill.layer_streams import mixer_output
 
 
 @dataclass(frozen=True)

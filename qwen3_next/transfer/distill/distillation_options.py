@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qwen3_next.config import CrossArchTransferConfig
 from qwen3_next.config.validation import (
     BOOLEAN,
     NOT_NEGATIVE,
@@ -13,11 +14,11 @@ from qwen3_next.config.validation import (
     require,
 )
 from qwen3_next.tasks.language_model import Qwen3Next
-from qwen3_next.transfer.distillation_stages import Alignment, Logits
-from qwen3_next.transfer.frozen_teacher import require_same_layers
+from qwen3_next.transfer.distill.distillation_stages import Alignment, Logits
+from qwen3_next.transfer.distill.frozen_teacher import require_same_layers
 
 SHARE = number("0 to 1", lambda value: 0 <= value <= 1)
-BY_CONFIG = ("temperature", "alpha")  # a configuration has them with `distillation_` before
+BY_CONFIG = ("temperature", "alpha")
 OPTIONS = {
     "logits": (*BY_CONFIG, "layer_weight"),
     "alignment": ("layers", "train_input_norms"),
@@ -67,14 +68,10 @@ def _of_config(config, given):
             raise ValueError(
                 f"Give a `config` or `{name}`, not both. Received: {name}={value}, {config=}"
             )
-    fields = {name: f"distillation_{name}" for name in given}
-    missing = [field for field in fields.values() if not hasattr(config, field)]
-    if missing or not getattr(config, "use_distillation", True):
-        raise ValueError(
-            f"`config` must have {list(fields.values())}, and not `use_distillation=False`. "
-            f"Received: {config=}"
-        )
-    return {name: getattr(config, field) for name, field in fields.items()}
+    if not isinstance(config, CrossArchTransferConfig):
+        raise ValueError(f"`config` must be a CrossArchTransferConfig. Received: {config=}")
+    alpha = config.distillation_alpha if config.use_distillation else 0.0
+    return {"temperature": config.distillation_temperature, "alpha": alpha}
 
 
 def _alignment(teacher, student, layers, train_input_norms):

@@ -1,7 +1,7 @@
-"""What a language model adds to its cross-entropy in training, for trainers with another loss.
+"""What a language model adds to its cross-entropy: load balancing, thinking, looking ahead.
 
-The same terms, metrics and counters as in the model's own `fit`: load balancing, thinking, and
-multi-token prediction.
+The terms of a step, and what it notes in metrics and counters, for the model's own `fit` and for
+trainers with another loss.
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -10,10 +10,9 @@ from keras import ops
 
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.inputs import unpack
-from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.losses import per_token
 from qwen3_next.training.mtp_losses import StepLosses, step_losses, weighted_sum
-from qwen3_next.training.next_token_training import StepOutput
+from qwen3_next.training.step_inputs import StepOutput
 from qwen3_next.training.thinking_metrics import thinking_loss, update_thinking_metrics
 
 
@@ -30,7 +29,7 @@ class OwnLosses(NamedTuple):
 
 
 def own_losses(
-    student: Qwen3Next,
+    model: Any,
     inputs: Any,
     labels: Annotated[Tensor, "B T"],
     output: StepOutput,
@@ -40,7 +39,7 @@ def own_losses(
     """The terms of a step.
 
     Args:
-        student: Whose step it is.
+        model: `Qwen3Next` whose step it is.
         inputs: What it was called with.
         labels: `(B, T)` int32 that line up with the logits, -100 where ignored.
         output: What it returned for `StepInputs`.
@@ -49,41 +48,41 @@ def own_losses(
     """
     loss, mtp = ops.zeros(()), None
     if output.aux_loss is not None and training:
-        loss = loss + student.config.router_aux_loss_coef * output.aux_loss
-    thinking = thinking_loss(student.config, output.thinking)
+        loss = loss + model.config.router_aux_loss_coef * output.aux_loss
+    thinking = thinking_loss(model.config, output.thinking)
     if thinking is not None and training:
         loss = loss + thinking
     if output.mtp_input is not None:
         weight = None
         if sample_weight is not None:
             weight = ops.broadcast_to(per_token(sample_weight), ops.shape(labels))
-        mtp = step_losses(student, output.mtp_input, unpack(inputs), labels, weight, training)
-        loss = loss + weighted_sum(student, mtp) if training else loss
+        mtp = step_losses(model, output.mtp_input, unpack(inputs), labels, weight, training)
+        loss = loss + weighted_sum(model, mtp) if training else loss
     return OwnLosses(loss, mtp)
 
 
 def note_step(
-    student: Qwen3Next,
+    model: Any,
     labels: Annotated[Tensor, "B T"],
     output: StepOutput,
     own: OwnLosses,
     training: bool,
 ) -> None:
-    """Updates the metrics and the counters of the student, once the losses of a step are known."""
-    update_thinking_metrics(student.thinking_metrics, output.thinking)
+    """Updates the metrics and the counters of a model, once the losses of a step are known."""
+    update_thinking_metrics(model.thinking_metrics, output.thinking)
     if output.expert_load is not None:
-        student.expert_load_max.update_state(ops.max(output.expert_load))
-        student.expert_load_unused.update_state(
+        model.expert_load_max.update_state(ops.max(output.expert_load))
+        model.expert_load_unused.update_state(
             ops.mean(ops.cast(output.expert_load == 0, "float32"))
         )
     if own.mtp is not None:
         values = (*own.mtp.losses, *own.mtp.accuracies)
-        for metric, value in zip(student.mtp_metrics, values, strict=True):
+        for metric, value in zip(model.mtp_metrics, values, strict=True):
             metric.update_state(value)
     if not training:
         return
-    student.backbone.update_expert_bias()
-    if own.mtp is not None and student.mtp_steps is not None:
-        student.mtp_steps.assign_add(1)
-    if own.mtp is not None and student.token_counts is not None:
-        student.token_counts.add(labels)
+    model.backbone.update_expert_bias()
+    if own.mtp is not None and model.mtp_steps is not None:
+        model.mtp_steps.assign_add(1)
+    if own.mtp is not None and model.token_counts is not None:
+        model.token_counts.add(labels)

@@ -15,15 +15,15 @@ from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
 from qwen3_next.training.thinking_metrics import names_of
-from qwen3_next.transfer.distillation_options import stage_of
-from qwen3_next.transfer.distillation_stages import Alignment, Logits
-from qwen3_next.transfer.frozen_teacher import (
+from qwen3_next.transfer.distill.distillation_options import stage_of
+from qwen3_next.transfer.distill.distillation_stages import Alignment, Logits
+from qwen3_next.transfer.distill.frozen_teacher import (
     FrozenTeacher,
     require_language_model,
     require_pair,
     require_same_layers,
 )
-from qwen3_next.transfer.stored_batches import StoredLogitsDataset, split_stored
+from qwen3_next.transfer.distill.stored_batches import StoredLogitsDataset, split_stored
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -62,8 +62,8 @@ class DistillationTrainer(keras.Model):
         teacher: `Qwen3Next` with the vocabulary of the student, or `None` to give it later by
             `set_teacher`, or to train on `StoredLogits`.
         student: `Qwen3Next` that learns.
-        config: What holds `distillation_temperature` and `distillation_alpha`, in place of the two
-            arguments below.
+        config: `CrossArchTransferConfig`, whose `distillation_temperature` and `distillation_alpha`
+            stand for the two arguments below; with `use_distillation=False` alpha is 0.
         temperature: t, 2.0 by default; above 0.
         alpha: Share of the teacher, 0.5 by default; 0 to 1.
         layer_weight: Weight of the hidden states that layers return, 0 for none.
@@ -80,7 +80,7 @@ class DistillationTrainer(keras.Model):
     ```python
     import numpy as np
     from qwen3_next import Qwen3Next
-    from qwen3_next.transfer.distillation import DistillationTrainer
+    from qwen3_next.transfer.distill.distillation import DistillationTrainer
 
     shape = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_experts": 0}
     teacher = Qwen3Next.from_variant("tiny", full_attention_interval=1, **shape)

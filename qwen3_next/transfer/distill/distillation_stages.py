@@ -18,12 +18,11 @@ from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.inputs import unpack
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.losses import fused_losses, masked_mean, per_token
-from qwen3_next.training.next_token_training import StepOutput
-from qwen3_next.training.step_inputs import StepInputs
-from qwen3_next.transfer.frozen_teacher import FrozenTeacher
-from qwen3_next.transfer.layer_streams import layer_outputs, mixer_output
-from qwen3_next.transfer.stored_batches import TopLogits, split_stored
-from qwen3_next.transfer.student_losses import note_step, own_losses
+from qwen3_next.training.own_losses import note_step, own_losses
+from qwen3_next.training.step_inputs import StepInputs, StepOutput
+from qwen3_next.transfer.distill.frozen_teacher import FrozenTeacher
+from qwen3_next.transfer.distill.layer_streams import layer_outputs, mixer_output
+from qwen3_next.transfer.distill.stored_batches import TopLogits, split_stored
 
 QUIET = 1e-8  # mean square below which a hidden state counts as that small
 

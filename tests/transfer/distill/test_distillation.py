@@ -1,6 +1,5 @@
 """Distillation against its definition, and what Keras offers: fit, save, resume."""
 
-import dataclasses
 import functools
 import zipfile
 
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 
 from qwen3_next import ETDConfig, Qwen3NextClassifier
-from qwen3_next.transfer.distillation import DistillationTrainer
-from qwen3_next.transfer.frozen_teacher import FrozenTeacher
-from qwen3_next.transfer.layer_streams import layer_outputs, layer_streams
+from qwen3_next.config import CrossArchTransferConfig
+from qwen3_next.transfer.distill.distillation import DistillationTrainer
+from qwen3_next.transfer.distill.frozen_teacher import FrozenTeacher
+from qwen3_next.transfer.distill.layer_streams import layer_outputs, layer_streams
 from qwen3_next.transfer.named_weights import NamedWeights, rebuilt
 from tests.support.distillation_models import (
     DENSE,
@@ -288,18 +288,17 @@ def test_half_precision_distils_in_float32():
 
 
 def test_a_configuration_gives_temperature_and_share():
-    @dataclasses.dataclass
-    class Config:
-        distillation_temperature: float = TEMPERATURE
-        distillation_alpha: float = ALPHA
-        use_distillation: bool = True
-
-    losses = DistillationTrainer(*pair(), Config()).compute_loss(*batch())
+    fields = {"distillation_temperature": TEMPERATURE, "distillation_alpha": ALPHA}
+    config = CrossArchTransferConfig(**fields)
+    losses = DistillationTrainer(*pair(), config).compute_loss(*batch())
     assert_close([float(losses[name]) for name in NAMES], expected(*batch()), 1e-5)
+    alone = DistillationTrainer(*pair(), CrossArchTransferConfig(use_distillation=False))
+    losses = alone.compute_loss(*batch())
+    assert float(losses["loss"]) == float(losses["task_loss"])
     with pytest.raises(ValueError, match=r"`config`.*Received"):
-        DistillationTrainer(*pair(), Config(use_distillation=False))
+        DistillationTrainer(*pair(), {"distillation_alpha": 0.5})
     with pytest.raises(ValueError, match=r"`alpha`.*Received"):
-        DistillationTrainer(*pair(), Config(), alpha=0.1)
+        DistillationTrainer(*pair(), config, alpha=0.1)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere every step is compiled")

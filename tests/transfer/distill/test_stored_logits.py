@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next.transfer.distillation import DistillationTrainer
-from qwen3_next.transfer.stored_logits import StoredLogits, store_teacher_logits
+from qwen3_next.transfer.distill.distillation import DistillationTrainer
+from qwen3_next.transfer.distill.stored_logits import StoredLogits, store_teacher_logits
 from tests.support.distillation_models import IDS, batch, linear_student, softmax_teacher
 from tests.support.distillation_oracles import kl_divergence, top_kl_divergence, top_of
 from tests.support.running import assert_close

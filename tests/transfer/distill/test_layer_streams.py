@@ -9,7 +9,7 @@ from keras import ops
 
 from qwen3_next import ETDConfig, pad
 from qwen3_next.models.compiled import compile_with_weights
-from qwen3_next.transfer.layer_streams import layer_outputs, layer_streams
+from qwen3_next.transfer.distill.layer_streams import layer_outputs, layer_streams
 from tests.support.running import assert_close, to_numpy, to_tensors
 from tests.support.small_models import SMALL, random_ids, shared, small
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
-from qwen3_next.layers import DecoderLayer, Routing, SparseMoE, load_balancing_loss
+from qwen3_next.layers import DecoderLayer, Routing, SparseMoE
 from qwen3_next.layers.mixer_context import MixerContext
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
+from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone, balance
 from qwen3_next.models.decisions import check_decisions
 from qwen3_next.models.inputs import Inputs, check_token_ids, unpack
 from qwen3_next.tasks.task import Task
@@ -65,7 +65,7 @@ def layer_streams(model: Task | Qwen3NextBackbone, inputs: Any) -> tuple[LayerSt
     ```python
     import numpy as np
     from qwen3_next import Qwen3Next
-    from qwen3_next.transfer.layer_streams import layer_streams
+    from qwen3_next.transfer.distill.layer_streams import layer_streams
 
     model = Qwen3Next.from_variant("tiny", vocab_size=64, hidden_size=32, num_layers=2)
     first, second = layer_streams(model, np.ones((1, 4), "int32"))
@@ -128,11 +128,10 @@ def layer_outputs(
         )
         outputs.append(hidden)
         routings += [routing] if isinstance(routing, Routing) else []
-    found = BackboneOutput(backbone.norm(hidden), hidden)
-    if routings:
-        loads = ops.stack([routing.tokens_per_expert for routing in routings])  # (L, E)
-        even = ops.maximum(ops.mean(loads, axis=-1, keepdims=True), 1e-9)
-        found = found._replace(aux_loss=load_balancing_loss(routings), expert_load=loads / even)
+    aux_loss, expert_load = balance(backbone.config, routings)
+    found = BackboneOutput(
+        backbone.norm(hidden), hidden, aux_loss=aux_loss, expert_load=expert_load
+    )
     return LayerOutputs(tuple(outputs), found)
 
 

@@ -8,7 +8,7 @@ from keras import ops
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.step_inputs import StepInputs
-from qwen3_next.transfer.layer_streams import (
+from qwen3_next.transfer.distill.layer_streams import (
     LayerOutputs,
     LayerStream,
     layer_outputs,

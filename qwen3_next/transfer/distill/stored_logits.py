@@ -28,9 +28,9 @@ from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.inputs import check_token_ids, host_array, require_inputs, unpack
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.step_inputs import StepInputs
-from qwen3_next.transfer.frozen_teacher import require_language_model
-from qwen3_next.transfer.stored_batches import StoredLogitsDataset, TopLogits
-from qwen3_next.transfer.stored_files import (
+from qwen3_next.transfer.distill.frozen_teacher import require_language_model
+from qwen3_next.transfer.distill.stored_batches import StoredLogitsDataset, TopLogits
+from qwen3_next.transfer.distill.stored_files import (
     CHECKSUMS,
     DESCRIPTION,
     FIELDS,
@@ -83,8 +83,8 @@ def store_teacher_logits(
     ```python
     import numpy as np
     from qwen3_next import Qwen3Next
-    from qwen3_next.transfer.distillation import DistillationTrainer
-    from qwen3_next.transfer.stored_logits import store_teacher_logits
+    from qwen3_next.transfer.distill.distillation import DistillationTrainer
+    from qwen3_next.transfer.distill.stored_logits import store_teacher_logits
 
     shape = {"vocab_size": 64, "hidden_size": 32, "num_layers": 1, "num_experts": 0}
     teacher, student = (Qwen3Next.from_variant("tiny", **shape) for _ in range(2))
@@ -134,7 +134,7 @@ class StoredLogits:
     ```python
     import numpy as np
     from qwen3_next import Qwen3Next
-    from qwen3_next.transfer.stored_logits import StoredLogits, store_teacher_logits
+    from qwen3_next.transfer.distill.stored_logits import StoredLogits, store_teacher_logits
 
     teacher = Qwen3Next.from_variant(
         "tiny", vocab_size=64, hidden_size=32, num_layers=1, num_experts=0
