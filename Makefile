@@ -30,13 +30,16 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(VENV)/bin/mypy
 
+# In the order of tests/conftest.py, which knows the files that take longest.
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 # Part by part: TensorFlow keeps what XLA has compiled for as long as a process lives.
-PARTS := "tests/layers tests/config" "tests/models tests/think tests/training" \
+PARTS := "tests/layers tests/config tests/transfer" "tests/models tests/think tests/training" \
   "tests/tasks tests/generation" "tests/checkpoints $(wildcard tests/test_*.py)"
 
 test-jax test-tensorflow: test-%: $(VENV)/.test
 	for part in $(PARTS); do \
-	  KERAS_BACKEND=$* $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile $$part || exit 1; \
+	  KERAS_BACKEND=$* $(PYTEST) $$part || exit 1; \
 	done
 
 test-torch: $(VENV)/.test

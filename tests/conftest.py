@@ -1,16 +1,48 @@
 """What the whole suite needs before Keras is imported, and the ways to run a function."""
 
+import collections
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Half of the suite's time would go into machine code that runs for milliseconds. XLA's own passes,
-# on which memory and the order of operations depend, are those of any program.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Most of the suite's time would go into machine code that runs for milliseconds: it is made without
+# optimization, by the emitters that take half as long, and in one piece, for the workers have all
+# cores already. XLA's own passes, on which memory and the order of operations depend, are those of
+# any program.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    " --xla_cpu_parallel_codegen_split_count=1",
+)
 
 import pytest
 
 from tests.support.memory import free_programs
 from tests.support.running import MODES
+
+# Files that take minutes: workers begin with them, so that none is left alone with one at the end.
+LONGEST = (
+    "test_notebooks.py",
+    "test_routed_tasks.py",
+    "test_routing.py",
+    "test_speculation.py",
+    "test_variants.py",
+    "test_thinking.py",
+    "test_thinking_gradients.py",
+    "test_router_training.py",
+    "test_saving.py",
+    "test_thinking_tasks.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, then those of most tests; the order inside of a file stays."""
+    tests = collections.Counter(item.path for item in items)
+    rank = {name: place for place, name in enumerate(LONGEST)}
+
+    def order(item):
+        return rank.get(item.path.name, len(rank)), -tests[item.path], str(item.path)
+
+    items.sort(key=order)
 
 
 @pytest.fixture(params=MODES)

@@ -18,8 +18,6 @@ SMALL = {
         "STEPS": "2",
         "BATCH": "4",
         "MOST": "2",
-        # Programs that run for two steps are not worth optimizing.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     },
     "layer_routing": {
         "SEEDS": "1",
@@ -27,7 +25,6 @@ SMALL = {
         "BATCH": "4",
         "WORDS": "3",
         "SIMULATIONS": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
     },
     "qwen3_to_hybrid": {
         "TEACHER_STEPS": "2",

@@ -15,7 +15,7 @@ from qwen3_next.generation.sampling import GREEDY, make_sampling
 from qwen3_next.generation.speculation_options import SpeculationOptions
 from qwen3_next.generation.speculative import SpeculativeDecoding
 from tests.support.running import assert_close
-from tests.support.small_models import random_ids, small
+from tests.support.small_models import TWO_LAYERS, random_ids, small
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
 NEW = 13
@@ -117,9 +117,10 @@ def linear_language():
     ids[:, 0] = rng.integers(0, VOCAB, 64)
     for t in range(1, ids.shape[1]):
         ids[:, t] = (3 * ids[:, t - 1] + 7) % VOCAB
-    model = small(vocab_size=VOCAB, initializer_range=0.05, mtp=MTPConfig(num_predict_tokens=3))
-    model.compile(keras.optimizers.Adam(5e-3))
-    model.fit(ids, batch_size=32, epochs=60, verbose=0)
+    options = {"vocab_size": VOCAB, "initializer_range": 0.05, **TWO_LAYERS}
+    model = small(mtp=MTPConfig(num_predict_tokens=3), **options)
+    model.compile(keras.optimizers.Adam(1e-2))
+    model.fit(ids, batch_size=32, epochs=20, verbose=0)
     return model
 
 
@@ -161,7 +162,8 @@ def test_drafts_off_by_one_are_rejected(linear_language):
 @pytest.fixture(scope="module")
 def pair_counts():
     """Pairs of tokens drawn by speculation, and the probability of each by plain warping."""
-    model = small(vocab_size=8, mtp=MTPConfig(num_predict_tokens=2, speculation_lookahead=2))
+    mtp = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
+    model = small(vocab_size=8, mtp=mtp, **TWO_LAYERS)
     options = {"temperature": 0.8, "top_p": 0.9}
     rows, draws = 4096, np.zeros((8, 8))
     for seed in range(6):
