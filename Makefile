@@ -34,7 +34,7 @@ types: $(VENV)/.test
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Part by part: TensorFlow keeps what XLA has compiled for as long as a process lives.
-PARTS := "tests/layers tests/config tests/transfer" "tests/models tests/think tests/training" \
+PARTS := "tests/layers tests/config" "tests/transfer tests/cli" "tests/models tests/think tests/training" \
   "tests/tasks tests/generation" "tests/checkpoints $(wildcard tests/test_*.py)"
 
 test-jax test-tensorflow: test-%: $(VENV)/.test

@@ -1,23 +1,15 @@
-"""What the whole suite needs before Keras is imported, and the ways to run a function."""
+"""What the whole suite needs, and the ways to run a function."""
 
 import collections
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Most of the suite's time would go into machine code that runs for milliseconds: it is made without
-# optimization, by the emitters that take half as long, and in one piece, for the workers have all
-# cores already. XLA's own passes, on which memory and the order of operations depend, are those of
-# any program.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    " --xla_cpu_parallel_codegen_split_count=1",
-)
 
 import pytest
 
 from tests.support.memory import free_programs
 from tests.support.running import MODES
+from tests.support.xla_flags import set_xla_flags
 
 # Files that take minutes: workers begin with them, so that none is left alone with one at the end.
 LONGEST = (
@@ -32,6 +24,10 @@ LONGEST = (
     "test_saving.py",
     "test_thinking_tasks.py",
 )
+
+
+def pytest_configure():
+    set_xla_flags()  # before the first program, which reads them
 
 
 def pytest_collection_modifyitems(items):

@@ -185,3 +185,9 @@ def test_modules_are_short():
     assert {path: length for path, length in lengths.items() if length > 400} == {}
     package = [lengths[path] for path in package_files() if not path.endswith("__init__.py")]
     assert statistics.median(package) < 150
+
+
+def test_make_runs_every_folder_of_tests():
+    parts = (ROOT / "Makefile").read_text().split("PARTS :=")[1].split("\n\n")[0]
+    folders = {path.relative_to(ROOT).parts[1] for path in (ROOT / "tests").rglob("*/test_*.py")}
+    assert folders <= {name.removeprefix("tests/") for name in parts.replace('"', " ").split()}
