@@ -33,7 +33,7 @@ SMALL = {
         "BATCH": "2",
         "HELD_OUT": "4",
         "FILES": "6",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "LAYERS": "4",
     },
 }
 

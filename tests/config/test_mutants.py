@@ -4,7 +4,16 @@ import random
 
 import pytest
 
-from qwen3_next import GroupedAdamW, MTPConfig, Qwen3NextConfig, describe, pack, pad
+from qwen3_next import (
+    CrossArchTransferConfig,
+    GroupedAdamW,
+    HybridAttentionConfig,
+    MTPConfig,
+    Qwen3NextConfig,
+    describe,
+    pack,
+    pad,
+)
 from qwen3_next.checkpoints.hugging_face_config import (
     config_from_hugging_face,
     config_to_hugging_face,
@@ -31,6 +40,12 @@ def mutant(fields, rng, others=""):
 DOORS = {
     "config": lambda rng: Qwen3NextConfig.from_dict(mutant(TINY.to_dict(), rng)),
     "mtp": lambda rng: MTPConfig.from_dict(mutant(MTPConfig().to_dict(), rng)),
+    "hybrid": lambda rng: HybridAttentionConfig.from_dict(
+        mutant(HybridAttentionConfig().to_dict(), rng)
+    ),
+    "transfer": lambda rng: CrossArchTransferConfig.from_dict(
+        mutant(CrossArchTransferConfig().to_dict(), rng)
+    ),
     "config.json": lambda rng: Qwen3NextConfig.from_dict(
         config_from_hugging_face(mutant(config_to_hugging_face(TINY), rng, PUBLISHED))
     ),
