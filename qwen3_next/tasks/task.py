@@ -19,6 +19,14 @@ from qwen3_next.tasks.losses_from_logits import loss_from_logits
 from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
 
 
+def build_optimizer(model: keras.Model) -> None:
+    """Makes the variables of a model's optimizer before its first step: TensorFlow would trace a
+    step that makes variables once more."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
+
+
 class Task(IterationsOfRun, ConfiguredModel):
     """A model with a head, ready for `compile`, `fit`, `evaluate` and `predict`.
 
@@ -218,6 +226,7 @@ class Task(IterationsOfRun, ConfiguredModel):
         elif validation_data is not None:
             validation_data = checked(self.check_batch, validation_data)
         x = checked(self.check_batch, x, y)
+        build_optimizer(self)
         with values_kept(self, self._stepped_variables()):
             return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
 
@@ -242,6 +251,7 @@ class Task(IterationsOfRun, ConfiguredModel):
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)
+        build_optimizer(self)
         return super().train_on_batch(x, y, *args, **kwargs)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):

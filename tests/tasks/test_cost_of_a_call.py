@@ -57,6 +57,16 @@ def test_a_second_call_traces_nothing(model, call):
     assert not found
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="on JAX Keras builds what was compiled first")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_first_step_is_traced_once(optimizer):
+    model = small(**ONE_LAYER)
+    model.compile(optimizer)
+    with traces(model) as found:
+        model.train_on_batch(IDS)
+    assert len(found) == 1
+
+
 def test_a_second_extension_of_a_cache_traces_nothing(model):
     cache = model.init_cache(2, 16)
     model.extend(IDS, cache)

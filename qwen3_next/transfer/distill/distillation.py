@@ -13,6 +13,7 @@ from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.inputs import check_token_ids
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.language_model import Qwen3Next
+from qwen3_next.tasks.task import build_optimizer
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
 from qwen3_next.training.thinking_metrics import names_of
 from qwen3_next.transfer.distill.distillation_options import stage_of
@@ -262,6 +263,7 @@ class DistillationTrainer(keras.Model):
         elif validation_data is not None:
             validation_data = self._checked(validation_data)
         x = self._checked(x, y)
+        build_optimizer(self)
         with values_kept(self, self._stepped_variables()):
             return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
 
@@ -277,6 +279,7 @@ class DistillationTrainer(keras.Model):
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         self._check_batch(x, y)
+        build_optimizer(self)
         return super().train_on_batch(x, y, *args, **kwargs)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):

@@ -213,7 +213,7 @@ def test_yaml_without_pyyaml_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     path = tmp_path / "recipe.yaml"
     path.write_text("merge_method: linear\n")
-    refused(lambda: merge_from_config(path), "pip install pyyaml")
+    refused(lambda: merge_from_config(path), "PyYAML")
 
 
 @pytest.mark.parametrize(
