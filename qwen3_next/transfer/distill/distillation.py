@@ -10,7 +10,7 @@ from keras import ops
 
 from qwen3_next.checkpoints.staging import replaced
 from qwen3_next.layers.ops.backend.programs import one_replica
-from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.models.inputs import check_token_ids, next_token_labels, unpack
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.tasks.task import build_optimizer
@@ -217,16 +217,20 @@ class DistillationTrainer(keras.Model):
         y_pred: Any = None,
         sample_weight: Any = None,
         training: bool = True,
+        labels: Any = None,
     ) -> Any:
-        """The losses of a batch, for a training loop of one's own; and what Keras' steps call.
+        """The losses of a batch, for a training loop of one's own: `compute_loss(ids, labels)`.
+
+        Keras' steps call it, too, with what the models returned.
 
         Args:
             x: Token ids `(B, T)` or a dict, as for `fit`.
-            y: Labels `(B, T)` that line up with the logits, -100 where ignored; `None` for the next
-                tokens.
+            y: Unshifted labels `(B, T)`, -100 where ignored, as a model's `labels`; `None` for the
+                token ids. The shift happens inside. Within a step of Keras what `fit` was given.
             y_pred: What Keras hands in within a step; `None` for a call of one's own.
             sample_weight: `(B,)` or `(B, T)`, or `None`.
             training: Whether to apply dropout and to add what the student adds in training.
+            labels: Another name of `y` in a call of one's own.
 
         Returns:
             A dict of scalars: `"loss"`, `"kd_loss"` and `"task_loss"`, with a `layer_weight`
@@ -238,7 +242,12 @@ class DistillationTrainer(keras.Model):
             losses = self._losses_of(x, y_pred, sample_weight, training)
             self._note_step(y_pred, losses, training)
             return losses.loss
+        if labels is not None and y is not None:
+            raise ValueError("Give the labels once. Received: `y` and `labels`")
+        y = y if labels is None else labels
         self._check_batch(x, y)
+        if y is not None:
+            y = next_token_labels(unpack(split_stored(x)[0]), y)
         step = StepInputs(x, y)
         losses = self._losses_of(step, self(step, training=training), sample_weight, training)
         parts = {name: value for name, value in losses.parts.items() if name != "accuracy"}

@@ -10,6 +10,7 @@ import pytest
 
 from qwen3_next import ETDConfig, Qwen3NextClassifier
 from qwen3_next.config import CrossArchTransferConfig
+from qwen3_next.models.inputs import next_token_labels, unpack
 from qwen3_next.transfer.distill.distillation import DistillationTrainer
 from qwen3_next.transfer.distill.frozen_teacher import FrozenTeacher
 from qwen3_next.transfer.distill.layer_streams import layer_outputs, layer_streams
@@ -55,13 +56,30 @@ def expected(x, y, temperature=TEMPERATURE, alpha=ALPHA):
     return np.array(distillation_losses(*flat, y.reshape(-1), temperature, alpha))
 
 
+def unshifted():
+    """A batch with labels as a model takes them, and the same labels lined up with the logits."""
+    x, y = batch()
+    labels = np.roll(y, 1, axis=1)
+    return (x, labels), to_numpy(next_token_labels(unpack(x), labels))
+
+
+def test_labels_of_a_direct_call_are_unshifted():
+    (x, labels), y = unshifted()
+    direct = evaluator().compute_loss(x, labels)
+    assert set(direct) == set(NAMES)
+    assert_close([float(direct[name]) for name in NAMES], expected(x, y), 1e-5)
+    named = evaluator().compute_loss(x, labels=labels)
+    assert all(float(named[name]) == float(direct[name]) for name in NAMES)
+    own = pair()[1](x, labels=labels).loss
+    assert_close(float(direct["task_loss"]), float(own), 1e-5)
+    with pytest.raises(ValueError, match="labels once"):
+        evaluator().compute_loss(x, labels, labels=labels)
+
+
 def test_the_losses_are_those_of_the_oracle():
     x, y = batch()
     found = evaluated(x, y)
     assert_close(found, expected(x, y), 1e-5)
-    direct = evaluator().compute_loss(x, y)
-    assert set(direct) == set(NAMES)
-    assert_close([float(direct[name]) for name in NAMES], found, 1e-6)
     for wrong in ({"temperature": TEMPERATURE * 1.01}, {"alpha": ALPHA * 1.01}):
         with pytest.raises(AssertionError, match="off by"):
             assert_close(found, expected(x, y, **wrong), 1e-5)
@@ -282,16 +300,18 @@ def test_hidden_states_of_layers_are_compared_with_a_weight():
 def test_half_precision_distils_in_float32():
     student = linear_student(dtype="mixed_bfloat16")
     trainer = DistillationTrainer(pair()[0], student, temperature=TEMPERATURE, alpha=ALPHA)
-    found = trainer.compute_loss(*batch())
+    given, y = unshifted()
+    found = trainer.compute_loss(*given)
     assert {keras.backend.standardize_dtype(value.dtype) for value in found.values()} == {"float32"}
-    assert_close([float(found[name]) for name in NAMES], expected(*batch()), 1e-2)
+    assert_close([float(found[name]) for name in NAMES], expected(given[0], y), 1e-2)
 
 
 def test_a_configuration_gives_temperature_and_share():
     fields = {"distillation_temperature": TEMPERATURE, "distillation_alpha": ALPHA}
     config = CrossArchTransferConfig(**fields)
-    losses = DistillationTrainer(*pair(), config).compute_loss(*batch())
-    assert_close([float(losses[name]) for name in NAMES], expected(*batch()), 1e-5)
+    given, y = unshifted()
+    losses = DistillationTrainer(*pair(), config).compute_loss(*given)
+    assert_close([float(losses[name]) for name in NAMES], expected(given[0], y), 1e-5)
     alone = DistillationTrainer(*pair(), CrossArchTransferConfig(use_distillation=False))
     losses = alone.compute_loss(*batch())
     assert float(losses["loss"]) == float(losses["task_loss"])
