@@ -75,4 +75,4 @@ def test_routes_are_searched_and_learned_and_experts_compared(monkeypatch):
 def test_every_way_of_conversion_is_distilled(monkeypatch):
     printed = printed_by("qwen3_to_hybrid", monkeypatch)
     assert "from attention distance" in printed and "gap closed" in printed
-    assert printed.count("random") == 4 and printed.count("recall") == 7
+    assert printed.count("random") == 3 and "can be recalled" in printed

@@ -126,7 +126,7 @@ def transfer_qwen3_to_hybrid(
 
 def create_hybrid_from_qwen3(
     source: Source,
-    config: HybridAttentionConfig | None = None,
+    config: HybridAttentionConfig | CrossArchTransferConfig | None = None,
     calibration: Any = None,
     **options: Any,
 ) -> Qwen3Next:
@@ -134,7 +134,8 @@ def create_hybrid_from_qwen3(
 
     Args:
         source: `Qwen3Next`, a directory or `"hf://owner/name"`.
-        config: `HybridAttentionConfig`. Defaults to `HybridAttentionConfig()`.
+        config: `HybridAttentionConfig`, or a whole `CrossArchTransferConfig`. Defaults to
+            `HybridAttentionConfig()`.
         calibration, **options: As for `transfer_qwen3_to_hybrid`.
 
     Example:
@@ -153,10 +154,14 @@ def create_hybrid_from_qwen3(
     assert hybrid.get_layer_stats()["deltanet_layers"] == 3
     ```
     """
-    hybrid = HybridAttentionConfig() if config is None else config
-    if not isinstance(hybrid, HybridAttentionConfig):
-        raise ValueError(f"`config` must be a HybridAttentionConfig. Received: config={config!r}")
-    transfer = CrossArchTransferConfig(hybrid_attention=hybrid)
+    transfer = config
+    if config is None or isinstance(config, HybridAttentionConfig):
+        transfer = CrossArchTransferConfig(hybrid_attention=config or HybridAttentionConfig())
+    if not isinstance(transfer, CrossArchTransferConfig):
+        raise ValueError(
+            "`config` must be a HybridAttentionConfig or a CrossArchTransferConfig. "
+            f"Received: config={config!r}"
+        )
     return transfer_qwen3_to_hybrid(source, transfer, calibration, **options)
 
 
@@ -206,10 +211,7 @@ def create_full_hybrid_model(
                 f"`{flag.removeprefix('use_')}` needs `{flag}=True`. "
                 f"Received: {flag}=False with {given}"
             )
-    if isinstance(config, CrossArchTransferConfig):
-        model = transfer_qwen3_to_hybrid(source, config, calibration, **options)
-    else:
-        model = create_hybrid_from_qwen3(source, config, calibration, **options)
+    model = create_hybrid_from_qwen3(source, config, calibration, **options)
     report = model.coverage_report
     if use_etd:
         model = wrap_transformer_with_etd(model, etd, name=model.name)

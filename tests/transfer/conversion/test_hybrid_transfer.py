@@ -27,7 +27,7 @@ def teacher():
 
 def converted(source, hybrid=None, **changes):
     config = CrossArchTransferConfig(hybrid_attention=hybrid or {}, **changes)
-    return transfer_qwen3_to_hybrid(source, config, progress=False)
+    return create_hybrid_from_qwen3(source, config, progress=False)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, QWEN3_MOE])
