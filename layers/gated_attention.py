@@ -57,14 +57,14 @@ class GatedAttention(keras.layers.Layer):
         num_key_value_heads: Key and value heads G, a divisor of H.
         head_dim: Width D of a head, independent of the width of x.
         output_gate: Whether W_q also makes the gate.
-        gate_bias: Initial value of the gate's bias b, one per channel; `None` for no bias, as
-            published.
         partial_rotary_factor: Fraction of D that is rotated.
         rope_theta: Base of the rotary wavelengths.
         normalization_type: Norm of queries and keys, see `norms.NORMALIZATIONS`.
         rms_norm_eps: Epsilon of the norms.
         attention_dropout: Dropout rate on the attention weights in training.
         initializer_range: Standard deviation of the normal initial weights.
+        gate_bias: Initial value of the gate's bias b, one per channel; `None` for no bias, as
+            published.
 
     Call arguments:
         x: `(B, T, width)`.
@@ -108,13 +108,13 @@ class GatedAttention(keras.layers.Layer):
         num_key_value_heads: int,
         head_dim: int,
         output_gate: bool = True,
-        gate_bias: float | None = None,
         partial_rotary_factor: float = 0.25,
         rope_theta: float = 10000.0,
         normalization_type: str = "zero_centered_rms_norm",
         rms_norm_eps: float = 1e-6,
         attention_dropout: float = 0.0,
         initializer_range: float = 0.02,
+        gate_bias: float | None = None,
         **kwargs: Any,
     ) -> None:
         # Inputs are cast by hand: Keras would cast the float tensors of a cache as well.

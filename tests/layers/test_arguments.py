@@ -51,6 +51,7 @@ from qwen3_next.layers.norms import make_norm
                 "rms_norm_eps": 1e-3,
                 "attention_dropout": 0.5,
                 "initializer_range": 0.5,
+                "gate_bias": None,
             },
         ),
         (
@@ -100,6 +101,12 @@ def test_config_holds_every_argument(layer):
     assert cls.from_config(config).get_config() == config
 
 
+def test_config_holds_the_bias_of_a_gate():
+    config = layers.GatedAttention(2, 2, 8, gate_bias=0.5).get_config()
+    assert config["gate_bias"] == 0.5
+    assert layers.GatedAttention.from_config(config).get_config() == config
+
+
 @pytest.mark.parametrize(
     "names, make",
     [
@@ -107,6 +114,7 @@ def test_config_holds_every_argument(layer):
         (["num_attention_heads", "num_key_value_heads"], lambda: layers.GatedAttention(3, 2, 8)),
         (["partial_rotary_factor"], lambda: layers.GatedAttention(2, 2, 6, True, 0.5)),
         (["partial_rotary_factor"], lambda: layers.GatedAttention(2, 2, 8, True, 1.5)),
+        (["gate_bias"], lambda: layers.GatedAttention(2, 2, 8, False, gate_bias=0.5)),
         (["num_experts_per_tok", "num_experts"], lambda: layers.SparseMoE(4, 5, 8)),
         (["num_experts_per_tok"], lambda: layers.SparseMoE(4, 0, 8)),
         (["ffn_type"], lambda: layers.SwiGLU(4, ffn_type="relu")),
