@@ -83,9 +83,9 @@ def test_bfloat16_tensors_are_not_widened(tmp_path, monkeypatch, checkpoint_weig
     tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors.items()}
     folder = save(tmp_path, config, tensors)
     wide = []
-    original = interchange._Tensors.__getitem__
+    original = interchange.Tensors.__getitem__
     monkeypatch.setattr(
-        interchange._Tensors,
+        interchange.Tensors,
         "__getitem__",
         lambda self, i: wide.append(original(self, i).dtype) or original(self, i),
     )

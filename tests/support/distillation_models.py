@@ -33,3 +33,13 @@ def batch(side="right", length=None):
 def values(model):
     """The weights of a model as NumPy arrays by path."""
     return {v.path: np.array(v.numpy()) for v in model.weights}
+
+
+TWO = {**DENSE, "num_layers": 2, "hidden_size": 24}
+TEACHER_TYPES = ("full_attention", "full_attention")
+STUDENT_TYPES = ("full_attention", "linear_attention")
+
+
+def two_layers():
+    teacher = softmax_teacher(**TWO, layer_types=TEACHER_TYPES)
+    return teacher, linear_student(**TWO, layer_types=STUDENT_TYPES)

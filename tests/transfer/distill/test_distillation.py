@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import ETDConfig, Qwen3NextClassifier
+from qwen3_next import ETDConfig
 from qwen3_next.config import CrossArchTransferConfig
 from qwen3_next.models.inputs import next_token_labels, unpack
 from qwen3_next.transfer.distill.distillation import DistillationTrainer
@@ -16,11 +16,11 @@ from qwen3_next.transfer.distill.frozen_teacher import FrozenTeacher
 from qwen3_next.transfer.distill.layer_streams import layer_outputs, layer_streams
 from qwen3_next.transfer.named_weights import NamedWeights, rebuilt
 from tests.support.distillation_models import (
-    DENSE,
     IDS,
     batch,
     linear_student,
     softmax_teacher,
+    two_layers,
     values,
 )
 from tests.support.distillation_oracles import distillation_losses
@@ -230,16 +230,6 @@ def test_without_a_teachers_share_it_is_the_students_own_training():
     assert int(models[0].mtp_steps) == 1
 
 
-TWO = {**DENSE, "num_layers": 2, "hidden_size": 24}
-TEACHER_TYPES = ("full_attention", "full_attention")
-STUDENT_TYPES = ("full_attention", "linear_attention")
-
-
-def two_layers():
-    teacher = softmax_teacher(**TWO, layer_types=TEACHER_TYPES)
-    return teacher, linear_student(**TWO, layer_types=STUDENT_TYPES)
-
-
 def relative(student, teacher, mask):
     student, teacher = np.float64(student), np.float64(teacher)
     student, teacher = student[mask], teacher[mask]
@@ -333,85 +323,3 @@ def test_a_step_with_xla_is_the_step_without_it(ran):
 def test_prediction_is_the_students():
     _, student = pair()
     np.testing.assert_allclose(evaluator().predict(IDS, verbose=0), logits(student, IDS), atol=1e-5)
-
-
-def classifier():
-    return linear_student(model=Qwen3NextClassifier, num_labels=2)
-
-
-def shares_a_head():
-    teacher = linear_student()
-    return teacher, linear_student(lm_head=teacher.lm_head)
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda: ("Qwen", linear_student()), "teacher"),
-        (
-            lambda: (linear_student(model=Qwen3NextClassifier, num_labels=2), linear_student()),
-            "teacher",
-        ),
-        (lambda: (softmax_teacher(), None), "student"),
-        (lambda: (softmax_teacher(vocab_size=62), linear_student()), "vocab_size"),
-        (lambda: (linear_student(),) * 2, "share"),
-        (shares_a_head, "share"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused(make, name):
-    with pytest.raises(ValueError, match=f"{name}.*Received"):
-        DistillationTrainer(*make())
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"temperature": 0.0}, "temperature"),
-        ({"alpha": 1.5}, "alpha"),
-        ({"layer_weight": -1.0}, "layer_weight"),
-        ({"layer_weight": 1.0}, "hidden_size"),
-        ({"stage": "alignment"}, "hidden_size"),
-        ({"stage": "long_context"}, "stage"),
-        ({"layers": [0]}, "layers"),
-        ({"train_input_norms": True}, "train_input_norms"),
-        ({"stage": "alignment", "alpha": 0.5, "layers": [0]}, "alpha"),
-        ({"stage": "alignment", "layers": [1]}, "layers"),
-        ({"stage": "alignment", "layers": []}, "layers"),
-        ({"config": "config"}, "config"),
-    ],
-)
-def test_options_out_of_range_or_of_another_stage_are_refused(options, name):
-    with pytest.raises(ValueError, match=f"`{name}`.*Received"):
-        DistillationTrainer(*pair(), **options)
-
-
-def test_layers_cannot_be_compared_with_a_think_loop():
-    teacher, student = two_layers()
-    etd = ETDConfig(0, 1, 1, max_think_iterations=1, adaptive_depth=False)
-    looped = softmax_teacher(**TWO, layer_types=TEACHER_TYPES, etd=etd)
-    with pytest.raises(ValueError, match=r"`teacher`.*etd"):
-        DistillationTrainer(looped, student, stage="alignment")
-    with pytest.raises(ValueError, match=r"`layer_weight`.*etd"):
-        DistillationTrainer(teacher, looped, layer_weight=1.0)
-
-
-def test_what_cannot_be_learned_from_is_refused():
-    teacher, student = two_layers()
-    aligning = DistillationTrainer(teacher, student, stage="alignment")
-    without = DistillationTrainer(None, student)
-    for trainer in (aligning, without):
-        trainer.compile("sgd")
-    with pytest.raises(ValueError, match="no use for labels"):
-        aligning.fit(IDS, IDS, verbose=0)
-    with pytest.raises(ValueError, match=r"`teacher`.*Received"):
-        without.fit(IDS, verbose=0)
-    with pytest.raises(ValueError, match="vocab_size=61"):
-        without.fit(IDS + 61, verbose=0)
-    with pytest.raises(ValueError, match="vocab_size=61"):
-        without.predict(IDS + 61, verbose=0)
-    with pytest.raises(ValueError, match="Labels"):
-        without.train_on_batch(IDS, IDS + 61)
-    for name in ("loss", "metrics"):
-        with pytest.raises(ValueError, match=f"`{name}`.*Received"):
-            without.compile("sgd", **{name: ["accuracy"]})
-    assert all(np.isfinite(value).all() for value in values(student).values())
