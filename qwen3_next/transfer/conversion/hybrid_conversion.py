@@ -207,7 +207,7 @@ class HybridConversion:
         if leaf == "in_proj_qkvz/kernel":
             return self._qkvz(row, base), TRANSFORMED
         if leaf == "out_proj/kernel":
-            output = self.read(f"{base}/o_proj/kernel")
+            output = self._float32(f"{base}/o_proj/kernel")
             return sum_heads(output, self.heads.value_heads), TRANSFORMED
         values = np.zeros(row.shape, "float32")  # A_log: rate 1; no weights of beta and decay
         if leaf == "conv1d":
@@ -222,17 +222,21 @@ class HybridConversion:
         self, row: Weight, base: str
     ) -> Annotated[np.ndarray, "D K_heads [q | k | v of its heads | z of its heads]"]:
         hybrid, keys = self.transfer.hybrid_attention, self.heads.key_heads
-        query, key = self.read(f"{base}/q_proj/kernel"), self.read(f"{base}/k_proj/kernel")
+        query, key, value = (self._float32(f"{base}/{name}_proj/kernel") for name in "qkv")
         if hybrid.qk_norm:
-            query = query * self.read(f"{base}/q_norm/scale").astype(query.dtype)
-            key = key * self.read(f"{base}/k_norm/scale").astype(key.dtype)
-        value = expand_heads(self.read(f"{base}/v_proj/kernel"), self.heads.value_heads)
+            query *= self._float32(f"{base}/q_norm/scale")
+            key *= self._float32(f"{base}/k_norm/scale")
+        value = expand_heads(value, self.heads.value_heads)
         gate = np.zeros_like(value)
         if hybrid.output_gate_init == "random":
             drawn = self.generator(row.path + "/gate").standard_normal(value.shape, "float32")
-            gate = (self.config.initializer_range * drawn).astype(value.dtype)
+            gate = self.config.initializer_range * drawn
         query = reduce_heads(query, keys, hybrid.query_reduction)
         return by_key_head([query, expand_heads(key, keys), value, gate], keys)
+
+    def _float32(self, path):
+        """A weight of the source to compute with; half precision would round at every step."""
+        return np.array(self.read(path), "float32")
 
     def choices(self) -> dict[str, str]:
         """How the weights were made that the source has none for."""

@@ -96,7 +96,7 @@ def transfer_qwen3_to_hybrid(
         if dtype is None and teacher is not None:
             dtype = teacher.dtype_policy
         model = _converted(conversion, dtype, name, progress)
-        unused = {path: _WHY_UNUSED for path in weights.paths if path not in conversion.used}
+        unused = {p: _why_unused(p) for p in weights.paths if p not in conversion.used}
     choices = conversion.choices()
     converted = LINEAR in fitted.layer_types and config.copy_attention_weights
     if teacher is not None and calibration is not None and converted:
@@ -221,7 +221,10 @@ def create_full_hybrid_model(
     return model
 
 
-_WHY_UNUSED = "norms of queries and keys, which Gated DeltaNets do without"
+def _why_unused(path):
+    if "q_norm" in path or "k_norm" in path:
+        return "norms of queries and keys, which Gated DeltaNets do without"
+    return "not copied, as the configuration says"
 
 
 def _check_options(config, calibration):

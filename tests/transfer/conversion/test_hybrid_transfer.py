@@ -109,6 +109,9 @@ def test_every_weight_is_accounted_for_once(teacher):
     assert set(report.unused) == norms
     assert not converted(teacher).coverage_report.unused
     assert "half-life of 64 tokens" in str(report)
+    unused = converted(teacher, copy_ffn_weights=False).coverage_report.unused
+    assert len(unused) == 12
+    assert all("/mlp/" in path and "not copied" in why for path, why in unused.items())
 
 
 @pytest.mark.parametrize(
@@ -152,6 +155,19 @@ def test_a_directory_and_a_model_give_the_same(teacher, tmp_path):
         assert all(np.array_equal(found[path], expected[path]) for path in expected)
     named = CrossArchTransferConfig(source_model=str(tmp_path / "own"))
     assert transfer_qwen3_to_hybrid(config=named, progress=False).count_params() > 0
+
+
+def test_half_precision_is_rounded_once():
+    teacher = qwen3(num_layers=2, dtype="bfloat16")
+    exact = weights_of(converted(qwen3(num_layers=2), HALF.to_dict()))
+    wide = weights_of(
+        transfer_qwen3_to_hybrid(
+            teacher, CrossArchTransferConfig(hybrid_attention=HALF), dtype="float32", progress=False
+        )
+    )
+    path = "model/layers_0/linear_attn/in_proj_qkvz/kernel"
+    # Of two factors that were rounded before, and no more.
+    np.testing.assert_allclose(wide[path], exact[path], rtol=2.1 * 2**-8, atol=1e-9)
 
 
 def test_the_source_stays_as_it_is():
