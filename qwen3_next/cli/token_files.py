@@ -15,7 +15,7 @@ def read_tokens(path: str) -> np.ndarray:
         raise ValueError(f"Token ids must be in a .npy file. Received: {path}")
     try:
         tokens = np.load(path, mmap_mode="r")
-    except Exception as error:  # whatever NumPy meets in another file
+    except (ValueError, EOFError, OSError) as error:  # what NumPy says of another file
         raise ValueError(f"Token ids must be in a .npy file. Received: {path}") from error
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(

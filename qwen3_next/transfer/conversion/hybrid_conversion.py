@@ -120,7 +120,7 @@ class HybridConversion:
         transfer: CrossArchTransferConfig,
         read: Callable[[str], np.ndarray],
     ) -> None:
-        self.source, self.config, self.transfer = source, config, transfer
+        self.config, self.transfer = config, transfer
         self._read = read
         self.used: set[str] = set()
         self.paths: dict[str, list[str]] = {kind: [] for kind in KINDS}

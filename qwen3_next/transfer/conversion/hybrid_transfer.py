@@ -92,14 +92,18 @@ def transfer_qwen3_to_hybrid(
     with _opened(source, calibration, progress) as (weights, teacher):
         fitted = hybrid_config(weights.config, config, **fields)
         check_calibration(calibration, weights.config)
+        if calibration is not None and LINEAR not in fitted.layer_types:
+            raise ValueError(
+                "`calibration` must be None where no layer is converted: nothing would read it. "
+                f"Received: layer_types={fitted.layer_types}"
+            )
         conversion = HybridConversion(weights.config, fitted, config, weights.read)
         if dtype is None and teacher is not None:
             dtype = teacher.dtype_policy
         model = _converted(conversion, dtype, name, progress)
         unused = {p: _why_unused(p) for p in weights.paths if p not in conversion.used}
     choices = conversion.choices()
-    converted = LINEAR in fitted.layer_types and config.copy_attention_weights
-    if teacher is not None and calibration is not None and converted:
+    if teacher is not None and calibration is not None:
         choices |= calibrate_deltanets(
             teacher, model, calibration, config.hybrid_attention, progress=progress
         )
@@ -239,6 +243,15 @@ def _check_options(config, calibration):
             raise ValueError(
                 f"`{name}={value!r}` needs `calibration` tokens. Received: calibration=None"
             )
+    is_read = hybrid.output_projection_init == "least_squares"
+    is_read = is_read or hybrid.output_gate_init in (None, "least_squares")
+    is_read = is_read or hybrid.decay_init != "half_life"
+    if calibration is not None and not (is_read and config.copy_attention_weights):
+        raise ValueError(
+            "`calibration` must be None where nothing would read it: without "
+            "`copy_attention_weights`, or with `decay_init`, `output_gate_init` and "
+            f"`output_projection_init` that need no tokens. Received: {config=}"
+        )
 
 
 @contextlib.contextmanager

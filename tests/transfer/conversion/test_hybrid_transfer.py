@@ -247,6 +247,18 @@ def test_what_cannot_be_converted_is_refused_by_name(changes, hybrid, message):
         (lambda: create_full_hybrid_model(qwen3(), False, etd=ETDConfig(1, 2, 1)), "use_etd"),
         (lambda: create_full_hybrid_model(qwen3(), use_mtp=False, mtp=MTPConfig()), "use_mtp"),
         (lambda: create_hybrid_from_qwen3(qwen3(), calibration=[[99]]), "Token ids must be"),
+        (
+            lambda: create_hybrid_from_qwen3(qwen3(), HybridAttentionConfig(()), IDS),
+            "`calibration` must be None where no layer",
+        ),
+        (
+            lambda: create_hybrid_from_qwen3(
+                qwen3(),
+                HybridAttentionConfig(decay_init="half_life", output_gate_init="zero"),
+                IDS,
+            ),
+            "`calibration` must be None where nothing",
+        ),
         (lambda: HybridAttentionConfig(gate_init_value=1.0), "`gate_init_value` needs"),
         (lambda: HybridAttentionConfig(deltanet_layer_pattern=[4]), "below `pattern_period`"),
         (lambda: CrossArchTransferConfig(gate_init_strategy="ones"), "needs `gate_bias=True`"),
