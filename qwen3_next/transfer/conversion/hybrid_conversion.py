@@ -33,6 +33,16 @@ KINDS = COPIED, TRANSFORMED, INITIALISED = "copied", "transformed", "initialised
 SMALL_TAP = 0.05
 SMALL_GATE = 0.01
 _LAYER = re.compile(r"(model/layers_\d+)/(.+)")
+# Fields that a conversion may change beside those that it makes.
+SETTABLE = (
+    "attention_type",
+    "normalization_type",
+    "dropout",
+    "attention_dropout",
+    "max_position_embeddings",
+    "router_aux_loss_coef",
+    "router_aux_loss_scope",
+)
 # What a Qwen3 is among the configurations of the one model class.
 _QWEN3 = {
     "attention_type": "group_query_attention",
@@ -93,12 +103,10 @@ def hybrid_config(
         "linear_value_head_dim": source.head_dim,
         "linear_conv_kernel_dim": hybrid.conv_kernel_dim,
     }
-    settable = ("attention_type", "normalization_type", "dropout", "attention_dropout")
-    wrong = sorted(set(fields) - {*settable, "max_position_embeddings", "router_aux_loss_coef"})
+    wrong = sorted(set(fields) - set(SETTABLE))
     if wrong:
         raise ValueError(
-            "A conversion may change what has no weights: "
-            f"{[*settable, 'max_position_embeddings', 'router_aux_loss_coef']}. Received: {wrong}"
+            f"A conversion may change what has no weights: {list(SETTABLE)}. Received: {wrong}"
         )
     return source.replace(**{**made, **fields})
 

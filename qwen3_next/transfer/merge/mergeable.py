@@ -27,6 +27,8 @@ from qwen3_next.transfer.named_weights import (
 FREE_FIELDS = {
     "initializer_range",
     "router_aux_loss_coef",
+    "router_aux_loss_scope",
+    "attention_gate_bias",  # of one with a bias and one without, the weights differ
     "dropout",
     "attention_dropout",
     "max_position_embeddings",

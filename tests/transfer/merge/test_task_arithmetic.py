@@ -26,6 +26,7 @@ from tests.support.thinking_models import ETD
 DENSE = {"num_experts": 0, "num_layers": 1, "layer_types": ("full_attention",)}
 DENSE = {**DENSE, "mlp_only_layers": ()}
 FREE_VALUES = {
+    "router_aux_loss_scope": "layer",
     "sequential_forward": False,
     "sample_iterations": True,
     "use_gumbel": True,
