@@ -10,6 +10,7 @@ from .mixer_context import MixerContext, check_context
 from .norms import make_norm
 from .ops import attention
 from .ops.backend.loops import scatter_rows
+from .ops.backend.sharding import devices, on_shards, spec, zeros
 from .ops.sequence import segment_index, segment_positions
 from .ops.tensor_types import Tensor
 from .partial_rotary_embedding import PartialRotaryEmbedding, rotary_dim
@@ -172,10 +173,15 @@ class GatedAttention(keras.layers.Layer):
 
     def init_cache(self, batch_size: int, max_length: int) -> AttentionCache:
         """An empty cache for `max_length` tokens per row, in the compute dtype."""
-        shape = (batch_size, max_length, self.num_key_value_heads, self.head_dim)
-        return AttentionCache(
-            ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype)
-        )
+        shape = (batch_size, max_length, self._held_key_heads(), self.head_dim)
+        return AttentionCache(*(zeros(shape, self.compute_dtype, heads=2) for _ in range(2)))
+
+    def _held_key_heads(self) -> int:
+        """Key heads of a cache: those of the layer, repeated where several devices share one."""
+        found = devices()
+        if found is None:
+            return self.num_key_value_heads
+        return found.key_heads(self.num_attention_heads, self.num_key_value_heads)
 
     def empty_update(self, cache: AttentionCache, length: int) -> AttentionUpdate:
         """An update of the shapes that a replayable pass over `length` tokens returns."""
@@ -211,6 +217,9 @@ class GatedAttention(keras.layers.Layer):
         if cache is not None:
             positions = ops.expand_dims(lengths, -1) + positions
         query, key, value, gate = self._read(x, positions, adapters)
+        repeats = self._held_key_heads() // self.num_key_value_heads
+        if repeats > 1:
+            key, value = (ops.repeat(t, repeats, axis=2) for t in (key, value))
         if cache is None:
             visible = {"key_mask": padding_mask, "query_segments": segment, "key_segments": segment}
         else:
@@ -312,19 +321,31 @@ def _extend(
     padding_mask: Tensor | None,
 ) -> AttentionCache:
     """Writes the new keys and values behind those of every row."""
-    batch, capacity, groups, dim = ops.shape(cache.keys)
+    batch, capacity, groups, _ = ops.shape(cache.keys)
     positions = ops.broadcast_to(positions, ops.shape(key)[:2])
     fits = positions < capacity
     if padding_mask is not None:
         fits = fits & padding_mask
+    write, found = _write, devices()
+    if found is not None:
+        rows = spec(found.rows(batch))
+        both = spec(found.rows(batch), (), found.heads(groups))
+        write = on_shards(write, found.mesh, (both, both, rows, rows), both)
+    return AttentionCache(
+        write(cache.keys, key, positions, fits), write(cache.values, value, positions, fits)
+    )
+
+
+def _write(
+    buffer: Annotated[Tensor, "B S G D"],
+    new: Annotated[Tensor, "B T G D"],
+    positions: Annotated[Tensor, "B T"],
+    fits: Annotated[Tensor, "B T"],
+) -> Annotated[Tensor, "B S G D"]:
+    """`buffer` with the new rows at their positions, where they fit."""
+    batch, capacity, *rest = ops.shape(buffer)
     rows = ops.expand_dims(ops.arange(batch, dtype="int32") * capacity, -1)
     index = ops.reshape(ops.where(fits, rows + positions, batch * capacity), (-1,))
-
-    def write(buffer: Tensor, new: Tensor) -> Tensor:
-        flat = ops.reshape(buffer, (-1, groups, dim))
-        flat = scatter_rows(
-            flat, index, ops.reshape(ops.cast(new, buffer.dtype), (-1, groups, dim))
-        )
-        return ops.reshape(flat, ops.shape(buffer))
-
-    return AttentionCache(write(cache.keys, key), write(cache.values, value))
+    flat = ops.reshape(buffer, (-1, *rest))
+    flat = scatter_rows(flat, index, ops.reshape(ops.cast(new, buffer.dtype), (-1, *rest)))
+    return ops.reshape(flat, ops.shape(buffer))

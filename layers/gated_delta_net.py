@@ -10,6 +10,7 @@ from .gated_rms_norm import GatedRMSNorm
 from .initializers import LogUniform, Normal
 from .mixer_context import MixerContext, check_context
 from .ops import causal_conv1d, gated_delta_rule, gated_delta_rule_with_replay, replay
+from .ops.backend.sharding import zeros
 from .ops.gated_delta_rule import Replay, empty_replay
 from .ops.tensor_types import Tensor
 from .projection import from_heads, to_heads
@@ -188,7 +189,11 @@ class GatedDeltaNet(keras.layers.Layer):
         conv = (batch_size, self.linear_conv_kernel_dim - 1, channels)
         heads = self.linear_num_value_heads
         recurrent = (batch_size, heads, self.linear_key_head_dim, self.linear_value_head_dim)
-        return DeltaNetCache(ops.zeros(conv, self.compute_dtype), ops.zeros(recurrent, "float32"))
+        groups = self.linear_num_key_heads
+        return DeltaNetCache(
+            zeros(conv, self.compute_dtype, heads=2, count=groups),
+            zeros(recurrent, "float32", heads=1, count=groups),
+        )
 
     def empty_update(self, cache: DeltaNetCache, length: int) -> DeltaNetUpdate:
         """An update of the shapes that a replayable pass over `length` tokens returns."""

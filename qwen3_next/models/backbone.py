@@ -16,6 +16,7 @@ from qwen3_next.layers import (
 )
 from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.norms import make_norm
+from qwen3_next.layers.ops.backend.sharding import constrain
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_decoder_layer, make_think_loop
@@ -216,7 +217,7 @@ class Qwen3NextBackbone(ConfiguredModel):
     ):
         inputs = unpack(inputs)
         self._check(inputs, cache, replayable, think_iterations)
-        hidden = self.embed_tokens(inputs.token_ids)
+        hidden = constrain(self.embed_tokens(inputs.token_ids))
         left: list[Any] = []
         routings: list[Routing] = []
         thinking = None

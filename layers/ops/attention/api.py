@@ -11,8 +11,9 @@ from typing import Annotated
 
 from keras import ops
 
-from ..backend.autodiff import custom_gradient
+from ..backend.autodiff import Shards, custom_gradient
 from ..backend.platform import choose, platform
+from ..backend.sharding import Devices, devices, spec
 from ..checks import require_shape
 from ..padding import from_blocks, pad_end, to_blocks
 from ..tensor_types import Tensor
@@ -117,12 +118,27 @@ def _in_blocks(
     if dropout:
         tiles_per_block = (count + block_kv - 1) // block_kv
         inputs += (block_seeds(seed, ops.shape(inputs[-1])[0], tiles_per_block),)
-    output = _differentiable(BlockOptions(block_kv, scale, dropout))(*inputs)
+    options = BlockOptions(block_kv, scale, dropout)
+    # Weights are dropped by place: what is dropped must not depend on the devices.
+    found = None if dropout else devices()
+    shards = None if found is None else _shards(found, batch, groups)
+    output = _differentiable(options, shards)(*inputs)
     return ops.reshape(from_blocks(output, length), (batch, length, heads, dim))
 
 
+def _shards(found: Devices, batch: int, groups: int) -> Shards:
+    """Rows and key heads are spread: a device needs nothing of the others."""
+    rows, heads = found.rows(batch), found.heads(groups)
+    keys = spec(rows, (), heads)
+    queries, places = spec((), rows, (), heads), spec((), rows)
+    inputs = keys, keys, spec(rows), spec(rows), queries, places, places
+    gradients = keys, keys, None, None, queries, None, None
+    residuals = inputs, queries, spec((), rows, heads)
+    return Shards(found.mesh, inputs, queries, residuals, gradients)
+
+
 @functools.cache
-def _differentiable(options: BlockOptions) -> Callable[..., Tensor]:
+def _differentiable(options: BlockOptions, shards: Shards | None) -> Callable[..., Tensor]:
     """`f(*keys, *queries)`, the queries in blocks and, with dropout, with their seeds."""
 
     def forward(*inputs):
@@ -138,7 +154,7 @@ def _differentiable(options: BlockOptions) -> Callable[..., Tensor]:
         )
         return d_key, d_value, None, None, d_query, *(None for _ in inputs[5:])
 
-    return custom_gradient(forward, backward)
+    return custom_gradient(forward, backward, shards=shards)
 
 
 def _check_shapes(queries: Queries, keys: Keys) -> None:

@@ -12,12 +12,13 @@ cache by function identity do not trace again.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from ..tensor_types import Tensor
 from .programs import identity, program, register_gradient
+from .sharding import on_shards
 
 BACKEND = keras.backend.backend()
 
@@ -26,13 +27,15 @@ def custom_gradient(
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     primal: Callable[..., Any] | None = None,
+    shards: "Shards | None" = None,
 ) -> Callable[..., Any]:
     """Returns `f(*inputs) -> outputs`, differentiated by `backward` instead of by tracing.
 
-    `primal` is for residuals that cost something; only JAX can tell when they are not needed.
+    `primal` is for residuals that cost something; only JAX can tell when they are not needed. With
+    `shards` every device runs the three functions on its own parts; sums over devices are theirs.
     """
     if BACKEND == "jax":
-        return _jax(forward, backward, primal)
+        return _jax(forward, backward, primal, shards)
     return {"tensorflow": _tensorflow, "torch": _torch}[BACKEND](forward, backward)
 
 
@@ -67,15 +70,51 @@ def full_precision() -> Iterator[None]:
         yield
 
 
-def _jax(forward, backward, primal):
+class Shards(NamedTuple):
+    """How the tensors of a (forward, backward) pair are spread over devices.
+
+    Attributes:
+        mesh: `jax.sharding.Mesh`.
+        inputs: A `spec` for each input.
+        outputs: Those of the outputs, a tuple if there are several.
+        residuals: Those of the residuals.
+        gradients: Those of the gradients, `None` for integer inputs.
+    """
+
+    mesh: Any
+    inputs: tuple
+    outputs: Any
+    residuals: Any
+    gradients: tuple
+
+
+def _jax(forward, backward, primal, shards):
     import jax
+
+    if shards is not None:
+        results = shards.outputs, shards.residuals
+        forward = on_shards(forward, shards.mesh, shards.inputs, results)
+        if primal is not None:
+            primal = on_shards(primal, shards.mesh, shards.inputs, shards.outputs)
 
     @jax.custom_vjp
     def function(*inputs):
         return forward(*inputs)[0] if primal is None else primal(*inputs)
 
     def vjp(residuals, cotangents):
-        return tuple(backward(residuals, *_as_tuple(cotangents)))
+        cotangents = _as_tuple(cotangents)
+        if shards is None:
+            return tuple(backward(residuals, *cotangents))
+        # Outputs that are integers have no cotangents.
+        given = [
+            (specs, x)
+            for specs, x in zip(_specs(shards.outputs), cotangents)
+            if x.dtype != jax.dtypes.float0
+        ]
+        specs, cotangents = zip(*given)
+        inputs = shards.residuals, *specs
+        run = on_shards(backward, shards.mesh, inputs, shards.gradients)
+        return run(residuals, *cotangents)
 
     function.defvjp(forward, vjp)
     # A program of its own, so that layers of equal shapes are traced once and calls outside of a
@@ -150,3 +189,8 @@ def _torch(forward, backward):
 
 def _as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
+
+
+def _specs(outputs):
+    # A spec is a tuple itself.
+    return outputs if type(outputs) is tuple else (outputs,)

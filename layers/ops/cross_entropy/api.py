@@ -17,11 +17,13 @@ from typing import Annotated, Any
 
 from keras import ops
 
-from ..backend.autodiff import custom_gradient
+from ..backend.autodiff import Shards, custom_gradient
 from ..backend.loops import scan
+from ..backend.sharding import all_sum, devices, spec
 from ..checks import require_shape, to_int32
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
+from .spread_words import Words, argmax, is_word, log_sum_exp, logit_of, softmax
 
 IGNORE = -100  # the label that has no loss
 CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
@@ -40,10 +42,13 @@ def cross_entropy(
         `(...)` float32, 0 at ignored labels, NaN at any other label that is no class: a program
         cannot refuse a value, and a finite number would hide it.
     """
+    return _losses(logits, to_int32(labels), Words())
+
+
+def _losses(logits: Tensor, labels: Tensor, how: Words) -> Tensor:
     logits = ops.cast(logits, "float32")
-    labels = to_int32(labels)
-    losses = ops.logsumexp(logits, axis=-1) - _logit_of(logits, labels)
-    is_class = (labels >= 0) & (labels < logits.shape[-1])
+    losses = log_sum_exp(logits, how) - logit_of(logits, labels, how)
+    is_class = (labels >= 0) & (labels < how.count(logits.shape[-1]))
     return ops.where(labels == IGNORE, 0.0, ops.where(is_class, losses, float("nan")))
 
 
@@ -74,35 +79,32 @@ def linear_cross_entropy(
     require_shape("hidden", hidden, (None, None))
     require_shape("kernel", kernel, (hidden.shape[1], None))
     require_shape("labels", labels, (hidden.shape[0],))
-    count = ops.shape(hidden)[0]
     if chunk_rows is None:
         chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
-    if isinstance(count, int):
-        chunk_rows = max(1, min(chunk_rows, count))
-    hidden = pad_to_multiple(hidden, chunk_rows)
-    labels = pad_to_multiple(to_int32(labels), chunk_rows, fill=IGNORE)
-    hidden = ops.reshape(hidden, (-1, chunk_rows, hidden.shape[1]))
-    labels = ops.reshape(labels, (-1, chunk_rows))
+    found = devices()
+    how = Words()
+    if found is not None:
+        how = Words(found, found.rows(hidden.shape[0]), found.heads(kernel.shape[1]))
     kernel = ops.cast(kernel, hidden.dtype)
-    results = _differentiable(return_correct)(hidden, kernel, labels)
-    if return_correct:
-        return tuple(ops.reshape(x, (-1,))[:count] for x in results)
-    return ops.reshape(results, (-1,))[:count]
+    return _differentiable(chunk_rows, return_correct, how)(hidden, kernel, to_int32(labels))
 
 
 @functools.cache
-def _differentiable(return_correct: bool) -> Callable[..., Any]:
+def _differentiable(chunk_rows: int, return_correct: bool, how: Words) -> Callable[..., Any]:
     def forward(hidden, kernel, labels):
         def step(carry, xs):
             rows, label = xs
             logits = rows @ kernel
-            results: tuple[Tensor, ...] = (cross_entropy(logits, label),)
+            results: tuple[Tensor, ...] = (_losses(logits, label, how),)
             if return_correct:
-                results += (correct(logits, label),)
+                results += (_correct(logits, label, how),)
             return carry, results
 
-        into = (ops.zeros_like(labels, "float32"),) * (1 + return_correct)
-        _, results = scan(step, (), (hidden, labels), into)
+        xs = _chunks(chunk_rows, hidden, labels)
+        into = (ops.zeros_like(xs[1], "float32"),) * (1 + return_correct)
+        _, results = scan(step, (), xs, into)
+        count = ops.shape(hidden)[0]
+        results = tuple(ops.reshape(x, (-1,))[:count] for x in results)
         return results if return_correct else results[0], (hidden, kernel, labels)
 
     def backward(residuals, d_losses, d_correct=None):
@@ -114,28 +116,49 @@ def _differentiable(return_correct: bool) -> Callable[..., Any]:
             rows, label, d_loss = xs
             d_loss = ops.where(label == IGNORE, 0.0, d_loss)[:, None]
             logits = ops.cast(rows @ kernel, "float32")
-            target = ops.arange(kernel.shape[1], dtype="int32") == label[:, None]
-            d_logits = d_loss * (ops.softmax(logits) - ops.cast(target, "float32"))
+            d_logits = d_loss * (softmax(logits, how) - is_word(label, kernel.shape[1], how))
             d_logits = ops.cast(d_logits, kernel.dtype)
             d_rows = d_logits @ ops.transpose(kernel)
             d_kernel = d_kernel + ops.cast(ops.transpose(rows) @ d_logits, "float32")
             return (d_kernel,), (d_rows,)
 
         carry = (ops.zeros(kernel.shape, "float32"),)
-        xs = (hidden, labels, d_losses)
-        (d_kernel,), (d_hidden,) = scan(step, carry, xs, (ops.zeros_like(hidden),))
-        return d_hidden, ops.cast(d_kernel, kernel.dtype), None
+        xs = _chunks(chunk_rows, hidden, labels, d_losses)
+        (d_kernel,), (d_hidden,) = scan(step, carry, xs, (ops.zeros_like(xs[0]),))
+        d_hidden = ops.reshape(d_hidden, (-1, hidden.shape[1]))[: ops.shape(hidden)[0]]
+        d_kernel = all_sum(ops.cast(d_kernel, kernel.dtype), how.rows)
+        return all_sum(d_hidden, how.words), d_kernel, None
 
-    return custom_gradient(forward, backward)
+    return custom_gradient(forward, backward, shards=_shards(return_correct, how))
+
+
+def _shards(return_correct: bool, how: Words) -> Shards | None:
+    if how.devices is None:
+        return None
+    rows, kernel = spec(how.rows), spec((), how.words)
+    outputs = (rows, rows) if return_correct else rows
+    inputs = rows, kernel, rows
+    return Shards(how.devices.mesh, inputs, outputs, inputs, (rows, kernel, None))
+
+
+def _chunks(chunk_rows: int, hidden: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Tensors `(N, ...)` as `(chunks, rows of a chunk, ...)`, what fills them without a loss."""
+    count = ops.shape(hidden)[0]
+    if isinstance(count, int):
+        chunk_rows = max(1, min(chunk_rows, count))
+    labels = pad_to_multiple(labels, chunk_rows, fill=IGNORE)
+    hidden, *others = (pad_to_multiple(x, chunk_rows) for x in (hidden, *others))
+    return tuple(
+        ops.reshape(x, (-1, chunk_rows, *ops.shape(x)[1:])) for x in (hidden, labels, *others)
+    )
 
 
 def correct(
     logits: Annotated[Tensor, "... V"], labels: Annotated[Tensor, "..."]
 ) -> Annotated[Tensor, "..."]:
     """`(...)` float32, 1 where the largest of the logits `(..., V)` is the label's."""
-    return ops.cast(ops.cast(ops.argmax(logits, axis=-1), "int32") == labels, "float32")
+    return _correct(logits, labels, Words())
 
 
-def _logit_of(logits: Tensor, labels: Tensor) -> Tensor:
-    index = ops.expand_dims(ops.clip(labels, 0, logits.shape[-1] - 1), -1)
-    return ops.take_along_axis(logits, index, axis=-1)[..., 0]
+def _correct(logits: Tensor, labels: Tensor, how: Words) -> Tensor:
+    return ops.cast(argmax(logits, how) == labels, "float32")

@@ -13,14 +13,16 @@ from keras import ops
 
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
+from ..backend.sharding import devices
 from ..checks import require_shape
 from ..grouped_matmul import grouped_matmul
 from ..grouped_matmul.api import pick
 from ..grouped_matmul.tiles import tile_sizes
 from ..rows import take_rows
 from ..tensor_types import Tensor
-from . import tiled_experts
-from .tiled_experts import ExpertInputs
+from . import spread_experts, tiled_experts
+from .spread_experts import Spread
+from .tiled_experts import ExpertInputs, sort_by_expert
 
 
 def expert_mlp(
@@ -46,7 +48,7 @@ def expert_mlp(
         weights: `(N, K)`; 0 where there is no expert.
         activation: `"silu"` or `"gelu"` (exact), on the gate.
         implementation: `"tiled"` (one loop over tiles of pairs), `"ragged_dot"` or `None`, see
-            `grouped_matmul`.
+            `grouped_matmul`; on the devices of a `keras.distribution` always tiled.
 
     Returns:
         `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
@@ -63,28 +65,27 @@ def expert_mlp(
         raise ValueError(
             f"`activation` must be one of {sorted(ACTIVATIONS)}. Received: {activation=}"
         )
-    implementation = pick(implementation)
+    found = devices()
+    implementation = pick(
+        "tiled" if found is not None and implementation is None else implementation
+    )
     gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
     count = gate_up.shape[0]
-    sorting = _sort_by_expert(experts, count)
+    experts = ops.cast(experts, "int32")
+    if found is not None:
+        if implementation != "tiled":
+            raise ValueError(
+                "Experts that are spread over devices need implementation='tiled'. "
+                f"Received: {implementation=}"
+            )
+        how = Spread(found, found.rows(x.shape[0]), found.experts(count))
+        return spread_experts.run(x, gate_up, down, experts, weights, activation, how)
+    sorting = sort_by_expert(experts, count)
     inputs = ExpertInputs(x, gate_up, down, weights, *sorting)
     if implementation == "tiled":
         sizes = tile_sizes(inputs.sort_indices.shape[0], count)
         return _differentiable(sizes, activation)(*inputs), inputs.tokens_per_expert
     return _by_grouped_matmul(inputs, activation, implementation), inputs.tokens_per_expert
-
-
-def _sort_by_expert(
-    experts: Annotated[Tensor, "N K"], count: int
-) -> tuple[Annotated[Tensor, "N*K"], Annotated[Tensor, "N K"], Annotated[Tensor, "E"]]:
-    """Sort indices, inverse sort and tokens per expert of `ExpertInputs`."""
-    flat = ops.cast(ops.reshape(experts, (-1,)), "int32")
-    sort_indices = ops.cast(ops.argsort(flat), "int32")
-    inverse_sort = ops.cast(ops.argsort(sort_indices), "int32")
-    numbers = ops.arange(count + 1, dtype="int32")
-    bounds = ops.cast(ops.searchsorted(ops.take(flat, sort_indices), numbers), "int32")
-    inverse_sort = ops.reshape(inverse_sort, (-1, experts.shape[1]))
-    return sort_indices, inverse_sort, bounds[1:] - bounds[:-1]
 
 
 def _by_grouped_matmul(

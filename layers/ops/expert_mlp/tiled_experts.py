@@ -8,8 +8,9 @@ Pairs are numbered token by token, pair p belongs to token p // K.
 
 Shapes: N tokens, K experts per token, R = N K pairs, E experts, S pairs of a tile.
 
-    forward     outputs of all tokens
-    backward    gradients of tokens, kernels and weights
+    sort_by_expert    the pairs of every expert one behind the other
+    forward           outputs of all tokens
+    backward          gradients of tokens, kernels and weights
 """
 
 from typing import Annotated, NamedTuple
@@ -49,6 +50,19 @@ class ExpertInputs(NamedTuple):
     sort_indices: Annotated[Tensor, "R"]
     inverse_sort: Annotated[Tensor, "N K"]
     tokens_per_expert: Annotated[Tensor, "E"]
+
+
+def sort_by_expert(
+    experts: Annotated[Tensor, "N K"], count: int
+) -> tuple[Annotated[Tensor, "N*K"], Annotated[Tensor, "N K"], Annotated[Tensor, "E"]]:
+    """Sort indices, inverse sort and tokens per expert of `ExpertInputs`; `experts` is int32."""
+    flat = ops.reshape(experts, (-1,))
+    sort_indices = ops.cast(ops.argsort(flat), "int32")
+    inverse_sort = ops.cast(ops.argsort(sort_indices), "int32")
+    numbers = ops.arange(count + 1, dtype="int32")
+    bounds = ops.cast(ops.searchsorted(ops.take(flat, sort_indices), numbers), "int32")
+    inverse_sort = ops.reshape(inverse_sort, (-1, experts.shape[1]))
+    return sort_indices, inverse_sort, bounds[1:] - bounds[:-1]
 
 
 def forward(

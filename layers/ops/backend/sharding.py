@@ -1,0 +1,187 @@
+"""Where the parts of a tensor stand on the devices of a `keras.distribution`, and sums over them.
+
+A mesh has up to three axes of these names; `keras.distribution` exists on JAX alone.
+
+    data      rows of a batch (whatever the distribution's `batch_dim_name` is)
+    expert    routed experts; and rows of a batch, since whoever has few experts has few tokens too
+    tensor    heads, vocabulary and the width of feed-forward networks; and experts, if they divide
+
+    devices          those of the active distribution
+    constrain        lays a tensor out on them, within a program or outside
+    zeros            a tensor that is never whole on one of them
+    on_shards        runs a function on the parts that every device has
+    gather, all_sum, all_max, sum_parts, part_number    what such a function may ask of the others
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from ..tensor_types import Tensor
+
+BACKEND = keras.backend.backend()
+EXPERT, TENSOR = "expert", "tensor"
+Axes = tuple[str, ...]
+
+
+class Devices(NamedTuple):
+    """The devices of a distribution.
+
+    Attributes:
+        mesh: `jax.sharding.Mesh`.
+        batch: Name of the axis over which rows come in.
+    """
+
+    mesh: Any
+    batch: str
+
+    def size(self, axes: Axes) -> int:
+        """Devices along these axes together."""
+        return math.prod(self.mesh.shape[name] for name in axes)
+
+    def rows(self, count: int) -> Axes:
+        """Axes over which so many rows are spread."""
+        return self._fitting((self.batch, EXPERT), count)
+
+    def experts(self, count: int) -> Axes:
+        """Axes over which so many experts are spread."""
+        return self._fitting((EXPERT, TENSOR), count)
+
+    def heads(self, count: int) -> Axes:
+        """Axes over which so many heads, words or columns are spread."""
+        return self._fitting((TENSOR,), count)
+
+    def key_heads(self, heads: int, key_heads: int) -> int:
+        """How many key heads to hold, so that every device has those of its query heads.
+
+        Fewer key heads than devices are repeated, up to one per device: a device then holds one
+        and not all of them.
+        """
+        parts = self.size(self.heads(heads))
+        held = math.lcm(key_heads, parts)
+        return held if heads % held == 0 else key_heads
+
+    def _fitting(self, names: Axes, count: int) -> Axes:
+        """The first of `names`, as many as divide `count`."""
+        found: Axes = ()
+        for name in names:
+            if self.mesh.shape.get(name, 1) == 1 or name in found:
+                continue
+            if count % self.size((*found, name)):
+                break
+            found += (name,)
+        return found
+
+
+def devices() -> Devices | None:
+    """Those of the active `keras.distribution`, `None` without one or with a single device."""
+    if BACKEND != "jax":
+        return None
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh.devices.size == 1:
+        return None
+    return Devices(distribution.device_mesh.backend_mesh, distribution.batch_dim_name)
+
+
+def spec(*axes: Axes) -> Any:
+    """The `jax.sharding.PartitionSpec` with these mesh axes for each dim."""
+    import jax
+
+    return jax.sharding.PartitionSpec(*(names or None for names in axes))
+
+
+def constrain(
+    x: Tensor, rows: int = 0, heads: int | None = None, count: int | None = None
+) -> Tensor:
+    """`x`, spread over the devices; as it is without any.
+
+    Args:
+        x: The tensor.
+        rows: Its dim of rows.
+        heads: Its dim of heads, `None` for none.
+        count: How many heads that dim holds, if they have several places each.
+    """
+    found = devices()
+    if found is None or isinstance(x, keras.KerasTensor):
+        return x
+    return keras.distribution.distribute_tensor(x, _sharding(found, x.shape, rows, heads, count))
+
+
+def zeros(
+    shape: Sequence[int],
+    dtype: Any,
+    rows: int = 0,
+    heads: int | None = None,
+    count: int | None = None,
+) -> Tensor:
+    """Zeros, spread as by `constrain`, without ever being whole on one device."""
+    found = devices()
+    if found is None:
+        return ops.zeros(shape, dtype)
+    import jax
+
+    device = _sharding(found, shape, rows, heads, count)
+    return jax.numpy.zeros(shape, dtype, device=device)
+
+
+def _sharding(found, shape, rows, heads, count):
+    import jax
+
+    axes: list[Axes] = [()] * len(shape)
+    axes[rows] = found.rows(shape[rows])
+    if heads is not None:
+        axes[heads] = found.heads(count or shape[heads])
+    return jax.sharding.NamedSharding(found.mesh, spec(*axes))
+
+
+def on_shards(function: Callable[..., Any], mesh: Any, inputs: Any, outputs: Any) -> Callable:
+    """`function` of whole tensors, run by every device on its own parts of them.
+
+    Args:
+        function: Takes tensors and returns nests of them.
+        mesh: `jax.sharding.Mesh`.
+        inputs: A `spec` for each argument, or nests of them.
+        outputs: The same for the results; along axes that a spec leaves out, all devices must have
+            come to the same result.
+    """
+    import jax
+
+    return jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
+def part_number(axes: Axes) -> Tensor | int:
+    """Which of the parts along these axes a device has."""
+    import jax
+
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def gather(x: Tensor, axes: Axes) -> Tensor:
+    """The rows of all parts, one behind the other."""
+    import jax
+
+    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
+
+
+def all_sum(x: Tensor, axes: Axes) -> Tensor:
+    """The sum of what all devices along these axes have."""
+    import jax
+
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def all_max(x: Tensor, axes: Axes) -> Tensor:
+    """The largest of what the devices along these axes have."""
+    import jax
+
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def sum_parts(x: Tensor, axes: Axes) -> Tensor:
+    """A device's own rows of the sum: undoes `gather` for what was made from the gathered rows."""
+    import jax
+
+    return jax.lax.psum_scatter(x, axes, tiled=True) if axes else x

@@ -1,0 +1,85 @@
+"""Sums over a vocabulary of which every device may have only a part.
+
+    log_sum_exp    log sum_v exp(z_v)
+    softmax        exp(z_v - log_sum_exp) of a device's own words
+    logit_of       z_label
+    argmax         the word with the largest z
+    is_word        where the label is the word of a column
+
+A device has the columns of its own words; what crosses devices is one number per row, never a
+logit. On one device, `Words()`, they are those of Keras.
+"""
+
+from typing import Annotated, Any, NamedTuple
+
+from keras import ops
+
+from ..backend.sharding import Axes, Devices, all_max, all_sum, part_number
+from ..tensor_types import Tensor
+
+
+class Words(NamedTuple):
+    """How rows and words are spread.
+
+    Attributes:
+        devices: `Devices`, `None` for one.
+        rows: Mesh axes of the rows.
+        words: Mesh axes of the words.
+    """
+
+    devices: Devices | None = None
+    rows: Axes = ()
+    words: Axes = ()
+
+    def count(self, own: int) -> int:
+        """All words, where a device has `own`."""
+        return own if self.devices is None else own * self.devices.size(self.words)
+
+    def first(self, own: int) -> Any:
+        """Number of a device's first word."""
+        return own * part_number(self.words)
+
+
+def log_sum_exp(logits: Annotated[Tensor, "R V"], how: Words) -> Annotated[Tensor, "R"]:
+    part = ops.logsumexp(logits, axis=-1)
+    if not how.words:
+        return part
+    largest = all_max(part, how.words)
+    return largest + ops.log(all_sum(ops.exp(part - largest), how.words))
+
+
+def softmax(logits: Annotated[Tensor, "R V"], how: Words) -> Annotated[Tensor, "R V"]:
+    if not how.words:
+        return ops.softmax(logits)
+    return ops.exp(logits - ops.expand_dims(log_sum_exp(logits, how), -1))
+
+
+def logit_of(
+    logits: Annotated[Tensor, "... V"], labels: Annotated[Tensor, "..."], how: Words
+) -> Annotated[Tensor, "..."]:
+    """That of the label; of the nearest word where the label is none."""
+    own = logits.shape[-1]
+    place = ops.clip(labels, 0, how.count(own) - 1) - how.first(own)
+    index = ops.expand_dims(ops.clip(place, 0, own - 1), -1)
+    found = ops.take_along_axis(logits, index, axis=-1)[..., 0]
+    if not how.words:
+        return found
+    return all_sum(ops.where((place >= 0) & (place < own), found, 0.0), how.words)
+
+
+def argmax(logits: Annotated[Tensor, "... V"], how: Words) -> Annotated[Tensor, "..."]:
+    """Int32; of equal ones the first."""
+    own = logits.shape[-1]
+    best = ops.cast(ops.argmax(logits, axis=-1), "int32")
+    if not how.words:
+        return best
+    largest = ops.max(logits, axis=-1)
+    is_best = largest == all_max(largest, how.words)
+    word = ops.where(is_best, best + how.first(own), how.count(own))
+    return -all_max(-word, how.words)
+
+
+def is_word(labels: Annotated[Tensor, "R"], own: int, how: Words) -> Annotated[Tensor, "R V"]:
+    """Float32, 1 where the label is the word of a column."""
+    words = ops.arange(own, dtype="int32") + how.first(own)
+    return ops.cast(words == labels[:, None], "float32")

@@ -1,0 +1,116 @@
+"""The routed experts where every device has only some of them.
+
+Rows are spread over devices as well. Along the axes that have both, a device first gathers the
+rows of the others, so that it has all tokens that may be sent to its experts; it runs these, and
+the sum over devices goes back to where the rows came from:
+
+    forward     x -> gather -> own experts -> y, summed and scattered
+    backward    dy -> gather -> own experts -> dx, summed and scattered;  dW, summed over rows
+
+A pair whose expert is elsewhere is sorted behind all others and costs no product. No device ever
+has an expert that is not its own, forward or backward.
+
+Source: the ring of experts, without the ring, of MaxText's MoE layer: with many experts per token
+it is cheaper to move tokens than their copies.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+from keras import ops
+
+from ..backend.autodiff import Shards, custom_gradient
+from ..backend.sharding import Axes, Devices, all_sum, gather, part_number, spec, sum_parts
+from ..grouped_matmul.tiles import tile_sizes
+from ..tensor_types import Tensor
+from . import tiled_experts
+from .tiled_experts import ExpertInputs, sort_by_expert
+
+
+class Spread(NamedTuple):
+    """How rows and experts are spread.
+
+    Attributes:
+        devices: `Devices`.
+        rows: Mesh axes of the rows.
+        experts: Mesh axes of the experts.
+    """
+
+    devices: Devices
+    rows: Axes
+    experts: Axes
+
+    @property
+    def shared(self) -> Axes:
+        """Axes of both: along them rows are gathered."""
+        return tuple(name for name in self.rows if name in self.experts)
+
+    @property
+    def expert_only(self) -> Axes:
+        """Axes of the experts alone: along them all devices have the same rows."""
+        return tuple(name for name in self.experts if name not in self.rows)
+
+    @property
+    def row_only(self) -> Axes:
+        """Axes of the rows alone: along them all devices have the same experts."""
+        return tuple(name for name in self.rows if name not in self.experts)
+
+
+def run(
+    x: Annotated[Tensor, "N D"],
+    gate_up: Annotated[Tensor, "E D 2F"],
+    down: Annotated[Tensor, "E F D"],
+    experts: Annotated[Tensor, "N K"],
+    weights: Annotated[Tensor, "N K"],
+    activation: str,
+    how: Spread,
+) -> tuple[Annotated[Tensor, "N D"], Annotated[Tensor, "E"]]:
+    """Outputs of all rows and tokens per expert."""
+    rows, chosen = experts.shape
+    count = gate_up.shape[0]
+    # The pairs that a device may see, over the experts that these can be of.
+    sizes = tile_sizes(rows * chosen // how.devices.size(how.row_only), count)
+    return _differentiable(sizes, activation, how)(x, gate_up, down, weights, experts)
+
+
+@functools.cache
+def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Callable[..., Any]:
+    def local(x, gate_up, down, weights, experts, keep):
+        count = gate_up.shape[0]
+        x, weights, experts = (gather(t, how.shared) for t in (x, weights, experts))
+        own = experts - count * part_number(how.experts)
+        own = ops.where((own >= 0) & (own < count), own, count)
+        inputs = ExpertInputs(x, gate_up, down, weights, *sort_by_expert(own, count))
+        output, gated = tiled_experts.forward(inputs, sizes, activation, keep)
+        outputs = _back(output), all_sum(inputs.tokens_per_expert, how.row_only)
+        return outputs, inputs, gated
+
+    def _back(rows):
+        return all_sum(sum_parts(rows, how.shared), how.expert_only)
+
+    def primal(*given):
+        return local(*given, keep=False)[0]
+
+    def forward(*given):
+        outputs, inputs, gated = local(*given, keep=True)
+        return outputs, (inputs, gated)
+
+    def backward(residuals, d_output):
+        inputs, gated = residuals
+        d_output = gather(d_output, how.shared)
+        d_x, d_gate_up, d_down, d_weights = tiled_experts.backward(
+            inputs, gated, d_output, sizes, activation
+        )
+        d_kernels = (all_sum(d, how.row_only) for d in (d_gate_up, d_down))
+        return _back(d_x), *d_kernels, _back(d_weights), None
+
+    return custom_gradient(forward, backward, primal, _shards(how))
+
+
+def _shards(how: Spread) -> Shards:
+    rows, experts, gathered = spec(how.rows), spec(how.experts), spec(how.row_only)
+    own = spec((*how.row_only, *how.experts))  # different on every device
+    inputs = rows, experts, experts, rows, rows
+    kept = ExpertInputs(gathered, experts, experts, gathered, own, own, own)
+    return Shards(how.devices.mesh, inputs, (rows, experts), (kept, own), (*inputs[:4], None))
