@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from .ops.backend.autodiff import full_precision
+from .ops.backend.sharding import devices, on_shards, spec
 from .ops.tensor_types import Tensor
 from .projection import dense
 from .routed_experts import RoutedExperts
@@ -178,7 +179,7 @@ class SparseMoE(keras.layers.Layer):
 
     def _choose(self, probabilities: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
         """The experts of every token and their weights, `(N, K)` each; E and 0 at padding."""
-        weights, experts = ops.top_k(probabilities, self.num_experts_per_tok)
+        weights, experts = self._largest(probabilities)
         if self.norm_topk_prob:
             total = ops.sum(weights, axis=-1, keepdims=True)
             weights = weights / (
@@ -188,6 +189,17 @@ class SparseMoE(keras.layers.Layer):
             experts = ops.where(real, experts, self.num_experts)
             weights = ops.where(real, weights, 0.0)
         return experts, weights
+
+    def _largest(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest probabilities of every token and their experts, `(N, K)` each."""
+        found, chosen = devices(), self.num_experts_per_tok
+        if found is None:
+            return ops.top_k(probabilities, chosen)
+        # The compiler would gather the probabilities of all tokens.
+        rows = spec(found.rows(probabilities.shape[0]))
+        choose = on_shards(lambda x: ops.top_k(x, chosen)[1], found.mesh, (rows,), rows)
+        experts = choose(ops.stop_gradient(probabilities))
+        return ops.take_along_axis(probabilities, experts, axis=-1), experts
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

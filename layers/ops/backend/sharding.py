@@ -140,6 +140,8 @@ def _sharding(found, shape, rows, heads, count):
 def on_shards(function: Callable[..., Any], mesh: Any, inputs: Any, outputs: Any) -> Callable:
     """`function` of whole tensors, run by every device on its own parts of them.
 
+    Not meant to be differentiated: an op brings its backward pass, and says what is summed.
+
     Args:
         function: Takes tensors and returns nests of them.
         mesh: `jax.sharding.Mesh`.
