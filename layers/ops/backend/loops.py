@@ -5,6 +5,7 @@
     set_row, set_rows     write at a computed place
     add_to_row            add at a computed place
     scatter_rows          write many rows at computed places
+    add_rows              add to many rows at computed places
 
 None of these is meant to be differentiated: the ops that use them bring their own backward pass.
 """
@@ -117,6 +118,22 @@ def scatter_rows(
         return program(_tensorflow_scatter, *args, jit_compile=True)(*args)
     kept = index < len(buffer)
     return ops.scatter_update(buffer, ops.expand_dims(index[kept], -1), rows[kept])
+
+
+def add_rows(
+    buffer: Annotated[Tensor, "M ..."],
+    index: Annotated[Tensor, "N"],
+    rows: Annotated[Tensor, "N ..."],
+) -> Annotated[Tensor, "M ..."]:
+    """Adds `rows` (N, ...) at `index` (N,) to `buffer` (M, ...); an index may come twice."""
+    rows = ops.cast(rows, buffer.dtype)
+    if BACKEND == "jax":
+        return buffer.at[index].add(rows)
+    if BACKEND == "torch":
+        return buffer.index_add(0, index, rows)
+    import tensorflow as tf
+
+    return tf.tensor_scatter_nd_add(buffer, index[:, None], rows)
 
 
 def _tensorflow_scatter(buffer, index, rows):

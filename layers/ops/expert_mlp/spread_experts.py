@@ -21,11 +21,19 @@ from typing import Annotated, Any, NamedTuple
 from keras import ops
 
 from ..backend.autodiff import Shards, custom_gradient
+from ..backend.loops import add_rows
 from ..backend.sharding import Axes, Devices, all_sum, gather, part_number, spec, sum_parts
-from ..grouped_matmul.tiles import tile_sizes
+from ..grouped_matmul.tiles import for_each_tile, tile_sizes, write_tile
 from ..tensor_types import Tensor
-from . import tiled_experts
-from .tiled_experts import ExpertInputs, sort_by_expert
+from .tiled_experts import (
+    ExpertInputs,
+    add_to_kernels,
+    plan_of,
+    sort_by_expert,
+    tile_gradients,
+    tile_outputs,
+    tokens_of,
+)
 
 
 class Spread(NamedTuple):
@@ -76,36 +84,75 @@ def run(
 
 @functools.cache
 def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Callable[..., Any]:
-    def local(x, gate_up, down, weights, experts, keep):
+    def forward(x, gate_up, down, weights, experts):
         count = gate_up.shape[0]
         x, weights, experts = (gather(t, how.shared) for t in (x, weights, experts))
         own = experts - count * part_number(how.experts)
         own = ops.where((own >= 0) & (own < count), own, count)
         inputs = ExpertInputs(x, gate_up, down, weights, *sort_by_expert(own, count))
-        output, gated = tiled_experts.forward(inputs, sizes, activation, keep)
-        outputs = _back(output), all_sum(inputs.tokens_per_expert, how.row_only)
-        return outputs, inputs, gated
+        output = back(_outputs(inputs, sizes, activation))
+        return (output, all_sum(inputs.tokens_per_expert, how.row_only)), inputs
 
-    def _back(rows):
+    def back(rows):
         return all_sum(sum_parts(rows, how.shared), how.expert_only)
 
-    def primal(*given):
-        return local(*given, keep=False)[0]
-
-    def forward(*given):
-        outputs, inputs, gated = local(*given, keep=True)
-        return outputs, (inputs, gated)
-
-    def backward(residuals, d_output):
-        inputs, gated = residuals
+    def backward(inputs, d_output):
         d_output = gather(d_output, how.shared)
-        d_x, d_gate_up, d_down, d_weights = tiled_experts.backward(
-            inputs, gated, d_output, sizes, activation
-        )
-        d_kernels = (all_sum(d, how.row_only) for d in (d_gate_up, d_down))
-        return _back(d_x), *d_kernels, _back(d_weights), None
+        d_x, *d_kernels, d_weights = _gradients(inputs, d_output, sizes, activation)
+        d_kernels = [all_sum(d, how.row_only) for d in d_kernels]
+        return back(d_x), *d_kernels, back(d_weights), None
 
-    return custom_gradient(forward, backward, primal, _shards(how))
+    return custom_gradient(forward, backward, shards=_shards(how))
+
+
+def _outputs(
+    inputs: ExpertInputs, sizes: tuple[int, ...], activation: str
+) -> Annotated[Tensor, "N D"]:
+    """Outputs of a device's own experts, added up token by token.
+
+    All pairs may be of one device: with a row for every pair, each device would need as much
+    memory as one that is alone.
+    """
+    plan, pairs = plan_of(inputs, sizes)
+
+    def body(tile, total):
+        output, _ = tile_outputs(inputs, pairs, tile, activation)
+        return add_rows(total, tokens_of(inputs, pairs, tile), output)
+
+    total = for_each_tile(plan, body, ops.zeros(inputs.x.shape, "float32"))
+    return ops.cast(total, inputs.x.dtype)
+
+
+def _gradients(
+    inputs: ExpertInputs,
+    d_output: Annotated[Tensor, "N D"],
+    sizes: tuple[int, ...],
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `x`, `gate_up`, `down` and `weights`; gate and up are computed again."""
+    plan, pairs = plan_of(inputs, sizes)
+
+    def body(tile, carry):
+        d_x, *d_kernels, d_weights = carry
+        _, gated = tile_outputs(inputs, pairs, tile, activation)
+        found = tile_gradients(inputs, pairs, tile, gated, d_output, activation)
+        d_x = add_rows(d_x, tokens_of(inputs, pairs, tile), found.d_tokens)
+        d_kernels = add_to_kernels(d_kernels, tile, found)
+        return d_x, *d_kernels, write_tile(d_weights, tile, found.d_weight)
+
+    carry = (
+        ops.zeros(inputs.x.shape, "float32"),
+        ops.zeros(inputs.gate_up.shape, "float32"),
+        ops.zeros(inputs.down.shape, "float32"),
+        ops.zeros(ops.shape(pairs), inputs.weights.dtype),
+    )
+    d_x, d_gate_up, d_down, d_weights = for_each_tile(plan, body, carry)
+    return (
+        ops.cast(d_x, inputs.x.dtype),
+        ops.cast(d_gate_up, inputs.gate_up.dtype),
+        ops.cast(d_down, inputs.down.dtype),
+        ops.take(d_weights, inputs.inverse_sort, axis=0),
+    )
 
 
 def _shards(how: Spread) -> Shards:
@@ -113,4 +160,4 @@ def _shards(how: Spread) -> Shards:
     own = spec((*how.row_only, *how.experts))  # different on every device
     inputs = rows, experts, experts, rows, rows
     kept = ExpertInputs(gathered, experts, experts, gathered, own, own, own)
-    return Shards(how.devices.mesh, inputs, (rows, experts), (kept, own), (*inputs[:4], None))
+    return Shards(how.devices.mesh, inputs, (rows, experts), kept, (*inputs[:4], None))

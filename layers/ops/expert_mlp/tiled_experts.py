@@ -11,8 +11,10 @@ Shapes: N tokens, K experts per token, R = N K pairs, E experts, S pairs of a ti
     sort_by_expert    the pairs of every expert one behind the other
     forward           outputs of all tokens
     backward          gradients of tokens, kernels and weights
+    tile_outputs, tile_gradients    the same for one tile
 """
 
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 from keras import ops
@@ -69,15 +71,11 @@ def forward(
     inputs: ExpertInputs, sizes: tuple[int, ...], activation: str, keep: bool
 ) -> tuple[Annotated[Tensor, "N D"], Annotated[Tensor, "R 2F"] | None]:
     """Outputs and, with `keep`, gate and up of all pairs, else `None`."""
-    act = ACTIVATIONS[activation].function
-    plan, pairs = _plan(inputs, sizes)
+    plan, pairs = plan_of(inputs, sizes)
 
     def body(tile, carry):
-        rows, weight = _gather(inputs.x, inputs.weights, pairs, tile)
-        gated = rows @ get_row(inputs.gate_up, tile.group)
-        gate, up = ops.split(gated, 2, axis=-1)
-        output = (weight * act(gate) * up) @ get_row(inputs.down, tile.group)
-        return tuple(write_tile(old, tile, new) for old, new in zip(carry, (output, gated)))
+        results = tile_outputs(inputs, pairs, tile, activation)
+        return tuple(write_tile(old, tile, new) for old, new in zip(carry, results))
 
     count, dtype = ops.shape(pairs)[0], inputs.x.dtype
     carry: tuple[Tensor, ...] = (ops.zeros((count, inputs.x.shape[1]), dtype),)
@@ -95,26 +93,18 @@ def backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x`, `gate_up`, `down` and `weights`; those of kernels add up in float32."""
-    act, derivative = ACTIVATIONS[activation]
-    plan, pairs = _plan(inputs, sizes)
+    plan, pairs = plan_of(inputs, sizes)
 
     def body(tile, carry):
-        d_rows, d_gate_up, d_down, d_weights = carry
-        rows, weight = _gather(inputs.x, inputs.weights, pairs, tile)
-        d_tile = _tokens(d_output, inputs.weights, pairs, tile)
-        gate, up = ops.split(get_rows(gated, tile.start, tile.size), 2, axis=-1)
-        inner = act(gate) * up
-        d_inner = d_tile @ ops.transpose(get_row(inputs.down, tile.group))
-        d_weight = ops.sum(d_inner * inner, axis=-1)
-        d_inner = weight * d_inner
-        d_gated = ops.concatenate([d_inner * up * derivative(gate), d_inner * act(gate)], axis=-1)
-        d_tokens = d_gated @ ops.transpose(get_row(inputs.gate_up, tile.group))
-        return (
-            write_tile(d_rows, tile, d_tokens),
-            add_to_row(d_gate_up, tile.group, ops.transpose(rows) @ d_gated),
-            add_to_row(d_down, tile.group, ops.transpose(weight * inner) @ d_tile),
-            write_tile(d_weights, tile, d_weight),
+        d_rows, *d_kernels, d_weights = carry
+        kept = get_rows(gated, tile.start, tile.size)
+        found = tile_gradients(inputs, pairs, tile, kept, d_output, activation)
+        d_kernels = add_to_kernels(d_kernels, tile, found)
+        d_rows, d_weights = (
+            write_tile(old, tile, new)
+            for old, new in ((d_rows, found.d_tokens), (d_weights, found.d_weight))
         )
+        return d_rows, *d_kernels, d_weights
 
     count = ops.shape(pairs)[0]
     carry = (
@@ -132,24 +122,85 @@ def backward(
     )
 
 
-def _plan(inputs: ExpertInputs, sizes: tuple[int, ...]) -> tuple[TilePlan, Tensor]:
+class TileGradients(NamedTuple):
+    """Gradients of what a tile of S pairs has read.
+
+    Attributes:
+        d_tokens: `(S, D)`, 0 where a pair is not the tile's own.
+        d_gate_up: `(D, 2F)`, of its expert.
+        d_down: `(F, D)`, of its expert.
+        d_weight: `(S,)`.
+    """
+
+    d_tokens: Annotated[Tensor, "S D"]
+    d_gate_up: Annotated[Tensor, "D 2F"]
+    d_down: Annotated[Tensor, "F D"]
+    d_weight: Annotated[Tensor, "S"]
+
+
+def tile_outputs(
+    inputs: ExpertInputs, pairs: Tensor, tile: Tile, activation: str
+) -> tuple[Annotated[Tensor, "S D"], Annotated[Tensor, "S 2F"]]:
+    """Weighted outputs of a tile's pairs, 0 where they are not its own, and gate and up."""
+    rows, weight = _gather(inputs.x, inputs.weights, pairs, tile)
+    gated = rows @ get_row(inputs.gate_up, tile.group)
+    gate, up = ops.split(gated, 2, axis=-1)
+    inner = weight * ACTIVATIONS[activation].function(gate) * up
+    return inner @ get_row(inputs.down, tile.group), gated
+
+
+def tile_gradients(
+    inputs: ExpertInputs,
+    pairs: Tensor,
+    tile: Tile,
+    gated: Annotated[Tensor, "S 2F"],
+    d_output: Annotated[Tensor, "N D"],
+    activation: str,
+) -> TileGradients:
+    """Gradients from those of all tokens' outputs and the tile's gate and up."""
+    act, derivative = ACTIVATIONS[activation]
+    rows, weight = _gather(inputs.x, inputs.weights, pairs, tile)
+    d_tile = ops.take(d_output, tokens_of(inputs, pairs, tile), axis=0)
+    gate, up = ops.split(gated, 2, axis=-1)
+    inner = act(gate) * up
+    d_inner = d_tile @ ops.transpose(get_row(inputs.down, tile.group))
+    d_weight = ops.sum(d_inner * inner, axis=-1)
+    d_inner = weight * d_inner
+    d_gated = ops.concatenate([d_inner * up * derivative(gate), d_inner * act(gate)], axis=-1)
+    return TileGradients(
+        d_gated @ ops.transpose(get_row(inputs.gate_up, tile.group)),
+        ops.transpose(rows) @ d_gated,
+        ops.transpose(weight * inner) @ d_tile,
+        d_weight,
+    )
+
+
+def add_to_kernels(kernels: Sequence[Tensor], tile: Tile, found: TileGradients) -> list[Tensor]:
+    """Gradients of `gate_up` and `down` with those of a tile added."""
+    new = found.d_gate_up, found.d_down
+    return [add_to_row(old, tile.group, one) for old, one in zip(kernels, new)]
+
+
+def plan_of(inputs: ExpertInputs, sizes: tuple[int, ...]) -> tuple[TilePlan, Tensor]:
     """The tiles, and the numbers of the pairs with room for the last of them."""
     count = ops.shape(inputs.sort_indices)[0]
     plan = plan_tiles(count, inputs.tokens_per_expert, sizes)
     return plan, pad_for_tiles(inputs.sort_indices, plan)
 
 
+def tokens_of(inputs: ExpertInputs, pairs: Tensor, tile: Tile) -> Annotated[Tensor, "S"]:
+    """The tokens of a tile's pairs, and of some others behind them."""
+    return get_rows(pairs, tile.start, tile.size) // inputs.weights.shape[1]
+
+
 def _gather(
     x: Annotated[Tensor, "N D"], weights: Annotated[Tensor, "N K"], pairs: Tensor, tile: Tile
 ) -> tuple[Annotated[Tensor, "S D"], Annotated[Tensor, "S 1"]]:
     """Tokens of a tile's pairs and their weights, 0 where the pairs are not its own."""
-    weight = ops.take(ops.reshape(weights, (-1,)), get_rows(pairs, tile.start, tile.size))
+    own = get_rows(pairs, tile.start, tile.size)
+    weight = ops.take(ops.reshape(weights, (-1,)), own)
     weight = ops.where(tile.own, weight, ops.zeros_like(weight))
-    return _tokens(x, weights, pairs, tile), ops.expand_dims(weight, -1)
-
-
-def _tokens(x: Tensor, weights: Tensor, pairs: Tensor, tile: Tile) -> Annotated[Tensor, "S D"]:
-    return ops.take(x, get_rows(pairs, tile.start, tile.size) // weights.shape[1], axis=0)
+    return ops.take(x, own // weights.shape[1], axis=0), ops.expand_dims(weight, -1)
 
 
 def _sum_over_pairs(
