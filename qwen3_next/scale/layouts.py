@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from qwen3_next.config import Qwen3NextConfig
+from qwen3_next.config.validation import BOOLEAN, Rule, require
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.weight_rows import Weight
 from qwen3_next.models.weight_table import weight_table
@@ -16,15 +17,17 @@ from qwen3_next.scale.weight_patterns import patterns_of, row_at
 
 # What is no weight of a model (counters, seeds, metrics, LoRA) may be whole on each device.
 SMALL_BYTES = 2**20
+_MESH = Rule("a DeviceMesh", lambda mesh: isinstance(mesh, keras.distribution.DeviceMesh))
 
 
 class MeshLayout(keras.distribution.TensorLayout):
     """A layout whose dims may be split over several axes of the mesh, as JAX allows."""
 
     def _validate_axes(self):
-        # Keras knows a dim with one axis; the rules of this package name those of the mesh alone.
-        if self.device_mesh is not None:
-            sizes_of(self.device_mesh)
+        # Keras' own check knows of one axis for each dim: it gets them one by one.
+        nested = (names if isinstance(names, tuple) else (names,) for names in self.axes)
+        flat = tuple(name for names in nested for name in names)
+        keras.distribution.TensorLayout(flat, self.device_mesh)
 
 
 def layout_map(
@@ -67,6 +70,8 @@ def layout_map(
     ```
     """
     require_jax("layout_map")
+    require(_MESH, "mesh", mesh)
+    require(BOOLEAN, "fsdp", fsdp)
     sizes = sizes_of(mesh)
     layouts = keras.distribution.LayoutMap(mesh)
     for key, row in patterns_of(rows_of(model, num_labels)).items():

@@ -105,7 +105,7 @@ def _reason(weight, sizes, fsdp, chosen):
             split = " x ".join(f"{name}={sizes[name]}" for name in CANDIDATES[axis][0])
             return f"{n} {WORDS.get(axis, axis)} do not divide over {split}"
     if any(chosen):
-        return ""
+        return f"copies along {' and '.join(name for name in sizes if name in idle)}"
     if fsdp and "scores" in weight.axes:
         return "a router is read whole"
     if fsdp and not _is_matrix(weight):

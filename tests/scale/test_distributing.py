@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qwen3_next import GroupedAdamW, MTPConfig, Qwen3NextBackbone, layout_map
+from qwen3_next.layers.initializers import Normal
 from tests.support.devices import (
     MESHES,
     WIDE,
@@ -13,7 +14,7 @@ from tests.support.devices import (
     held_bytes,
     shard_shapes,
 )
-from tests.support.small_models import small
+from tests.support.small_models import TWO_LAYERS, random_ids, small
 
 pytestmark = eight_devices
 EMBEDDING = "model/embed_tokens/embeddings"
@@ -144,3 +145,33 @@ def test_bytes_of_a_device_fall_with_the_devices(mesh):
         held = held_bytes(small(**kind).weights)
     assert len(held) == 8 and len(set(held.values())) == 1
     assert held[0] < 0.8 * alone
+
+
+def test_training_leaves_everything_where_it_was():
+    with distribution_of("data=2,expert=2,tensor=2"):
+        model = small(**WIDE, **TWO_LAYERS)
+        model.compile("adamw")
+        model.optimizer.build(model.trainable_variables)
+        everything = [*model.weights, *model.optimizer.variables]
+        before = [v.value.sharding for v in everything]
+        model.fit(random_ids(8, 6), batch_size=4, verbose=0)
+        assert [v.value.sharding for v in everything] == before
+
+
+@pytest.mark.parametrize("initializer", [Normal(0.1), "zeros"])
+def test_a_large_variable_is_never_whole_on_one_device(initializer, monkeypatch):
+    from keras.src.backend.jax import distribution_lib
+
+    placed = []
+    keras_places = distribution_lib.distribute_tensor
+
+    def places(value, layout):
+        placed.append(value)
+        return keras_places(value, layout)
+
+    monkeypatch.setattr(distribution_lib, "distribute_tensor", places)
+    shape = (16, 1024, 640)  # 40 MiB; on eight devices Keras has a way of its own from 31 MiB on
+    with distribution_of("expert=8", layouts={"large": ("expert", None, None)}):
+        large = keras.Variable(initializer, shape=shape, name="large")
+    assert shard_shapes(large) == {(2, 1024, 640)}
+    assert not any(value.sharding.is_fully_replicated for value in placed)

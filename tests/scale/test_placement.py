@@ -141,6 +141,13 @@ def test_layouts_that_are_none_are_refused(layouts):
         pass
 
 
+@jax_only
+@pytest.mark.parametrize("mesh", ["data=2", None])
+def test_a_map_needs_a_mesh_of_devices(mesh):
+    with pytest.raises(ValueError, match="`mesh` must be a DeviceMesh"):
+        layout_map(mesh, "tiny")
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="there it works")
 def test_other_backends_are_refused_with_what_they_have():
     for call in (lambda: distribute("data=1"), lambda: layout_map(None, "tiny")):

@@ -41,7 +41,9 @@ def test_a_weight_is_split_by_the_first_axes_that_divide_it(path, mesh, fsdp, ax
     [
         (KEYS, "tensor=4", False, "2 key/value heads do not divide over tensor=4"),
         (GATE_UP, "expert=2,tensor=3", False, "512 experts do not divide over expert=2 x tensor=3"),
-        (GATE_UP, "data=2,expert=8", False, ""),
+        (GATE_UP, "data=2,expert=8", False, "copies along data"),
+        (GATE_UP, "data=2,expert=8", True, ""),
+        (OUT, "data=2,expert=2,tensor=2", False, "copies along data and expert"),
         (GATE_UP, "data=2", False, "the mesh has no expert or tensor"),
         (NORM, "tensor=2", False, "no dim of it is split"),
         (NORM, "data=2", True, "a vector"),
