@@ -75,10 +75,6 @@ class ConfiguredModel(keras.Model):
         """Constructor arguments that are not fields of the configuration."""
         return ("gradient_checkpointing",)
 
-    def make_train_function(self, force=False):
-        check_placement(self)
-        return super().make_train_function(force)
-
     def make_test_function(self, force=False):
         check_placement(self)
         return super().make_test_function(force)

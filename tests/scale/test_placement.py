@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3NextConfig, distribute, layout_map
+from qwen3_next.scale import layouts
 from tests.support.devices import WIDE, distribution_of, eight_devices, jax_only
 from tests.support.running import BACKEND
 from tests.support.small_models import ONE_LAYER, SMALL, random_ids, small
@@ -54,6 +55,16 @@ def test_a_model_made_before_is_refused(name):
     with distribution_of("data=8"), pytest.raises(ValueError, match="before the model is made"):
         CALLS[name](model)
     assert model.predict(IDS, verbose=0).shape == (8, 6, 64)
+
+
+@eight_devices
+def test_a_large_model_made_before_is_refused_before_its_optimizer_is_made(monkeypatch):
+    monkeypatch.setattr(layouts, "SMALL_BYTES", 0)
+    model = small(**LIGHT)
+    model.compile("adamw")
+    with distribution_of("data=8"), pytest.raises(ValueError, match="before the model is made"):
+        model.fit(IDS, verbose=0)
+    assert not model.optimizer.built
 
 
 @eight_devices
@@ -126,18 +137,18 @@ def test_a_large_variable_without_a_row_needs_a_layout_of_its_own():
         assert keras.Variable(np.zeros((8, 8)), name="small").value.sharding.is_fully_replicated
         with pytest.raises(ValueError, match=r"`table` is large .*shape=\(512, 1024\)"):
             table()
-    layouts = {"table": (("data", "expert"), "tensor"), "whole": (None, None)}
-    with distribution_of("data=2,expert=2,tensor=2", layouts=layouts):
+    given = {"table": (("data", "expert"), "tensor"), "whole": (None, None)}
+    with distribution_of("data=2,expert=2,tensor=2", layouts=given):
         assert table().value.addressable_shards[0].data.shape == (128, 512)
         assert table("whole").value.sharding.is_fully_replicated
 
 
 @jax_only
 @pytest.mark.parametrize(
-    "layouts", [{"a": ("model",)}, {"a": "data"}, {"a": ("data", "data")}, {"(": ("data",)}]
+    "given", [{"a": ("model",)}, {"a": "data"}, {"a": ("data", "data")}, {"(": ("data",)}]
 )
-def test_layouts_that_are_none_are_refused(layouts):
-    with pytest.raises(ValueError, match="layouts"), distribution_of("data=1", layouts=layouts):
+def test_layouts_that_are_none_are_refused(given):
+    with pytest.raises(ValueError, match="layouts"), distribution_of("data=1", layouts=given):
         pass
 
 
