@@ -14,6 +14,9 @@ from qwen3_next.generation.generator import Generation
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache
 from qwen3_next.models.description import Description, describe
+from qwen3_next.scale.distributing import distribute
+from qwen3_next.scale.layout_description import LayoutDescription, describe_layout
+from qwen3_next.scale.layouts import layout_map
 from qwen3_next.tasks.classifier import Qwen3NextClassifier
 from qwen3_next.tasks.factories import (
     create_qwen3_next,
@@ -83,6 +86,7 @@ __all__ = [
     "LayerProfile",
     "LayerRouterConfig",
     "LayerSelection",
+    "LayoutDescription",
     "LoRAExpertConfig",
     "MTPConfig",
     "Qwen3Next",
@@ -104,9 +108,12 @@ __all__ = [
     "depth_text",
     "depth_upscale",
     "describe",
+    "describe_layout",
+    "distribute",
     "effective_number_weights",
     "grow_model_depth",
     "grow_model_width",
+    "layout_map",
     "merge_dare",
     "merge_from_config",
     "merge_karcher",

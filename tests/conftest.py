@@ -2,12 +2,14 @@
 
 import collections
 import os
+from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pytest
 
 from tests.support.memory import free_programs
+from tests.support.paths import ROOT
 from tests.support.running import MODES
 from tests.support.xla_flags import set_xla_flags
 
@@ -26,8 +28,17 @@ LONGEST = (
 )
 
 
-def pytest_configure():
-    set_xla_flags()  # before the first program, which reads them
+SEVERAL_DEVICES = ROOT / "tests" / "scale"
+
+
+def pytest_configure(config):
+    # Before the first program, which reads them.
+    set_xla_flags(8 if any(map(needs_several_devices, config.args)) else 1)
+
+
+def needs_several_devices(argument):
+    """Whether an argument of pytest names tests of several devices, not just all tests."""
+    return Path(str(argument).partition("::")[0]).resolve().is_relative_to(SEVERAL_DEVICES)
 
 
 def pytest_collection_modifyitems(items):

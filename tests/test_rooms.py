@@ -26,9 +26,10 @@ ARROWS = {
     "checkpoints": {*BELOW_MODELS, "models"},
     "tasks": BELOW_TASKS,
     "think": {*BELOW_TASKS, "tasks"},
+    "scale": {*BELOW_MODELS, "models", "think"},
     "transfer": {*BELOW_TASKS, "tasks", "think"},
-    "cli": {*BELOW_TASKS, "tasks", "think", "transfer"},
-    "": {*BELOW_TASKS, "tasks", "think", "transfer", "cli"},
+    "cli": {*BELOW_TASKS, "tasks", "think", "transfer", "scale"},
+    "": {*BELOW_TASKS, "tasks", "think", "transfer", "scale", "cli"},
 }
 PYTHON = sys.stdlib_module_names
 # What a room may import besides this package; rooms that are not listed, anything.
@@ -123,6 +124,7 @@ def test_imports_point_down():
         ("qwen3_next/training/data.py", "from qwen3_next.generation import sampling"),
         ("qwen3_next/checkpoints/presets.py", "import qwen3_next.training.data"),
         ("qwen3_next/tasks/task.py", "from qwen3_next.think.kneedle import kneedle"),
+        ("qwen3_next/models/placement.py", "from qwen3_next.scale.layouts import layout_map"),
         ("qwen3_next/tasks/task.py", "import variants"),
         ("qwen3_next/tasks/task.py", "from tests.support import oracles"),
         ("tests/models/test_model.py", "from tests.models.test_mtp import two_steps"),

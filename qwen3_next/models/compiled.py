@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from qwen3_next.models.placement import check_placement
 from qwen3_next.models.values import values_needed
 
 
@@ -15,7 +16,7 @@ def compile_with_weights(
 
     The weights are read at every call, so that training does not make the compiled code stale. A
     change of the set of variables (LoRA, another layer) drops what was compiled, as Keras drops
-    its `train_function`.
+    its `train_function`; so does another distribution, which layers read while they are traced.
 
     Args:
         model: The model whose variables the function uses.
@@ -31,6 +32,7 @@ class _CompiledFunction:
         self.function = function
         self.donate = donate
         self._variables: list = []
+        self._distribution: Any = None
         self._compiled: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -38,10 +40,12 @@ class _CompiledFunction:
             return self._call(args)
 
     def _call(self, args):
-        variables = self.model.variables
-        if self._compiled is None or _differ(variables, self._variables):
+        variables, distribution = self.model.variables, keras.distribution.distribution()
+        moved = distribution is not self._distribution
+        if self._compiled is None or moved or _differ(variables, self._variables):
+            check_placement(self.model)
             compiler = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
-            self._variables = variables
+            self._variables, self._distribution = variables, distribution
             self._compiled = compiler[keras.backend.backend()](
                 variables, self.function, self.donate
             )

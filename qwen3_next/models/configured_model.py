@@ -9,6 +9,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import Rule, require, shown
 from qwen3_next.models.decisions import with_decisions
 from qwen3_next.models.inputs import check_token_ids, require_inputs
+from qwen3_next.models.placement import check_placement
 from qwen3_next.models.trainable_layers import FIELD, set_trainable_by_layer, trainable_by_layer
 from qwen3_next.models.values import values_needed
 
@@ -74,8 +75,17 @@ class ConfiguredModel(keras.Model):
         """Constructor arguments that are not fields of the configuration."""
         return ("gradient_checkpointing",)
 
+    def make_test_function(self, force=False):
+        check_placement(self)
+        return super().make_test_function(force)
+
+    def make_predict_function(self, force=False):
+        check_placement(self)
+        return super().make_predict_function(force)
+
     def __call__(self, inputs, *args, route=None, branch=None, **kwargs):
         require_inputs(inputs)
+        check_placement(self)
         inputs = with_decisions(self.config, inputs, route, branch)
         check_token_ids(inputs, self.config.vocab_size)
         with values_needed(self):

@@ -57,7 +57,8 @@ class Description:
         lines += ["", f"{'dtype':<16}{'weights':>14}{'cache / row':>16}{'cache / token':>16}"]
         for dtype, size in self.weight_bytes.items():
             row, token = self.cache_bytes_per_row[dtype], self.cache_bytes_per_token[dtype]
-            lines.append(f"{dtype:<16}{_bytes(size):>14}{_bytes(row):>16}{_bytes(token):>16}")
+            sizes = map(bytes_text, (size, row, token))
+            lines.append("{:<16}{:>14}{:>16}{:>16}".format(dtype, *sizes))
         return "\n".join(lines)
 
 
@@ -122,8 +123,12 @@ def _cache_sizes(config):
     return conv, recurrent, full * 2 * config.num_key_value_heads * config.head_dim
 
 
-def _bytes(size):
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:,.1f} {unit}" if unit != "B" else f"{size} B"
+def bytes_text(size: float) -> str:
+    """A number of bytes as a table shows it."""
+    if size < 1024:
+        return f"{size} B"
+    for unit in ("KiB", "MiB"):
         size /= 1024
+        if size < 1024:
+            return f"{size:,.1f} {unit}"
+    return f"{size / 1024:,.1f} GiB"

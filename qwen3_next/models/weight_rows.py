@@ -36,6 +36,7 @@ AXES = (
     "linear_head_dim",
     "taps",
     "experts",  # E
+    "scores",  # E, of a router: one for each expert, and never split with the experts
     "expert_mlp",  # F
     "mlp",
     "labels",

@@ -184,7 +184,7 @@ def _moe(config, base):
     width, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
     published = published_name(f"{base}/experts")
     each = [f"{published}.{e}" for e in range(experts)]
-    router = dense_row(f"{base}/gate", (width, experts), ("embed", "experts"), "router")
+    router = dense_row(f"{base}/gate", (width, experts), ("embed", "scores"), "router")
     rows = [
         router._replace(dtype="float32"),
         Weight(

@@ -13,6 +13,7 @@ from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.models.placement import check_placement
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
@@ -21,7 +22,8 @@ from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_res
 
 def build_optimizer(model: keras.Model) -> None:
     """Makes the variables of a model's optimizer before its first step: TensorFlow would trace a
-    step that makes variables once more."""
+    step that makes variables once more. They live where the model's weights do."""
+    check_placement(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)

@@ -75,3 +75,21 @@ def test_what_is_wrong_is_named_and_nothing_written(folder, arguments, message, 
 def test_a_variant_is_described(capsys):
     run("describe", "80b_a3b")
     assert "79,674,391,296" in capsys.readouterr().out
+
+
+def test_what_devices_hold_of_a_variant_is_described(capsys):
+    run("describe", "80b_a3b", "--mesh", "data=2,expert=8")
+    plain = capsys.readouterr().out
+    assert "data=2,expert=8, 16 devices" in plain
+    run("describe", "80b_a3b", "--mesh", "data=2,expert=8", "--fsdp")
+    assert "data+expert" in capsys.readouterr().out and "data+expert" not in plain
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--mesh", "model=2"), "unknown axes"), (("--fsdp",), "`--fsdp` needs a `--mesh`")],
+)
+def test_a_mesh_that_is_none_ends_the_command(options, message, capsys):
+    with pytest.raises(SystemExit):
+        run("describe", "tiny", *options)
+    assert message in capsys.readouterr().err

@@ -55,6 +55,7 @@ def test_every_dim_has_an_axis_and_equal_axes_are_equally_long():
         "linear_key_heads": {config.linear_num_key_heads},
         "linear_value_heads": {config.linear_num_value_heads},
         "experts": {config.num_experts},
+        "scores": {config.num_experts},
         "taps": {config.linear_conv_kernel_dim},
         "one": {1},
     }

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+DEVICES = "--xla_force_host_platform_device_count"
 LEVEL = "--xla_backend_optimization_level=0"
 FASTER = f"{LEVEL} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 FIRST_PROGRAM = {
@@ -17,10 +18,15 @@ FIRST_PROGRAM = {
 }
 
 
-def set_xla_flags() -> None:
-    """Sets the flags that the backend's XLA knows, unless there are any."""
+def set_xla_flags(devices: int = 1) -> None:
+    """Sets the flags that the backend's XLA knows, unless there are any.
+
+    Args:
+        devices: How many devices the CPU is to stand for.
+    """
     if "XLA_FLAGS" not in os.environ:  # workers have those of the process that began them
-        os.environ["XLA_FLAGS"] = FASTER if known(FASTER) else LEVEL
+        flags = FASTER if known(FASTER) else LEVEL
+        os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}={devices}" if devices > 1 else flags
 
 
 def known(flags: str) -> bool:

@@ -1,0 +1,1 @@
+"""Models on several devices: which weight lives where, and what that costs."""
