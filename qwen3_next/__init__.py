@@ -17,6 +17,7 @@ from qwen3_next.models.description import Description, describe
 from qwen3_next.scale.distributing import distribute
 from qwen3_next.scale.layout_description import LayoutDescription, describe_layout
 from qwen3_next.scale.layouts import layout_map
+from qwen3_next.scale.step_description import StepDescription, describe_step
 from qwen3_next.tasks.classifier import Qwen3NextClassifier
 from qwen3_next.tasks.factories import (
     create_qwen3_next,
@@ -87,6 +88,7 @@ __all__ = [
     "LayerRouterConfig",
     "LayerSelection",
     "LayoutDescription",
+    "StepDescription",
     "LoRAExpertConfig",
     "MTPConfig",
     "Qwen3Next",
@@ -109,6 +111,7 @@ __all__ = [
     "depth_upscale",
     "describe",
     "describe_layout",
+    "describe_step",
     "distribute",
     "effective_number_weights",
     "grow_model_depth",
