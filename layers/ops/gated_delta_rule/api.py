@@ -15,12 +15,14 @@ from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
-from ..backend.autodiff import custom_gradient, full_precision
+from ..backend.autodiff import Shards, custom_gradient, full_precision
 from ..backend.platform import choose, platform
+from ..backend.sharding import devices, spec
 from ..padding import from_blocks
 from ..sequence import segment_index
 from ..tensor_types import Tensor
 from . import chunk_parallel, chunked, recurrent
+from .chunked import ChunkStarts
 from .delta_inputs import (
     DeltaInputs,
     as_given,
@@ -106,7 +108,8 @@ def gated_delta_rule(
         if isinstance(length, int):
             chunk_size = min(chunk_size, chunk_size_for(length))
         chunks = to_chunks(inputs, chunk_size)
-        output, final = _differentiable(implementation)(*chunks, start)
+        shards = _shards(value.shape[0], key.shape[2])
+        output, final = _differentiable(implementation, shards)(*chunks, start)
         output = from_blocks(output, length)
     batch, _, heads, value_dim = ops.shape(value)
     final = ops.reshape(final, (batch, heads, key.shape[3], value_dim))
@@ -129,8 +132,26 @@ def _choose(implementation: str | None, value: Tensor, segment_ids: Tensor | Non
     return implementation
 
 
+def _shards(batch: int, groups: int) -> Shards | None:
+    """Rows and key heads are spread: a device needs nothing of the others."""
+    found = devices()
+    if found is None:
+        return None
+    rows, heads = found.rows(batch), found.heads(groups)
+    by_head, by_row = spec((), rows, (), heads), spec((), rows)
+    state, states = spec(rows, heads), spec((), rows, heads)
+    gradients = (by_head,) * 5
+    return Shards(
+        found.mesh,
+        inputs=(*gradients, by_row, state),
+        outputs=(by_head, state),
+        residuals=(DeltaInputs(*gradients, by_row), ChunkStarts(states, by_row)),
+        gradients=(*gradients, None, state),
+    )
+
+
 @functools.cache
-def _differentiable(implementation: str) -> Callable[..., Any]:
+def _differentiable(implementation: str, shards: Shards | None) -> Callable[..., Any]:
     """`f(*chunks, state) -> outputs (N, B, C, G, R, V), final state (B, G, R, K, V)`."""
     module = {"chunked": chunked, "chunk_parallel": chunk_parallel}[implementation]
 
@@ -146,4 +167,4 @@ def _differentiable(implementation: str) -> Callable[..., Any]:
             gradients, d_state = module.backward(chunks, starts, d_output, d_final)
         return (*gradients, None, d_state)
 
-    return custom_gradient(forward, backward)
+    return custom_gradient(forward, backward, shards=shards)
