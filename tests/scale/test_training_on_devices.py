@@ -1,0 +1,104 @@
+"""Training on eight devices is training on one."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+
+from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig
+from tests.support.devices import MESHES, WIDE, distribution_of, eight_devices
+
+pytestmark = eight_devices
+MIXED = "data=2,expert=2,tensor=2"
+BASE = Qwen3NextConfig.from_variant("tiny", num_layers=2, full_attention_interval=2, **WIDE)
+CONFIGS = {
+    "moe": BASE,
+    "dense": BASE.replace(num_experts=0),
+    "tied": BASE.replace(tie_word_embeddings=True),
+    "mtp": BASE.replace(mtp=MTPConfig(num_predict_tokens=2, speculation_lookahead=2)),
+    "layer": BASE.replace(router_aux_loss_scope="layer", mlp_only_layers=()),
+}
+OPTIONS = {
+    "checkpointed": {"gradient_checkpointing": True},
+    "accumulated": {"gradient_accumulation_steps": 2},
+}
+CLASSES = 3
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, BASE.vocab_size, (8, 12)).astype("int32")
+    mask = np.arange(12) < rng.integers(5, 13, (8, 1))
+    return {"token_ids": ids, "padding_mask": mask}, rng.integers(0, CLASSES, 8)
+
+
+def make(kind, accumulated=None, **options):
+    keras.utils.set_random_seed(0)
+    if kind == "classifier":
+        model = Qwen3NextClassifier(BASE, num_labels=CLASSES, **options)
+    else:
+        model = Qwen3Next(CONFIGS[kind], **options)
+    model.compile(keras.optimizers.AdamW(1e-3, gradient_accumulation_steps=accumulated))
+    return model
+
+
+def losses(kind, **options):
+    """Of three steps, of `evaluate` after them, and what `predict` then says."""
+    model, (inputs, classes) = make(kind, **options), batch()
+    labels = classes if kind == "classifier" else None
+    found = [model.train_on_batch(inputs, labels) for _ in range(3)]
+    found.append(model.evaluate(inputs, labels, batch_size=8, verbose=0))
+    numbers = [np.ravel(x)[0] for x in found]
+    return np.array(numbers), model.predict(inputs, batch_size=8, verbose=0)
+
+
+on_one = functools.cache(losses)
+
+
+def assert_equal_to_one(mesh, kind, fsdp=False, **options):
+    expected, logits = on_one(kind, **options)
+    with distribution_of(mesh, fsdp=fsdp):
+        found, predicted = losses(kind, **options)
+    assert expected[0] > expected[2]  # it learns
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(predicted, logits, atol=1e-5 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, "tensor=4"])
+def test_every_mesh_trains_as_one_device(mesh):
+    assert_equal_to_one(mesh, "moe")
+
+
+@pytest.mark.parametrize("kind", ["dense", "tied", "mtp", "layer", "classifier"])
+def test_every_kind_of_model_trains_as_on_one_device(kind):
+    assert_equal_to_one(MIXED, kind)
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "accumulated"])
+def test_options_of_training_train_as_on_one_device(option):
+    assert_equal_to_one(MIXED, "moe", **{option: 2 if option == "accumulated" else True})
+
+
+def test_weights_spread_over_all_devices_train_as_on_one():
+    assert_equal_to_one("data=4,expert=2", "mtp", fsdp=True)
+
+
+def test_files_of_eight_devices_load_on_one_and_back(tmp_path):
+    inputs, _ = batch()
+    path, again = tmp_path / "eight.keras", tmp_path / "one.keras"
+    with distribution_of(MIXED):
+        model = make("moe")
+        model.train_on_batch(inputs)
+        expected = model.evaluate(inputs, batch_size=8, verbose=0)
+        model.save(path)
+    alone = keras.saving.load_model(path)
+    np.testing.assert_allclose(alone.evaluate(inputs, batch_size=8, verbose=0), expected, rtol=1e-5)
+    alone.train_on_batch(inputs)
+    later = alone.evaluate(inputs, batch_size=8, verbose=0)
+    alone.save(again)
+    with distribution_of(MIXED):
+        model = keras.saving.load_model(again)
+        assert len(model.backbone.embed_tokens.embeddings.value.sharding.device_set) == 8
+        found = model.evaluate(inputs, batch_size=8, verbose=0)
+    np.testing.assert_allclose(found, later, rtol=1e-5)
