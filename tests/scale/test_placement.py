@@ -21,6 +21,7 @@ def used(**options):
     model = small(**{**LIGHT, **options})
     model.compile("adamw")
     model.predict(IDS, verbose=0)
+    CALLS["extend"](model)
     return model
 
 
