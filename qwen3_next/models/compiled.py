@@ -5,7 +5,6 @@ from typing import Any
 
 import keras
 
-from qwen3_next.models.placement import check_placement
 from qwen3_next.models.values import values_needed
 
 
@@ -43,7 +42,6 @@ class _CompiledFunction:
         variables, distribution = self.model.variables, keras.distribution.distribution()
         moved = distribution is not self._distribution
         if self._compiled is None or moved or _differ(variables, self._variables):
-            check_placement(self.model)
             compiler = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
             self._variables, self._distribution = variables, distribution
             self._compiled = compiler[keras.backend.backend()](

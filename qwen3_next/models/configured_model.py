@@ -75,17 +75,9 @@ class ConfiguredModel(keras.Model):
         """Constructor arguments that are not fields of the configuration."""
         return ("gradient_checkpointing",)
 
-    def make_test_function(self, force=False):
-        check_placement(self)
-        return super().make_test_function(force)
-
-    def make_predict_function(self, force=False):
-        check_placement(self)
-        return super().make_predict_function(force)
-
     def __call__(self, inputs, *args, route=None, branch=None, **kwargs):
         require_inputs(inputs)
-        check_placement(self)
+        check_placement(self)  # compiled steps come here as well: other places are traced anew
         inputs = with_decisions(self.config, inputs, route, branch)
         check_token_ids(inputs, self.config.vocab_size)
         with values_needed(self):

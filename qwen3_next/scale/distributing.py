@@ -66,8 +66,8 @@ def distribute(
             them, one axis, a tuple of them or `None` for each dim. They go before the rules.
 
     Returns:
-        The distribution. `keras.distribution.set_distribution(None)` ends it; `with
-        distribution.scope():` sets it for a while.
+        The distribution. `keras.distribution.set_distribution(None)` ends it, and so does
+        `keras.utils.clear_session()`; `with distribution.scope():` sets it for a while.
 
     Raises:
         ValueError: text that is no mesh, another number of devices, or (when a model is made) an

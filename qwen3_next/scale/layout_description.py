@@ -23,6 +23,7 @@ from qwen3_next.think.figures import axes_for
 
 # Variables that an optimizer has for each weight, of the weight's shape and dtype.
 STATES = {None: 0, "adamw": 2}
+GIB = 2**30
 OTHER = "other"  # no weight of the table: counters, seeds
 _KNOWN = one_of(DTYPE_BYTES)
 _DTYPE = Rule(f"None or {_KNOWN.what}", lambda dtype: dtype is None or _KNOWN.fits(dtype))
@@ -148,12 +149,13 @@ class LayoutDescription:
         with axes_for(path, ax) as ax:
             places, below = np.arange(self.devices), 0.0
             for part, size in self.by_part().items():
-                ax.bar(places, size / 2**20, bottom=below, label=part)
-                below += size / 2**20
-            least = self.weight_bytes / self.devices / 2**20
+                ax.bar(places, size / GIB, bottom=below, label=part)
+                below += size / GIB
+            least = self.weight_bytes / self.devices / GIB
             ax.axhline(least, color="black", linestyle=":", label="least possible")
-            ax.set(xlabel="device", ylabel="weights, MiB", title=mesh_text(self.mesh))
-            ax.legend(fontsize="small")
+            ax.set(xlabel="device", ylabel="weights, GiB", title=mesh_text(self.mesh))
+            # Beside the bars, which are all equally high and leave no room.
+            ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         return ax
 
 

@@ -65,7 +65,7 @@ def test_weights_are_drawn_by_device_and_part(tmp_path):
     assert (tmp_path / "layout.png").stat().st_size > 0
     assert len(ax.containers) == len(said.by_part())
     top = max(bar.get_y() + bar.get_height() for bar in ax.patches)
-    assert top == pytest.approx(said.weight_bytes_per_device / 2**20)
+    assert top == pytest.approx(said.weight_bytes_per_device / 2**30)
 
 
 @pytest.mark.parametrize(
