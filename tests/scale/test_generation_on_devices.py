@@ -37,7 +37,7 @@ def tokens(rows=8, requests=tuple(REQUESTS)):
     model = Qwen3Next(CONFIG)
     found = {}
     for name in requests:
-        rows_of_tokens, stats = model.generate(prompts(rows), 6, **REQUESTS[name])
+        rows_of_tokens, _ = model.generate(prompts(rows), 6, **REQUESTS[name])
         found[name] = [row.tolist() for row in rows_of_tokens]
     return found
 
