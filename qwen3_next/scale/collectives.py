@@ -183,7 +183,8 @@ def _place(line: str) -> str:
     if name is None:
         return ""
     backward = " (backward)" if "transpose(" in name[1] else ""
-    several = re.sub(r"(transpose|jvp|jit|vmap)\(|[()]", "", name[1]).split(":")
+    inside = name[1].partition("/")[2]  # of the function that was compiled
+    several = re.sub(r"(transpose|jvp|jit|vmap)\(|[()]", "", inside).split(":")
     parts = [[p for p in one.split("/") if p not in _UNTOLD] for one in several]
     places = dict.fromkeys(
         "/".join(re.sub(r"_\d+$", "", part) for part in one[:-1]) for one in parts
@@ -191,4 +192,4 @@ def _place(line: str) -> str:
     return " + ".join(list(places)[:2]) + (" + ..." if len(places) > 2 else "") + backward
 
 
-_UNTOLD = {"function", "shard_map", "while", "body", "closed_call", "checkpoint", "train_step", ""}
+_UNTOLD = {"function", "shard_map", "while", "body", "closed_call", "checkpoint", ""}

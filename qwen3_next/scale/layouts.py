@@ -81,15 +81,20 @@ def layout_map(
 
 def rows_of(model: Any, num_labels: int | None = None) -> list[Weight]:
     """The weight table of a variant, a configuration or a model."""
+    return weight_table(config_of(model), getattr(model, "num_labels", num_labels))
+
+
+def config_of(model: Any) -> Qwen3NextConfig:
+    """The configuration of a variant or a model, or the one that is given."""
     if isinstance(model, ConfiguredModel):
-        return weight_table(model.config, getattr(model, "num_labels", num_labels))
+        return model.config
     if isinstance(model, str):
-        model = Qwen3NextConfig.from_variant(model)
+        return Qwen3NextConfig.from_variant(model)
     if not isinstance(model, Qwen3NextConfig):
         raise ValueError(
             f"`model` must be a variant's name, a Qwen3NextConfig or a model. Received: {model=}"
         )
-    return weight_table(model, num_labels)
+    return model
 
 
 def sharding_at(

@@ -14,10 +14,11 @@ import keras
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, one_of, require
 from qwen3_next.layers.initializers import weights_to_be_loaded
+from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.description import DTYPE_BYTES, bytes_text
 from qwen3_next.scale.collectives import Collective, collectives, largest_arrays
 from qwen3_next.scale.distributing import distribute
-from qwen3_next.scale.layouts import require_jax
+from qwen3_next.scale.layouts import config_of, require_jax
 from qwen3_next.scale.least_traffic import least_traffic
 from qwen3_next.scale.mesh_sizes import devices_in, mesh_text, sizes_of
 from qwen3_next.tasks.language_model import Qwen3Next
@@ -69,7 +70,7 @@ class StepDescription:
 
 
 def describe_step(
-    model: str | Qwen3NextConfig,
+    model: str | Qwen3NextConfig | ConfiguredModel,
     mesh: str,
     *,
     batch_size: int,
@@ -84,7 +85,7 @@ def describe_step(
     that other compilers would merge stand alone.
 
     Args:
-        model: Name of a variant, or configuration.
+        model: Name of a variant, configuration, or a language model.
         mesh: As for `distribute`; there must be as many devices, which may be simulated ones.
         batch_size: Rows of a batch.
         length: Tokens of a row.
@@ -114,7 +115,7 @@ def describe_step(
     require(integer(1), "length", length)
     require(one_of(DTYPE_BYTES), "dtype", dtype)
     require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
-    config = Qwen3NextConfig.from_variant(model) if isinstance(model, str) else model
+    config = config_of(model)
     with _distributed(mesh, fsdp) as parallel:
         compiled = _compiled_step(
             config, parallel, (batch_size, length), dtype, gradient_checkpointing
