@@ -8,6 +8,7 @@ import numpy as np
 
 from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
+from qwen3_next.checkpoints.shared_saving import save_by_keras
 from qwen3_next.checkpoints.staging import replaced
 from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
@@ -83,11 +84,17 @@ class Task(IterationsOfRun, ConfiguredModel):
     def _replace(self, save, suffix, filepath, overwrite, options):
         path = Path(filepath)
         asks_first = not overwrite and path.exists()
-        if asks_first or options or not path.name.endswith(suffix):  # Keras has other formats
-            save(filepath, overwrite=overwrite, **options)
-            return
-        with replaced(path) as temporary:
-            save(temporary)
+
+        def replace():
+            if asks_first or options or not path.name.endswith(suffix):  # Keras has other formats
+                save(filepath, overwrite=overwrite, **options)
+                return
+            with replaced(path) as temporary:
+                save(temporary)
+
+        save_by_keras(
+            replace, lambda folder: save(folder / f"order{suffix}"), self._stepped_variables()
+        )
 
     def export_to_transformers(
         self,
