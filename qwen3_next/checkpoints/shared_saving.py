@@ -35,11 +35,53 @@ def save_once(save: Callable[[Iterator[np.ndarray]], None], variables: list[kera
     Raises:
         OSError: in the other processes, where the first could not save.
     """
-    arrays = (whole_array(variable) for variable in variables)
+    if is_shared(variables):
+        _save_by_first(save, variables)
+    else:
+        save(map(whole_array, variables))
+
+
+def save_by_keras(
+    save: Callable[[], None], write: Callable[[Path], Any], variables: list[keras.Variable]
+) -> None:
+    """`save()`, a function of Keras', with variables whose values are fetched when they are read.
+
+    Args:
+        save: Saves the model.
+        write: `write(path)` writes a file with the same weights, to find the order in which Keras
+            reads them.
+        variables: All that Keras may read. What every device has a copy of is read as it is.
+    """
     if not is_shared(variables):
-        save(arrays)
+        save()
         return
-    error = None
+    divided = [variable for variable in variables if not variable.value.is_fully_replicated]
+    order: list[keras.Variable] = []
+
+    def note(variable):
+        order.append(variable)
+        return np.zeros(0)
+
+    with tempfile.TemporaryDirectory() as folder, _read_by(note, divided):
+        write(Path(folder))
+
+    def save_with(arrays):
+        expected = zip(order, arrays, strict=True)
+
+        def next_array(variable):
+            known, array = next(expected)
+            if known is not variable:
+                raise RuntimeError(f"Keras read {variable.path} where it had read {known.path}.")
+            return array
+
+        with _read_by(next_array, divided):
+            save()
+
+    _save_by_first(save_with, order)
+
+
+def _save_by_first(save, variables):
+    arrays, error = map(whole_array, variables), None
     if is_first_process():
         try:
             save(arrays)
@@ -52,44 +94,6 @@ def save_once(save: Callable[[Iterator[np.ndarray]], None], variables: list[kera
         raise error
     if failed:
         raise OSError("The first process could not save the model: see its error.")
-
-
-def save_by_keras(
-    save: Callable[[], None], write: Callable[[Path], Any], variables: list[keras.Variable]
-) -> None:
-    """`save()`, a function of Keras', with variables whose values are fetched when they are read.
-
-    Args:
-        save: Saves the model.
-        write: `write(path)` writes a file with the same weights, to find the order in which Keras
-            reads them.
-        variables: All that Keras may read.
-    """
-    if not is_shared(variables):
-        save()
-        return
-    order: list[keras.Variable] = []
-
-    def note(variable):
-        order.append(variable)
-        return np.zeros(0)
-
-    with tempfile.TemporaryDirectory() as folder, _read_by(note, variables):
-        write(Path(folder))
-
-    def save_with(arrays):
-        expected = zip(order, arrays, strict=True)
-
-        def next_array(variable):
-            known, array = next(expected)
-            if known is not variable:
-                raise RuntimeError(f"Keras read {variable.path} where it had read {known.path}.")
-            return array
-
-        with _read_by(next_array, variables):
-            save()
-
-    save_once(save_with, order)
 
 
 class _OnDemand:
@@ -106,12 +110,18 @@ class _OnDemand:
 
 @contextlib.contextmanager
 def _read_by(read, variables):
-    """Within it NumPy gets `read(variable)` for a variable, once."""
+    """Within it NumPy gets `read(variable)` for a variable, once.
+
+    What variables Keras makes of its own to compare with are no affair of other processes.
+    """
     stand_ins = [_OnDemand(variable, read) for variable in variables]
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
     try:
         for stand_in in stand_ins:
             stand_in.variable._value = stand_in
         yield
     finally:
+        keras.distribution.set_distribution(distribution)
         for stand_in in stand_ins:
             stand_in.variable._value = stand_in.value
