@@ -7,7 +7,7 @@ weights pass through the host one by one.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from qwen3_next.layers.ops.backend.shards import (
 )
 
 
-def save_once(save: Callable[[Iterator[np.ndarray]], None], variables: list[keras.Variable]) -> None:
+def save_once(
+    save: Callable[[Iterator[np.ndarray]], None], variables: list[keras.Variable]
+) -> None:
     """`save(arrays)` with the values of the variables, each fetched when it is asked for.
 
     A model that is shared by several processes is saved by the first of them; the others return

@@ -239,9 +239,10 @@ class Task(IterationsOfRun, ConfiguredModel):
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
         if isinstance(validation_data, list | tuple):
-            self.check_batch(*validation_data[:2])
+            validated, labels, _ = keras.utils.unpack_x_y_sample_weight(validation_data)
+            self.check_batch(validated, labels)
             size = kwargs.get("validation_batch_size") or batch_size
-            check_batch_size(validation_data[0], size, kwargs.get("validation_steps"))
+            check_batch_size(validated, size, kwargs.get("validation_steps"))
         elif validation_data is not None:
             validation_data = checked(self.check_batch, validation_data)
         x = checked(self.check_batch, x, y)

@@ -7,6 +7,7 @@ There are eight devices in all. What a process found is left in FOLDER, `found-P
 
 import os
 import sys
+from pathlib import Path
 
 DEVICES = 8
 AXES = ("data", "expert", "tensor")
@@ -78,10 +79,20 @@ def train(process, processes, replicas):
         "predicted_on_batch": model.predict_on_batch(x[:batch]),
     }
     if processes > 1:
-        found["uneven"] = message_of(lambda: model.fit(x, batch_size=batch + 1, verbose=0))
-        others = x[: batch * (1 + process)]
-        found["others"] = message_of(lambda: model.fit(others, batch_size=batch, verbose=0))
+        found |= refusals(model, x, batch, process)
     return model, found
+
+
+def refusals(model, x, batch, process):
+    """What is said of data that would leave a process waiting for the others."""
+    import keras
+
+    more = x[: batch * (1 + process)]
+    found = {"others": message_of(lambda: model.fit(more, batch_size=batch, verbose=0))}
+    replicas = keras.distribution.distribution().num_model_replicas
+    if replicas > 2:
+        found["uneven"] = message_of(lambda: model.fit(x[: batch + 1], batch_size=batch, verbose=0))
+    return found
 
 
 def files(model, folder):
@@ -106,8 +117,9 @@ def files(model, folder):
     for name, other in loaded.items():
         pairs = zip(values, other.weights, strict=True)
         found[name] = max(np.abs(value - whole_array(variable)).max() for value, variable in pairs)
-    steps = whole_array(loaded["keras"].optimizer.iterations)
-    return {**found, "steps": steps, "sum": sum(float(np.abs(value).sum()) for value in values)}
+    found["steps"] = whole_array(loaded["keras"].optimizer.iterations)
+    found["saved"] = sorted(path.name for path in Path(folder).iterdir())
+    return found
 
 
 def fails_together(model, folder):
