@@ -101,6 +101,33 @@ def _check_agreement(rows, batch_size):
         )
 
 
+@contextlib.contextmanager
+def refused_by_all() -> Iterator[None]:
+    """Within it what one process refuses stops all of them: none would take a step alone.
+
+    Raises:
+        ValueError: what this process or another has raised.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.num_processes == 1:
+        yield
+        return
+    from jax.experimental import multihost_utils
+
+    error = None
+    try:
+        yield
+    except ValueError as caught:
+        error = caught
+    refused = multihost_utils.process_allgather(np.int32(error is not None))
+    if error is not None:
+        raise error
+    if refused.any():
+        raise ValueError(
+            f"Other processes refused their data, see their errors: {np.flatnonzero(refused)}"
+        )
+
+
 def check_steps_at_once(steps_per_execution: int) -> None:
     """Raises `ValueError` for several batches at once, where every process has a part of each."""
     distribution = keras.distribution.distribution()

@@ -24,6 +24,7 @@ from qwen3_next.tasks.rows_on_devices import (
     check_batch_size,
     check_steps_at_once,
     own_rows,
+    refused_by_all,
     rows_by_device,
 )
 from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
@@ -43,6 +44,7 @@ class Task(IterationsOfRun, ConfiguredModel):
     The models return logits, so the names of the cross-entropy losses mean them from logits.
     """
 
+    predict_function: Any
     thinking_metrics: list[keras.metrics.Metric]
     thinking_of_generation: dict[str, Any] | None = None  # of the last call of `generate`
 
@@ -238,14 +240,17 @@ class Task(IterationsOfRun, ConfiguredModel):
     def fit(self, x=None, y=None, batch_size=None, *args, validation_data=None, **kwargs):
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
-        if isinstance(validation_data, list | tuple):
-            validated, labels, _ = keras.utils.unpack_x_y_sample_weight(validation_data)
-            self.check_batch(validated, labels)
+        validates = isinstance(validation_data, list | tuple)
+        validated, labels, _ = keras.utils.unpack_x_y_sample_weight(validation_data)
+        if validates:
             size = kwargs.get("validation_batch_size") or batch_size
             check_batch_size(validated, size, kwargs.get("validation_steps"))
-        elif validation_data is not None:
-            validation_data = checked(self.check_batch, validation_data)
-        x = checked(self.check_batch, x, y)
+        with refused_by_all():
+            if validates:
+                self.check_batch(validated, labels)
+            elif validation_data is not None:
+                validation_data = checked(self.check_batch, validation_data)
+            x = checked(self.check_batch, x, y)
         build_optimizer(self)
         with self._running_over_data():
             return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
@@ -254,7 +259,8 @@ class Task(IterationsOfRun, ConfiguredModel):
         """As `keras.Model.evaluate`, with so many `think_iterations` if it says so."""
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps"))
-        x = checked(self.check_batch, x, y)
+        with refused_by_all():
+            x = checked(self.check_batch, x, y)
         iterating = self.iterating("test_function", think_iterations)
         with iterating, self._running_over_data():
             return super().evaluate(x, y, batch_size, *args, **kwargs)
@@ -266,7 +272,8 @@ class Task(IterationsOfRun, ConfiguredModel):
         """
         check_batch_size(x, batch_size, kwargs.get("steps"))
         check_steps_at_once(getattr(self, "steps_per_execution", 1))
-        x = checked(self._check_inputs, x)
+        with refused_by_all():
+            x = checked(self._check_inputs, x)
         iterating = self.iterating("predict_function", think_iterations)
         with iterating, self._running_over_data():
             return super().predict(x, batch_size, *args, **kwargs)

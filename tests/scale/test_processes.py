@@ -92,6 +92,8 @@ def test_one_device_loads_what_two_processes_saved():
 def test_no_process_is_left_waiting():
     first, second = run(2, (DEVICES, 1, 1))[0]
     assert (first["failure"], second["failure"]) == ("NotADirectoryError", "OSError")
+    assert "Other processes refused their data" in str(first["wrong"])
+    assert "Received ids from 64" in str(second["wrong"])
     for found in (first, second):
         assert "Received: rows=[4, 8], batch_size=[4, 4]" in str(found["others"])
         assert "4 in every process" in str(found["uneven"])

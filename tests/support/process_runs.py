@@ -88,7 +88,11 @@ def refusals(model, x, batch, process):
     import keras
 
     more = x[: batch * (1 + process)]
-    found = {"others": message_of(lambda: model.fit(more, batch_size=batch, verbose=0))}
+    wrong = x + SIZES["vocab_size"] * process
+    found = {
+        "others": message_of(lambda: model.fit(more, batch_size=batch, verbose=0)),
+        "wrong": message_of(lambda: model.predict(wrong, batch_size=batch, verbose=0)),
+    }
     replicas = keras.distribution.distribution().num_model_replicas
     if replicas > 2:
         found["uneven"] = message_of(lambda: model.fit(x[: batch + 1], batch_size=batch, verbose=0))
