@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from .ops.backend.shards import in_shards, initial_sharding
 from .ops.tensor_types import Tensor
 
 _loading = False
@@ -32,12 +33,27 @@ def weights_to_be_loaded() -> Iterator[None]:
 class _Drawn(keras.initializers.Initializer):
     """Draws with a generator seeded by Python's `random`, as Keras' own initialisers are."""
 
-    def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+    def __call__(
+        self, shape: tuple[int, ...], dtype: str | None = None, layout: Any = None
+    ) -> Tensor:
+        """Initial values, under `keras.distribution` in the shards of a `layout`.
+
+        Without a layout Keras would compile the drawn values into a program for every device.
+        """
         dtype = dtype or keras.config.floatx()
-        if _loading:
+        if layout is None and _loading:
             return ops.zeros(shape, dtype)
+        if _loading:
+            return in_shards(np.broadcast_to(np.zeros((), dtype), shape), initial_sharding(layout))
+        values = self.on_host(shape, dtype)
+        if layout is None:
+            return ops.convert_to_tensor(values, dtype)
+        return in_shards(values, initial_sharding(layout))
+
+    def on_host(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """The values of the next draw as a NumPy array."""
         values = self.draw(np.random.default_rng(random.getrandbits(63)), shape)
-        return ops.cast(ops.convert_to_tensor(values), dtype)
+        return values.astype(dtype, copy=False)
 
     def draw(self, generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         raise NotImplementedError

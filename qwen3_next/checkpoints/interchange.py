@@ -20,8 +20,10 @@ from qwen3_next.checkpoints.safetensors_files import (
     TensorSpec,
     write,
 )
+from qwen3_next.checkpoints.shared_saving import save_once
 from qwen3_next.checkpoints.staging import staged
 from qwen3_next.config.validation import Rule, one_of, require
+from qwen3_next.layers.ops.backend.shards import set_values
 from qwen3_next.models.weight_layouts import SAME, Layout
 from qwen3_next.models.weight_rows import Weight
 from qwen3_next.models.weight_table import unneeded_tensors, weight_table
@@ -136,12 +138,12 @@ def load(model: Any, checkpoint: Checkpoint, plan: Plan, progress: bool = True) 
     for source in plan.sources:
         variable = variables.pop(source.path)
         tensors = Tensors(checkpoint, source.names, np.dtype(variable.dtype))
-        variable.assign(source.layout.load(tensors))
+        set_values(variable, source.layout.load(tensors))
         if bar is not None:
             bar.add(1)
     counters = [path for path in variables if path in checkpoint]
     for path in counters:
-        variables.pop(path).assign(checkpoint.read(path))
+        set_values(variables.pop(path), checkpoint.read(path))
     copied = [source.path for source in plan.sources if source.layout is SAME]
     return CoverageReport(
         copied=(*copied, *counters),
@@ -185,16 +187,18 @@ def export_hugging_face(
         TensorSpec(name, row.tensor_shape, dtypes[row.path]) for row in rows for name in row.tensors
     ]
 
-    def arrays():
-        for row in rows:
-            array = keras.ops.convert_to_numpy(variables[row.path].value)
-            for tensor in row.layout.save(array):
-                yield tensor.astype(dtypes[row.path], copy=False)
+    def save(arrays):
+        tensors = (
+            tensor.astype(dtypes[row.path], copy=False)
+            for row, array in zip(rows, arrays, strict=True)
+            for tensor in row.layout.save(array)
+        )
+        with staged(directory) as folder:
+            write(folder, specs, tensors, max_shard_size)
+            text = json.dumps(fields, indent=2) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
 
-    with staged(directory) as folder:
-        write(folder, specs, arrays(), max_shard_size)
-        text = json.dumps(fields, indent=2) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+    save_once(save, [variables[row.path] for row in rows])
 
 
 def _num_labels(model):

@@ -29,10 +29,12 @@ from qwen3_next.checkpoints.interchange import (
     table_of,
 )
 from qwen3_next.checkpoints.safetensors_files import COUNTER_DTYPES, Checkpoint, TensorSpec, write
+from qwen3_next.checkpoints.shared_saving import save_once
 from qwen3_next.checkpoints.staging import PATH, files_of, read_json, staged
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import Rule, integer, require, shown
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
+from qwen3_next.layers.ops.backend.shards import set_values
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.trainable_layers import FIELD
 from qwen3_next.models.weight_layouts import SAME
@@ -160,14 +162,17 @@ def save_to_preset(model: Any, directory: str | Path, max_shard_size: str | int 
         TensorSpec(variable.path, tuple(variable.shape), np.dtype(variable.dtype))
         for variable in model.weights
     ]
-    arrays = (keras.ops.convert_to_numpy(variable.value) for variable in model.weights)
-    arrays = (
-        array.astype(spec.dtype, copy=False) for array, spec in zip(arrays, specs, strict=True)
-    )
-    with staged(directory) as folder:
-        write(folder, specs, arrays, max_shard_size)
-        text = json.dumps(saved, indent=2) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+
+    def save(arrays):
+        arrays = (
+            array.astype(spec.dtype, copy=False) for array, spec in zip(arrays, specs, strict=True)
+        )
+        with staged(directory) as folder:
+            write(folder, specs, arrays, max_shard_size)
+            text = json.dumps(saved, indent=2) + "\n"
+            (folder / "config.json").write_text(text, encoding="utf-8")
+
+    save_once(save, model.weights)
 
 
 def _check_readable(model, saved):
@@ -282,4 +287,4 @@ def _draw_initialised(model, report):
     for variable in model.weights:
         if variable.path in optional and variable.path in report.initialised:
             draw = Normal(model.config.initializer_range)
-            variable.assign(draw(variable.shape, variable.dtype))
+            set_values(variable, draw.on_host(tuple(variable.shape), variable.dtype))

@@ -1,5 +1,6 @@
 """What a head adds to a backbone: presets, losses from logits, checked training inputs."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
+from qwen3_next.checkpoints.shared_saving import save_by_keras
 from qwen3_next.checkpoints.staging import replaced
 from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
@@ -17,6 +19,15 @@ from qwen3_next.models.placement import check_placement
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
+from qwen3_next.tasks.rows_on_devices import (
+    all_rows_everywhere,
+    brought_together,
+    check_batch_size,
+    check_steps_at_once,
+    own_rows,
+    refused_by_all,
+    rows_by_device,
+)
 from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
 
 
@@ -35,6 +46,7 @@ class Task(IterationsOfRun, ConfiguredModel):
     The models return logits, so the names of the cross-entropy losses mean them from logits.
     """
 
+    predict_function: Any
     thinking_metrics: list[keras.metrics.Metric]
     thinking_of_generation: dict[str, Any] | None = None  # of the last call of `generate`
 
@@ -85,11 +97,17 @@ class Task(IterationsOfRun, ConfiguredModel):
     def _replace(self, save, suffix, filepath, overwrite, options):
         path = Path(filepath)
         asks_first = not overwrite and path.exists()
-        if asks_first or options or not path.name.endswith(suffix):  # Keras has other formats
-            save(filepath, overwrite=overwrite, **options)
-            return
-        with replaced(path) as temporary:
-            save(temporary)
+
+        def replace():
+            if asks_first or options or not path.name.endswith(suffix):  # Keras has other formats
+                save(filepath, overwrite=overwrite, **options)
+                return
+            with replaced(path) as temporary:
+                save(temporary)
+
+        save_by_keras(
+            replace, lambda folder: save(folder / f"order{suffix}"), self._stepped_variables()
+        )
 
     def export_to_transformers(
         self,
@@ -221,48 +239,90 @@ class Task(IterationsOfRun, ConfiguredModel):
         """Raises `ValueError` for labels that are no class of the model."""
         raise NotImplementedError
 
-    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, *args, validation_data=None, **kwargs):
         self.thinking_of_generation = None
-        if isinstance(validation_data, list | tuple):
-            self.check_batch(*validation_data[:2])
-        elif validation_data is not None:
-            validation_data = checked(self.check_batch, validation_data)
-        x = checked(self.check_batch, x, y)
+        check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
+        validates = isinstance(validation_data, list | tuple)
+        validated, labels, _ = keras.utils.unpack_x_y_sample_weight(validation_data)
+        if validates:
+            size = kwargs.get("validation_batch_size") or batch_size
+            check_batch_size(validated, size, kwargs.get("validation_steps"))
+        with refused_by_all():
+            if validates:
+                self.check_batch(validated, labels)
+            elif validation_data is not None:
+                validation_data = checked(self.check_batch, validation_data)
+            x = checked(self.check_batch, x, y)
         build_optimizer(self)
-        with values_kept(self, self._stepped_variables()):
-            return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
+        with self._running_over_data():
+            return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, think_iterations=None, **kwargs):
+    def evaluate(self, x=None, y=None, batch_size=None, *args, think_iterations=None, **kwargs):
         """As `keras.Model.evaluate`, with so many `think_iterations` if it says so."""
         self.thinking_of_generation = None
-        x = checked(self.check_batch, x, y)
+        check_batch_size(x, batch_size, kwargs.get("steps"))
+        with refused_by_all():
+            x = checked(self.check_batch, x, y)
         iterating = self.iterating("test_function", think_iterations)
-        with iterating, values_kept(self, self._stepped_variables()):
-            return super().evaluate(x, y, *args, **kwargs)
+        with iterating, self._running_over_data():
+            return super().evaluate(x, y, batch_size, *args, **kwargs)
 
-    def predict(self, x, *args, think_iterations=None, **kwargs):
-        """As `keras.Model.predict`, with so many `think_iterations` if it says so."""
-        x = checked(self._check_inputs, x)
+    def predict(self, x, batch_size=None, *args, think_iterations=None, **kwargs):
+        """As `keras.Model.predict`, with so many `think_iterations` if it says so.
+
+        Each of several processes brings its own rows and is given what belongs to them.
+        """
+        check_batch_size(x, batch_size, kwargs.get("steps"))
+        check_steps_at_once(getattr(self, "steps_per_execution", 1))
+        with refused_by_all():
+            x = checked(self._check_inputs, x)
         iterating = self.iterating("predict_function", think_iterations)
-        with iterating, values_kept(self, self._stepped_variables()):
-            return super().predict(x, *args, **kwargs)
+        with iterating, self._running_over_data():
+            return super().predict(x, batch_size, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _running_over_data(self):
+        with all_rows_everywhere(), values_kept(self, self._stepped_variables()):
+            yield
 
     def train_step(self, *args):
+        *state, data = args
         with one_replica():
-            return super().train_step(*args)
+            return super().train_step(*state, rows_by_device(data))
+
+    def test_step(self, *args):
+        *state, data = args
+        return super().test_step(*state, rows_by_device(data))
+
+    def predict_step(self, *args):
+        *state, data = args
+        found = super().predict_step(*state, rows_by_device(data))
+        if not state:
+            return found
+        outputs, *state = found
+        return rows_by_device(outputs), *state
+
+    def make_predict_function(self, force=False):
+        known = self.predict_function
+        super().make_predict_function(force)
+        if keras.backend.backend() == "jax" and self.predict_function is not known:
+            self.predict_function = own_rows(self.predict_function)
+        return self.predict_function
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)
         build_optimizer(self)
-        return super().train_on_batch(x, y, *args, **kwargs)
+        with all_rows_everywhere():
+            return super().train_on_batch(x, y, *args, **kwargs)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)
-        return super().test_on_batch(x, y, *args, **kwargs)
+        with all_rows_everywhere():
+            return super().test_on_batch(x, y, *args, **kwargs)
 
     def predict_on_batch(self, x):
         self._check_inputs(x)
-        return super().predict_on_batch(x)
+        return super().predict_on_batch(brought_together(x))
 
     def step_metrics(self) -> list[keras.metrics.Metric]:
         """The metrics that a step updates by itself."""

@@ -1,0 +1,99 @@
+"""Two processes of four devices do what one process of eight does."""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+
+from qwen3_next import Qwen3Next
+from tests.support.paths import ROOT
+from tests.support.process_runs import BATCHES, DEVICES
+from tests.support.running import BACKEND
+from tests.support.xla_flags import FASTER
+
+pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution needs JAX")
+
+# A replica in each process, data alone, and replicas that span both processes.
+MESHES = [(2, 4, 1), (8, 1, 1), (1, 8, 1), (1, 2, 4)]
+SECONDS = 400
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+@functools.cache
+def run(processes, sizes):
+    """What each of so many processes found, and the folder that they saved to."""
+    kept = tempfile.TemporaryDirectory()
+    folder = kept.name
+    environment = {**os.environ, "XLA_FLAGS": FASTER}
+    common = [str(processes), str(free_port()), *map(str, sizes)]
+    started = []
+    for process in range(processes):
+        command = [sys.executable, "-m", "tests.support.process_runs", folder, str(process)]
+        with open(f"{folder}/log-{process}", "w") as log:
+            options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
+            started.append(subprocess.Popen([*command, *common], **options))
+    try:
+        codes = [process.wait(SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0] * processes, open(f"{folder}/log-0").read()[-4000:]
+    return [dict(np.load(f"{folder}/found-{i}.npz")) for i in range(processes)], kept
+
+
+def rows_together(parts, rows, replicas):
+    """Rows of whole batches, from what each process has of them."""
+    if replicas == 1:
+        return parts[0]
+    parts = [part.reshape(rows, -1, *part.shape[1:]) for part in parts]
+    return np.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_two_processes_learn_what_one_learns(sizes):
+    (one,), _ = run(1, MESHES[0])
+    both, _ = run(2, sizes)
+    for name in ("losses", "evaluated", "on_batch"):
+        for found in both:
+            np.testing.assert_allclose(found[name], one[name], rtol=1e-5)
+    for name, rows in (("predicted", BATCHES), ("predicted_on_batch", 1)):
+        together = rows_together([found[name] for found in both], rows, sizes[0])
+        np.testing.assert_allclose(together, one[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_what_one_process_saves_all_load_to_the_bit(sizes):
+    for found in run(2, sizes)[0]:
+        assert [found[name] for name in ("preset", "published", "keras")] == [0, 0, 0]
+        assert found["steps"] == 2 * BATCHES
+        names = {"model.keras", "model.weights.h5", "preset", "published"}
+        assert names <= set(found["saved"])
+        assert not any(name.startswith(".writing") for name in found["saved"])
+
+
+def test_one_device_loads_what_two_processes_saved():
+    found, folder = run(2, MESHES[0])
+    model = Qwen3Next.from_preset(f"{folder.name}/preset", progress=False)
+    rows = np.random.default_rng(0).integers(0, 64, (BATCHES, 8, 8)).reshape(-1, 8)
+    predicted = rows_together([part["predicted"] for part in found], BATCHES, 2)
+    np.testing.assert_allclose(model.predict(rows, verbose=0), predicted, atol=1e-5)
+
+
+def test_no_process_is_left_waiting():
+    first, second = run(2, (DEVICES, 1, 1))[0]
+    assert (first["failure"], second["failure"]) == ("NotADirectoryError", "OSError")
+    assert "Other processes refused their data" in str(first["wrong"])
+    assert "Received ids from 64" in str(second["wrong"])
+    for found in (first, second):
+        assert "Received: rows=[4, 8], batch_size=[4, 4]" in str(found["others"])
+        assert "4 in every process" in str(found["uneven"])

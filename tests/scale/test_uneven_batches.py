@@ -1,0 +1,71 @@
+"""Batches that do not divide over the devices give what one device gives."""
+
+import keras
+import numpy as np
+import pytest
+
+from qwen3_next import Qwen3Next, Qwen3NextClassifier
+from tests.support.process_runs import distribution_over
+from tests.support.running import BACKEND
+from tests.support.small_models import ONE_LAYER, random_ids, small
+
+if BACKEND == "jax":
+    import jax
+
+    FEW = len(jax.devices()) < 8
+pytestmark = pytest.mark.skipif(BACKEND != "jax" or FEW, reason="needs JAX and eight devices")
+
+ROWS = random_ids(7, 8)
+SIZES = {**ONE_LAYER, "num_experts": 4}
+MODELS = {Qwen3Next: {}, Qwen3NextClassifier: {"num_labels": 3}}
+
+
+def generated(*arrays):
+    for start in range(0, len(ROWS), 4):
+        yield tuple(array[start : start + 4] for array in arrays)
+
+
+def found(cls):
+    """Losses and predictions of a model that learns from seven rows, four at a time."""
+    model = small(cls, **SIZES, **MODELS[cls])
+    model.compile(keras.optimizers.Adam(1e-3))
+    data = (ROWS,) if cls is Qwen3Next else (ROWS, np.arange(7) % 3)
+    few = [array[:3] for array in data]
+    validated = model.fit(*data, batch_size=4, validation_data=data, shuffle=False, verbose=0)
+    losses = [
+        *validated.history["loss"],
+        *validated.history["val_loss"],
+        model.evaluate(generated(*data), verbose=0),
+        model.train_on_batch(*few),
+        model.test_on_batch(*few),
+    ]
+    predicted = model.predict(ROWS, batch_size=4, verbose=0)
+    return np.array(losses), predicted, model.predict_on_batch(ROWS[:3])
+
+
+@pytest.mark.parametrize("cls", MODELS)
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_uneven_batches_give_what_one_device_gives(cls):
+    with distribution_over((4, 2, 1)).scope():
+        over_devices = found(cls)
+    for one, eight in zip(found(cls), over_devices, strict=True):
+        np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+def test_rows_that_divide_are_spread():
+    with distribution_over((4, 2, 1)).scope():
+        model = small(**SIZES)
+        model.make_predict_function()
+        state = model._get_jax_state(trainable_variables=True, non_trainable_variables=True)
+        outputs, _ = model.predict_function(state, iter([(ROWS[:4],)]))
+    assert outputs.addressable_shards[0].data.shape == (1, 8, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("run", ["fit", "evaluate", "predict"])
+def test_a_batch_size_that_does_not_divide_is_refused_before_a_step(run):
+    with distribution_over((4, 2, 1)).scope():
+        model = small(**SIZES)
+        model.compile("sgd")
+        message = "multiple of the 4 devices along the axis 'data', such as 4.*batch_size=3.*7 rows"
+        with pytest.raises(ValueError, match=message):
+            getattr(model, run)(ROWS, batch_size=3)
