@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from qwen3_next.layers.ops.backend.sharding import Devices, devices
 from qwen3_next.models.values import values_needed
 
 
@@ -15,7 +16,7 @@ def compile_with_weights(
 
     The weights are read at every call, so that training does not make the compiled code stale. A
     change of the set of variables (LoRA, another layer) drops what was compiled, as Keras drops
-    its `train_function`; so does another distribution, which layers read while they are traced.
+    its `train_function`; so do other devices, which layers ask for while they are traced.
 
     Args:
         model: The model whose variables the function uses.
@@ -31,7 +32,7 @@ class _CompiledFunction:
         self.function = function
         self.donate = donate
         self._variables: list = []
-        self._distribution: Any = None
+        self._devices: Devices | None = None
         self._compiled: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -39,11 +40,11 @@ class _CompiledFunction:
             return self._call(args)
 
     def _call(self, args):
-        variables, distribution = self.model.variables, keras.distribution.distribution()
-        moved = distribution is not self._distribution
+        variables, found = self.model.variables, devices()
+        moved = found != self._devices
         if self._compiled is None or moved or _differ(variables, self._variables):
             compiler = {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}
-            self._variables, self._distribution = variables, distribution
+            self._variables, self._devices = variables, found
             self._compiled = compiler[keras.backend.backend()](
                 variables, self.function, self.donate
             )

@@ -27,7 +27,8 @@ class WeightTableParallel(keras.distribution.ModelParallel):
     """
 
     def __init__(self, layout_map: keras.distribution.LayoutMap, fsdp: bool):
-        super().__init__(layout_map=layout_map, batch_dim_name="data")
+        # Every process brings rows of its own, whatever they come in.
+        super().__init__(layout_map=layout_map, batch_dim_name="data", auto_shard_dataset=False)
         self.fsdp = fsdp
         self.sizes = sizes_of(layout_map.device_mesh)
 

@@ -148,17 +148,7 @@ def _distributed(mesh: str, fsdp: bool) -> Iterator[Any]:
 def _compiled_step(config, parallel, shape, dtype, gradient_checkpointing):
     import jax
 
-    models = []
-
-    def make():
-        model = Qwen3Next(config, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-        model.compile(keras.optimizers.AdamW())
-        model.optimizer.build(model.trainable_variables)
-        models.append(model)
-
-    with weights_to_be_loaded():  # their values are drawn on the host
-        jax.eval_shape(make)
-    (model,) = models
+    model = _abstract_model(config, parallel, dtype, gradient_checkpointing)
     groups = (
         model.trainable_variables,
         model.non_trainable_variables,
@@ -171,6 +161,32 @@ def _compiled_step(config, parallel, shape, dtype, gradient_checkpointing):
     places = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(model.train_step, donate_argnums=0, out_shardings=(None, places))
     return step.lower(state, (ids,)).compile()
+
+
+def _abstract_model(config, parallel, dtype, gradient_checkpointing):
+    """A model ready for its first step, without a value."""
+    import jax
+
+    models = []
+
+    def make():
+        models.append(Qwen3Next(config, dtype=dtype, gradient_checkpointing=gradient_checkpointing))
+
+    # A layout would send values, which the host draws, to the devices.
+    keras.distribution.set_distribution(None)
+    with weights_to_be_loaded():
+        jax.eval_shape(make)
+    keras.distribution.set_distribution(parallel)
+    (model,) = models
+    for variable in model.variables:
+        variable._layout = parallel.get_variable_layout(variable)
+
+    def prepare():
+        model.compile(keras.optimizers.AdamW())
+        model.optimizer.build(model.trainable_variables)
+
+    jax.eval_shape(prepare)
+    return model
 
 
 def _abstract(variable, parallel):

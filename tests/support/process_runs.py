@@ -27,21 +27,6 @@ SIZES = {
 }
 
 
-def distribution_over(sizes):
-    """Experts over `expert`; vocabulary and attention heads over `tensor`."""
-    import keras
-
-    mesh = keras.distribution.DeviceMesh(sizes, AXES)
-    layouts = keras.distribution.LayoutMap(mesh)
-    layouts[".*experts/(gate_up|down)"] = ("expert", None, None)
-    layouts[".*embed_tokens/embeddings"] = ("tensor", None)
-    layouts[".*lm_head/kernel"] = (None, "tensor")
-    layouts[".*o_proj/kernel"] = ("tensor", None, None)
-    return keras.distribution.ModelParallel(
-        layout_map=layouts, batch_dim_name="data", auto_shard_dataset=False
-    )
-
-
 def rows_of(process, processes, replicas):
     """The rows that a process brings, `BATCHES` times its part of a batch, and their number."""
     import numpy as np
@@ -147,7 +132,10 @@ def main(folder, process, processes, port, *sizes):
 
     if processes > 1:
         keras.distribution.initialize(f"localhost:{port}", processes, process)
-    with distribution_over(sizes).scope():
+    from qwen3_next import distribute
+
+    mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    with distribute(mesh).scope():
         model, found = train(process, processes, sizes[0])
         found |= files(model, folder)
         found["failure"] = fails_together(model, folder)
