@@ -7,6 +7,7 @@ from keras import ops
 
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
+from .ops.backend.replicas import sum_over_replicas
 from .ops.tensor_types import Tensor
 from .projection import RowDense
 from .shapes import Shape
@@ -126,7 +127,7 @@ class ExpertRouter(keras.layers.Layer):
 
     def count(self, selections: Annotated[Tensor, "B N"]) -> None:
         """Notes how often each expert was chosen, for the next `update_bias`."""
-        self.selected.assign_add(ops.sum(selections, axis=0))
+        self.selected.assign_add(sum_over_replicas(ops.sum(selections, axis=0)))
 
     def update_bias(self, rate: float | None = None) -> None:
         """`b_n += rate * sign(mean of the counts - count_n)`, over what was noted since the last

@@ -16,6 +16,7 @@ from qwen3_next.layers import (
 )
 from qwen3_next.layers.initializers import Normal
 from qwen3_next.layers.norms import make_norm
+from qwen3_next.layers.ops.backend.replicas import sum_over_replicas
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_decoder_layer, make_think_loop
@@ -324,9 +325,13 @@ def _new_lengths(inputs):
 
 
 def balance(config: Qwen3NextConfig, routings: list[Routing]) -> tuple:
-    """Load-balancing loss and relative expert load of the MoE layers, `None` without any."""
+    """Load-balancing loss and relative expert load of the MoE layers, `None` without any.
+
+    They are those of the whole batch on every one of its replicas: the loss is a product of means.
+    """
     if not routings:
         return None, None
+    routings = sum_over_replicas(routings)
     loads = ops.stack([routing.tokens_per_expert for routing in routings])
     even = ops.maximum(ops.mean(loads, axis=-1, keepdims=True), 1e-9)
     by_layer = config.router_aux_loss_scope == "layer"

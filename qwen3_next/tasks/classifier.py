@@ -7,12 +7,14 @@ from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, require
+from qwen3_next.layers.ops.backend.replicas import share_of_replica, sum_over_replicas
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_head
 from qwen3_next.models.backbone import Qwen3NextBackbone
 from qwen3_next.models.decisions import with_prompts
 from qwen3_next.models.inputs import check_labels, last_hidden, unpack
 from qwen3_next.tasks.task import Task
+from qwen3_next.training.replicas_of_step import weight_of_rows
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
 from qwen3_next.training.thinking_metrics import (
     make_thinking_metrics,
@@ -166,7 +168,9 @@ class Qwen3NextClassifier(Task):
             if training:
                 self.backbone.update_expert_bias()
             y_pred = y_pred.logits
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
+        sample_weight = weight_of_rows(self.loss, y_pred, sample_weight)
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return share_of_replica(sum_over_replicas(loss))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if isinstance(y_pred, ClassifierStepOutput):

@@ -1,5 +1,6 @@
 """What a head adds to a backbone: presets, losses from logits, checked training inputs."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,9 +14,12 @@ from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.models.strategies import strategy_of
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
+from qwen3_next.tasks.replicas import Replicas
+from qwen3_next.training.replicas_of_step import train_on_replica
 from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
 
 
@@ -24,10 +28,12 @@ def build_optimizer(model: keras.Model) -> None:
     step that makes variables once more."""
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and not optimizer.built:
-        optimizer.build(model.trainable_variables)
+        strategy = strategy_of(model)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            optimizer.build(model.trainable_variables)
 
 
-class Task(IterationsOfRun, ConfiguredModel):
+class Task(IterationsOfRun, Replicas, ConfiguredModel):
     """A model with a head, ready for `compile`, `fit`, `evaluate` and `predict`.
 
     The models return logits, so the names of the cross-entropy losses mean them from logits.
@@ -119,6 +125,7 @@ class Task(IterationsOfRun, ConfiguredModel):
         """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
         loss = loss_from_logits(loss)
         self.forget_functions()
+        self.check_compilation(loss, kwargs)
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
     def compile_from_config(self, config):
@@ -246,6 +253,8 @@ class Task(IterationsOfRun, ConfiguredModel):
             return super().predict(x, *args, **kwargs)
 
     def train_step(self, *args):
+        if self.adds_up_first():
+            return train_on_replica(self, *args)
         with one_replica():
             return super().train_step(*args)
 
