@@ -127,13 +127,13 @@ class ExpertRouter(keras.layers.Layer):
 
     def count(self, selections: Annotated[Tensor, "B N"]) -> None:
         """Notes how often each expert was chosen, for the next `update_bias`."""
-        self.selected.assign_add(sum_over_replicas(ops.sum(selections, axis=0)))
+        self.selected.assign_add(ops.sum(selections, axis=0))
 
     def update_bias(self, rate: float | None = None) -> None:
         """`b_n += rate * sign(mean of the counts - count_n)`, over what was noted since the last
         time; `rate` defaults to `bias_update_rate`."""
         rate = self.bias_update_rate if rate is None else rate
-        counts = ops.convert_to_tensor(self.selected)
+        counts = sum_over_replicas(ops.convert_to_tensor(self.selected))
         self.selection_bias.assign_add(rate * ops.sign(ops.mean(counts) - counts))
         self.selected.assign(ops.zeros_like(counts))
 

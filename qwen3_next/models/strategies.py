@@ -24,7 +24,7 @@ def require_mirrored_strategy(model: str) -> None:
         )
 
 
-def strategy_of(model: keras.Model) -> Any:
+def strategy_of(model: Any) -> Any:
     """The strategy in whose scope a model was built, or `None`."""
     return getattr(model, "_distribute_strategy", None)
 
@@ -43,6 +43,22 @@ def require_strategy_of(model: keras.Model, doing: str, outside: bool = True) ->
             f"A model is built and compiled within the same `strategy.scope()`, and does not run "
             f"within another. Received: `{doing}` under {_name(here)}, of a model built under "
             f"{_name(built)}"
+        )
+
+
+def require_no_strategy(doing: str, *models: Any) -> None:
+    """Raises `ValueError` within a scope, or for models that were built in one.
+
+    Args:
+        doing: What is done, as the error names it.
+        *models: What it is done with.
+    """
+    found = [active_strategy(), *(strategy_of(model) for model in models)]
+    strategy = next((one for one in found if one is not None), None)
+    if strategy is not None:
+        raise ValueError(
+            f"{doing} trains on one replica: build it and its models outside of every "
+            f"`strategy.scope()`. Received: {_name(strategy)}"
         )
 
 

@@ -14,7 +14,7 @@ from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
-from qwen3_next.models.strategies import strategy_of
+from qwen3_next.models.strategies import require_strategy_of, strategy_of
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
@@ -127,6 +127,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         self.forget_functions()
         self.check_compilation(loss, kwargs)
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+        self.check_optimizer()
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -227,6 +228,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         raise NotImplementedError
 
     def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+        require_strategy_of(self, "fit")
         self.thinking_of_generation = None
         if isinstance(validation_data, list | tuple):
             self.check_batch(*validation_data[:2])
@@ -239,6 +241,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
     def evaluate(self, x=None, y=None, *args, think_iterations=None, **kwargs):
         """As `keras.Model.evaluate`, with so many `think_iterations` if it says so."""
+        require_strategy_of(self, "evaluate")
         self.thinking_of_generation = None
         x = checked(self.check_batch, x, y)
         iterating = self.iterating("test_function", think_iterations)
@@ -247,6 +250,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
     def predict(self, x, *args, think_iterations=None, **kwargs):
         """As `keras.Model.predict`, with so many `think_iterations` if it says so."""
+        require_strategy_of(self, "predict")
         x = checked(self._check_inputs, x)
         iterating = self.iterating("predict_function", think_iterations)
         with iterating, values_kept(self, self._stepped_variables()):

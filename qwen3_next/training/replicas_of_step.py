@@ -11,7 +11,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from qwen3_next.layers.ops.backend.replicas import replica_count, sum_over_replicas
+from qwen3_next.layers.ops.backend.replicas import (
+    already_summed,
+    replica_count,
+    sum_over_replicas,
+)
 from qwen3_next.layers.ops.tensor_types import Tensor
 
 MEANS = ("sum_over_batch_size", "mean")
@@ -36,28 +40,51 @@ def weight_of_rows(loss: Any, rows: Tensor, sample_weight: Tensor | None) -> Ten
 
 
 def adds_up_first(optimizer: Any) -> bool:
-    """Whether an optimizer does something to gradients, or now and then, beyond one update.
-
-    Replicas would clip their own gradients before they are added up, and cannot exchange anything
-    within a branch.
-    """
-    names = ("clipnorm", "global_clipnorm", "clipvalue", "gradient_accumulation_steps", "use_ema")
+    """Whether an optimizer needs the gradients of the whole batch: it clips or accumulates them."""
+    names = ("clipnorm", "global_clipnorm", "clipvalue", "gradient_accumulation_steps")
     return any(getattr(optimizer, name, None) for name in names)
 
 
 def apply_sums(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-    """Lets an optimizer of TensorFlow update once for all replicas, by the sums of gradients."""
+    """Lets an optimizer of TensorFlow update by the sums of the gradients over replicas."""
     import tensorflow as tf
 
-    def apply_once(strategy, gradients):
-        first = strategy.extended.worker_devices[0]
-        given = [g for g in gradients if g is not None]
-        pairs = [(g, first) for g in given]
-        sums = iter(strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs))
-        whole = [None if g is None else next(sums) for g in gradients]
-        optimizer.apply(whole, variables)
+    context = tf.distribute.get_replica_context()
+    pairs = [pair for pair in zip(gradients, variables, strict=True) if pair[0] is not None]
+    given, variables = [g for g, _ in pairs], [v for _, v in pairs]
+    sums = context.all_reduce(tf.distribute.ReduceOp.SUM, given)
+    if optimizer.gradient_accumulation_steps:
+        context.merge_call(_accumulate, args=(sums, optimizer, variables))
+        optimizer._iterations.assign_add(1)
+    else:
+        with already_summed():
+            optimizer.apply(sums, variables)
 
-    tf.distribute.get_replica_context().merge_call(apply_once, args=(gradients,))
+
+def _accumulate(strategy, gradients, optimizer, variables):
+    """What Keras does on one replica, but with the branch around the replicas: within one of
+    theirs they could not exchange anything."""
+    steps = optimizer.gradient_accumulation_steps
+    totals = [optimizer._accumulated_gradients[optimizer._get_variable_index(v)] for v in variables]
+
+    def update(gradients):
+        scale = steps * (optimizer.loss_scale_factor or 1.0)
+        means = [(g + total) / scale for g, total in zip(gradients, totals, strict=True)]
+        means = optimizer._clip_gradients(means)
+        optimizer._apply_weight_decay(variables)
+        with already_summed():
+            optimizer._backend_update_step(means, variables, optimizer.learning_rate)
+        optimizer._backend_reset_gradient_accumulators()
+
+    def add(gradients):
+        for gradient, total in zip(gradients, totals, strict=True):
+            total.assign_add(gradient)
+
+    def on_replicas(function):
+        return lambda: strategy.extended.call_for_each_replica(function, args=(gradients,))
+
+    due = ops.equal((optimizer._iterations + 1) % steps, 0)
+    ops.cond(due, on_replicas(update), on_replicas(add))
 
 
 def train_on_replica(model: keras.Model, data: Any) -> dict[str, Any]:

@@ -115,12 +115,17 @@ def thinking_results(metrics: list[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for metric in metrics:
         if isinstance(metric, RouterActions):
-            found[metric.name] = ops.convert_to_numpy(metric.actions.value).astype(int).tolist()
+            found[metric.name] = _counts(metric.actions)
         elif isinstance(metric, ExpertSelections):
-            found[metric.name] = ops.convert_to_numpy(metric.selections.value).astype(int).tolist()
+            found[metric.name] = _counts(metric.selections)
         else:
             found[metric.name] = float(metric.result())
     return found
+
+
+def _counts(variable):
+    # As a tensor first: on replicas a value is the sum of several.
+    return ops.convert_to_numpy(ops.convert_to_tensor(variable)).astype(int).tolist()
 
 
 def ponder_loss(config: Qwen3NextConfig, thinking: Thinking | None) -> Annotated[Tensor, ""] | None:
