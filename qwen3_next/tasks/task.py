@@ -18,7 +18,7 @@ from qwen3_next.models.strategies import require_strategy_of, strategy_of
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
-from qwen3_next.tasks.replicas import Replicas
+from qwen3_next.tasks.running_on_replicas import Replicas
 from qwen3_next.training.replicas_of_step import train_on_replica
 from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
 
