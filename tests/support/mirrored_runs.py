@@ -123,11 +123,10 @@ def empty_replica(model):
     return model.fit(IDS[:5], LABELS[:5], batch_size=4, shuffle=False, verbose=0).history["loss"][0]
 
 
-def generator_steps(model):
-    """Steps that are made of a generator of two batches."""
-    before = int(model.optimizer.iterations.numpy())
-    model.fit(((IDS[i : i + 4], LABELS[i : i + 4]) for i in (0, 4)), verbose=0)
-    return int(model.optimizer.iterations.numpy()) - before
+def from_generator(model):
+    """The loss of an epoch over a generator, which gives every batch once."""
+    batches = ((IDS[i : i + 4], LABELS[i : i + 4]) for i in (0, 4))
+    return model.fit(batches, verbose=0).history["loss"][0]
 
 
 def main(path):
@@ -147,7 +146,7 @@ def main(path):
         if name == "dense":
             found["files"] = files_apart(single, mirrored, strategy)
             found["an empty replica"] = abs(empty_replica(single) - empty_replica(mirrored))
-            found["generator steps"] = generator_steps(mirrored)
+            found["a generator"] = abs(from_generator(single) - from_generator(mirrored))
     Path(path).write_text(json.dumps(found))
 
 

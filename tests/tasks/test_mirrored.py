@@ -45,7 +45,7 @@ def test_a_replica_without_rows_changes_nothing(differences):
 
 
 def test_no_batch_of_a_generator_is_lost(differences):
-    assert differences["generator steps"] == 2
+    assert differences["a generator"] < 1e-5
 
 
 def test_other_strategies_are_refused_where_a_model_is_built():
