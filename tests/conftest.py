@@ -23,6 +23,7 @@ LONGEST = (
     "test_router_training.py",
     "test_saving.py",
     "test_thinking_tasks.py",
+    "test_mirrored.py",
 )
 
 
