@@ -7,6 +7,7 @@ from keras import ops
 
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
+from .ops.backend.replicas import sum_over_replicas
 from .ops.tensor_types import Tensor
 from .projection import RowDense
 from .shapes import Shape
@@ -132,7 +133,7 @@ class ExpertRouter(keras.layers.Layer):
         """`b_n += rate * sign(mean of the counts - count_n)`, over what was noted since the last
         time; `rate` defaults to `bias_update_rate`."""
         rate = self.bias_update_rate if rate is None else rate
-        counts = ops.convert_to_tensor(self.selected)
+        counts = sum_over_replicas(ops.convert_to_tensor(self.selected))
         self.selection_bias.assign_add(rate * ops.sign(ops.mean(counts) - counts))
         self.selected.assign(ops.zeros_like(counts))
 

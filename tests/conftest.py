@@ -25,6 +25,7 @@ LONGEST = (
     "test_router_training.py",
     "test_saving.py",
     "test_thinking_tasks.py",
+    "test_mirrored.py",
 )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 HALF_LIFE = 300  # steps of a row after which what was accepted counts half
 PROBING = 0.02  # share of the time that may go into looking whether drafts have come to pay
@@ -49,7 +50,8 @@ class LookaheadChoice:
             self._step_seconds = {}
             self._forget_acceptance()
         optimizer = getattr(model, "optimizer", None)
-        trained = (optimizer, None if optimizer is None else int(optimizer.iterations))
+        steps = None if optimizer is None else int(ops.convert_to_numpy(optimizer.iterations))
+        trained = (optimizer, steps)
         if trained != self._trained:
             self._trained = trained
             self._forget_acceptance()

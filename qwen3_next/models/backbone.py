@@ -1,5 +1,6 @@
 """The backbone: token ids in, hidden states out."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -40,6 +41,7 @@ class BackboneOutput(NamedTuple):
         expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load; `None`
             for a dense model.
         thinking: `Thinking`, how long every token thought; `None` without a think loop.
+        routings: `Routing` of every MoE layer, which the two are computed from.
     """
 
     hidden: Tensor
@@ -49,6 +51,7 @@ class BackboneOutput(NamedTuple):
     aux_loss: Tensor | None = None
     expert_load: Tensor | None = None
     thinking: Thinking | None = None
+    routings: tuple[Routing, ...] = ()
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -246,7 +249,8 @@ class Qwen3NextBackbone(ConfiguredModel):
         elif cache is not None:
             cache = Cache(cache.lengths + _new_lengths(inputs), tuple(left))
         aux_loss, expert_load = balance(self.config, routings)
-        return BackboneOutput(hidden, before_norm, cache, update, aux_loss, expert_load, thinking)
+        found = aux_loss, expert_load, thinking, tuple(routings)
+        return BackboneOutput(hidden, before_norm, cache, update, *found)
 
     def _thinking_options(self, block, inputs, think_iterations):
         if block is not self.think_loop:
@@ -324,7 +328,7 @@ def _new_lengths(inputs):
     return valid_lengths(inputs.padding_mask)
 
 
-def balance(config: Qwen3NextConfig, routings: list[Routing]) -> tuple:
+def balance(config: Qwen3NextConfig, routings: Sequence[Routing]) -> tuple:
     """Load-balancing loss and relative expert load of the MoE layers, `None` without any."""
     if not routings:
         return None, None

@@ -10,6 +10,7 @@ from qwen3_next.config.validation import Rule, require, shown
 from qwen3_next.models.decisions import with_decisions
 from qwen3_next.models.inputs import check_token_ids, require_inputs
 from qwen3_next.models.placement import check_placement
+from qwen3_next.models.strategies import require_mirrored_strategy
 from qwen3_next.models.trainable_layers import FIELD, set_trainable_by_layer, trainable_by_layer
 from qwen3_next.models.values import values_needed
 
@@ -27,6 +28,7 @@ class ConfiguredModel(keras.Model):
     config: Qwen3NextConfig
 
     def __init__(self, config=None, *, name=None, dtype=None, **fields):
+        require_mirrored_strategy(type(self).__name__)
         if config is not None and fields:
             raise ValueError(
                 "Give a `config` or its fields as keyword arguments, not both. "

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from qwen3_next.layers.ops.backend.replicas import sum_over_replicas
 from qwen3_next.layers.ops.tensor_types import Tensor
 
 MOST = 2**31 - 1
@@ -35,6 +36,7 @@ class TokenCounts(keras.layers.Layer):
         new = ops.segment_sum(
             ops.cast(real, "int32"), ops.where(real, labels, 0), num_segments=size
         )
+        new = sum_over_replicas(new)
         # Never `counts + new`, which would wrap around.
         self.counts.assign_add(ops.minimum(new, MOST - self.counts))
 

@@ -39,7 +39,7 @@ class Collective(NamedTuple):
         kind: One of `KINDS`.
         axes: Names of the mesh axes along which devices take part.
         place: Where in the model, with numbers of layers left out.
-        count: How often it runs; a loop whose length only data tell counts once.
+        times: How often it runs; a loop whose length only data tell counts once.
         received: Bytes that a device receives, all runs together.
         largest: Bytes of the largest array that it yields.
     """
@@ -47,7 +47,7 @@ class Collective(NamedTuple):
     kind: str
     axes: tuple[str, ...]
     place: str
-    count: int
+    times: int
     received: float
     largest: int
 
@@ -82,7 +82,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 
 def largest_arrays(text: str) -> dict[tuple[int, ...], int]:
     """Bytes of every shape of array that a program makes, the largest first."""
-    found = {}
+    found: dict[tuple[int, ...], int] = {}
     for dtype, shape in _ARRAY.findall(text):
         dims = tuple(int(n) for n in shape.split(",") if n)
         found[dims] = max(found.get(dims, 0), _bytes(dtype, shape))

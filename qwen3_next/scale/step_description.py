@@ -58,7 +58,7 @@ class StepDescription:
         for row in self.collectives:
             over = " + ".join(row.axes)
             size = bytes_text(int(row.received))
-            lines.append(f"{row.kind:<20}{over:<22}{row.count:>6}{size:>13}  {row.place}")
+            lines.append(f"{row.kind:<20}{over:<22}{row.times:>6}{size:>13}  {row.place}")
         lines += ["", f"{'received in all':<48}{bytes_text(int(self.received)):>13}"]
         if self.least:
             least = sum(self.least.values())

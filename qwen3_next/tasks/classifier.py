@@ -7,12 +7,15 @@ from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, require
+from qwen3_next.layers import Routing, Thinking
+from qwen3_next.layers.ops.backend.replicas import share_of_replica, sum_over_replicas
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import make_head
-from qwen3_next.models.backbone import Qwen3NextBackbone
+from qwen3_next.models.backbone import Qwen3NextBackbone, balance
 from qwen3_next.models.decisions import with_prompts
 from qwen3_next.models.inputs import check_labels, last_hidden, unpack
 from qwen3_next.tasks.task import Task
+from qwen3_next.training.replicas_of_step import weight_of_rows
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
 from qwen3_next.training.thinking_metrics import (
     make_thinking_metrics,
@@ -26,11 +29,13 @@ class ClassifierStepOutput(NamedTuple):
 
     Attributes:
         logits: `(B, num_labels)`.
-        thinking: `Thinking`, or `()` without a think loop.
+        thinking: `Thinking`, or `None` without a think loop.
+        routings: `Routing` of every MoE layer, `()` for a dense model.
     """
 
     logits: Tensor
-    thinking: Any
+    thinking: Thinking | None
+    routings: tuple[Routing, ...]
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -127,11 +132,15 @@ class Qwen3NextClassifier(Task):
 
     def call(self, inputs, think_iterations=None, training=None):
         if isinstance(inputs, StepInputs):
-            return ClassifierStepOutput(*self._classify(inputs.inputs, None, training))
-        return self._classify(inputs, think_iterations, training)[0]
+            return self._classify(inputs.inputs, None, training)[0]
+        found, aux_loss = self._classify(inputs, think_iterations, training)
+        if training:
+            for loss in self._extra_losses(aux_loss, found.thinking):
+                self.add_loss(loss)
+        return found.logits
 
     def _classify(self, inputs, think_iterations, training):
-        """Logits, and how long every token thought, `()` without a think loop."""
+        """`ClassifierStepOutput`, and the load-balancing loss or `None`."""
         inputs = unpack(inputs)
         if inputs.segment_ids is not None:
             raise ValueError(
@@ -145,14 +154,16 @@ class Qwen3NextClassifier(Task):
             think_iterations=think_iterations or self.iterations_of_run,
             training=training,
         )
-        if training and output.aux_loss is not None:
-            self.add_loss(self.config.router_aux_loss_coef * output.aux_loss)
-        thinking = thinking_loss(self.config, output.thinking)
-        if training and thinking is not None:
-            self.add_loss(thinking)
         pooled = last_hidden(output.hidden, inputs.padding_mask)
         pooled = self.pooled_dropout(ops.cast(pooled, "float32"), training=training)
-        return self.score(pooled), () if output.thinking is None else output.thinking
+        found = ClassifierStepOutput(self.score(pooled), output.thinking, output.routings)
+        return found, output.aux_loss
+
+    def _extra_losses(self, aux_loss, thinking):
+        """What is added to the compiled loss in training."""
+        balancing = None if aux_loss is None else self.config.router_aux_loss_coef * aux_loss
+        found = balancing, thinking_loss(self.config, thinking)
+        return [loss for loss in found if loss is not None]
 
     def train_step(self, *args):
         return super().train_step(*with_step_inputs(args))
@@ -161,12 +172,17 @@ class Qwen3NextClassifier(Task):
         return super().test_step(*with_step_inputs(args))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        extra = []
         if isinstance(y_pred, ClassifierStepOutput):
-            update_thinking_metrics(self.thinking_metrics, y_pred.thinking or None)
+            update_thinking_metrics(self.thinking_metrics, y_pred.thinking)
             if training:
                 self.backbone.update_expert_bias()
+                aux_loss, _ = balance(self.config, sum_over_replicas(y_pred.routings))
+                extra = self._extra_losses(aux_loss, y_pred.thinking)
             y_pred = y_pred.logits
-        return super().compute_loss(x, y, y_pred, sample_weight, training)
+        sample_weight = weight_of_rows(self.loss, y_pred, sample_weight)
+        loss = sum_over_replicas(super().compute_loss(x, y, y_pred, sample_weight, training))
+        return share_of_replica(sum(extra, start=loss))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if isinstance(y_pred, ClassifierStepOutput):

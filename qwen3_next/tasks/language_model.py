@@ -280,8 +280,7 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         return StepOutput(
             hidden=output.hidden,
             mtp_input=self.mtp_input(output) if self.mtp_modules else None,
-            aux_loss=output.aux_loss,
-            expert_load=output.expert_load,
+            routings=output.routings,
             thinking=output.thinking,
         )
 

@@ -16,6 +16,7 @@ from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
 from qwen3_next.models.placement import check_placement
+from qwen3_next.models.strategies import require_strategy_of, strategy_of
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
@@ -28,6 +29,8 @@ from qwen3_next.tasks.rows_on_devices import (
     refused_by_all,
     rows_by_device,
 )
+from qwen3_next.tasks.running_on_replicas import Replicas
+from qwen3_next.training.replicas_of_step import train_on_replica
 from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
 
 
@@ -37,10 +40,12 @@ def build_optimizer(model: keras.Model) -> None:
     check_placement(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and not optimizer.built:
-        optimizer.build(model.trainable_variables)
+        strategy = strategy_of(model)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            optimizer.build(model.trainable_variables)
 
 
-class Task(IterationsOfRun, ConfiguredModel):
+class Task(IterationsOfRun, Replicas, ConfiguredModel):
     """A model with a head, ready for `compile`, `fit`, `evaluate` and `predict`.
 
     The models return logits, so the names of the cross-entropy losses mean them from logits.
@@ -139,7 +144,9 @@ class Task(IterationsOfRun, ConfiguredModel):
         """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
         loss = loss_from_logits(loss)
         self.forget_functions()
+        self.check_compilation(loss, kwargs)
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+        self.check_optimizer()
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -240,6 +247,7 @@ class Task(IterationsOfRun, ConfiguredModel):
         raise NotImplementedError
 
     def fit(self, x=None, y=None, batch_size=None, *args, validation_data=None, **kwargs):
+        require_strategy_of(self, "fit")
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
         validates = isinstance(validation_data, list | tuple)
@@ -259,6 +267,7 @@ class Task(IterationsOfRun, ConfiguredModel):
 
     def evaluate(self, x=None, y=None, batch_size=None, *args, think_iterations=None, **kwargs):
         """As `keras.Model.evaluate`, with so many `think_iterations` if it says so."""
+        require_strategy_of(self, "evaluate")
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps"))
         with refused_by_all():
@@ -272,6 +281,7 @@ class Task(IterationsOfRun, ConfiguredModel):
 
         Each of several processes brings its own rows and is given what belongs to them.
         """
+        require_strategy_of(self, "predict")
         check_batch_size(x, batch_size, kwargs.get("steps"))
         check_steps_at_once(getattr(self, "steps_per_execution", 1))
         with refused_by_all():
@@ -286,6 +296,8 @@ class Task(IterationsOfRun, ConfiguredModel):
             yield
 
     def train_step(self, *args):
+        if self.adds_up_first():
+            return train_on_replica(self, *args)
         *state, data = args
         with one_replica():
             return super().train_step(*state, rows_by_device(data))

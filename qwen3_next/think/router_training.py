@@ -18,6 +18,7 @@ from qwen3_next.config.validation import (
 )
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.inputs import check_token_ids, unpack
+from qwen3_next.models.strategies import require_no_strategy
 from qwen3_next.tasks.task import Task
 
 ACTIONS = 3
@@ -145,6 +146,7 @@ class RouterTrainer(keras.Model):
 
     def __init__(self, model: Task, teacher_forcing: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        require_no_strategy(type(self).__name__, model)
         etd = model.config.etd if isinstance(model, Task) else None
         if etd is None or not etd.use_layer_router:
             raise ValueError(

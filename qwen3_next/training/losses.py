@@ -5,6 +5,7 @@ from typing import Annotated
 from keras import ops
 
 from qwen3_next.layers.ops import linear_cross_entropy
+from qwen3_next.layers.ops.backend.replicas import sum_over_replicas
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
 
@@ -24,7 +25,13 @@ def masked_mean(
     if sample_weight is not None:
         values = values * per_token(sample_weight)
     count = ops.sum(ops.cast(labels != IGNORE, "float32"))
-    return ops.sum(values) / ops.maximum(count, 1.0)
+    return mean_of_sums(ops.sum(values), count)
+
+
+def mean_of_sums(total: Annotated[Tensor, ""], count: Annotated[Tensor, ""]) -> Tensor:
+    """`total / max(count, 1)`, both summed over the replicas of the batch."""
+    total, count = sum_over_replicas((total, count))
+    return total / ops.maximum(count, 1.0)
 
 
 def fused_losses(

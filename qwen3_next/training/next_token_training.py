@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
+from qwen3_next.layers.ops.backend.replicas import share_of_replica, sum_over_replicas
 from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -19,6 +20,7 @@ from qwen3_next.models.decisions import reads_prompts
 from qwen3_next.models.inputs import next_token_labels, unpack
 from qwen3_next.training.losses import label_weight, masked_mean
 from qwen3_next.training.own_losses import note_step, own_losses
+from qwen3_next.training.replicas_of_step import weight_of_rows
 from qwen3_next.training.step_inputs import StepOutput, with_step_inputs
 from qwen3_next.training.thinking_metrics import make_thinking_metrics
 
@@ -82,7 +84,7 @@ class NextTokenTraining(ConfiguredModel):
             if self._is_token_loss:
                 loss = self.mean_loss(labels, sample_weight, logits=y_pred)
                 loss = sum((ops.sum(extra) for extra in self.losses), start=loss)
-            return loss
+            return share_of_replica(loss)
         labels = self.step_labels(x.inputs, y)
         logits = None
         if self._has_metrics or not self._is_token_loss:
@@ -97,7 +99,7 @@ class NextTokenTraining(ConfiguredModel):
         loss = loss + own.loss
         if logits is not None:
             self._update_metrics(x.inputs, labels, logits, sample_weight)
-        return loss
+        return share_of_replica(loss)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if not isinstance(y_pred, StepOutput):  # Keras builds the metrics with logits
@@ -126,13 +128,15 @@ class NextTokenTraining(ConfiguredModel):
         return masked_mean(ops.reshape(losses, ops.shape(labels)), labels, sample_weight)
 
     def _loss_of_logits(self, x, labels, logits, sample_weight, training):
-        """The compiled loss as Keras computes it.
+        """The compiled loss as Keras computes it, of the whole batch.
 
         Where the loss is fused, Keras asks for it once and symbolically, before the first step: a
         compiled loss that was never built would make it trace the model again at every call.
         """
         weight = label_weight(labels, sample_weight)
-        return super().compute_loss(x, ops.maximum(labels, 0), logits, weight, training)
+        weight = weight_of_rows(self.loss, labels, weight)
+        loss = super().compute_loss(x, ops.maximum(labels, 0), logits, weight, training)
+        return sum_over_replicas(loss)
 
     def _update_metrics(self, inputs, labels, logits, sample_weight):
         weight = label_weight(labels, sample_weight)

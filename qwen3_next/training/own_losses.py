@@ -8,7 +8,9 @@ from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
+from qwen3_next.layers.ops.backend.replicas import sum_over_replicas
 from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.backbone import balance
 from qwen3_next.models.inputs import unpack
 from qwen3_next.training.losses import per_token
 from qwen3_next.training.mtp_losses import StepLosses, step_losses, weighted_sum
@@ -22,10 +24,13 @@ class OwnLosses(NamedTuple):
     Attributes:
         loss: `()` float32, the sum of the terms; 0 outside of training.
         mtp: `StepLosses`, or `None` without MTP modules.
+        expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load, or
+            `None` for a dense model.
     """
 
     loss: Tensor
     mtp: StepLosses | None
+    expert_load: Tensor | None
 
 
 def own_losses(
@@ -47,8 +52,10 @@ def own_losses(
         training: Whether it trains.
     """
     loss, mtp = ops.zeros(()), None
-    if output.aux_loss is not None and training:
-        loss = loss + model.config.router_aux_loss_coef * output.aux_loss
+    # A product of means over the batch, so not the mean of what replicas have.
+    aux_loss, expert_load = balance(model.config, sum_over_replicas(output.routings))
+    if aux_loss is not None and training:
+        loss = loss + model.config.router_aux_loss_coef * aux_loss
     thinking = thinking_loss(model.config, output.thinking)
     if thinking is not None and training:
         loss = loss + thinking
@@ -58,7 +65,7 @@ def own_losses(
             weight = ops.broadcast_to(per_token(sample_weight), ops.shape(labels))
         mtp = step_losses(model, output.mtp_input, unpack(inputs), labels, weight, training)
         loss = loss + weighted_sum(model, mtp) if training else loss
-    return OwnLosses(loss, mtp)
+    return OwnLosses(loss, mtp, expert_load)
 
 
 def note_step(
@@ -70,11 +77,9 @@ def note_step(
 ) -> None:
     """Updates the metrics and the counters of a model, once the losses of a step are known."""
     update_thinking_metrics(model.thinking_metrics, output.thinking)
-    if output.expert_load is not None:
-        model.expert_load_max.update_state(ops.max(output.expert_load))
-        model.expert_load_unused.update_state(
-            ops.mean(ops.cast(output.expert_load == 0, "float32"))
-        )
+    if own.expert_load is not None:
+        model.expert_load_max.update_state(ops.max(own.expert_load))
+        model.expert_load_unused.update_state(ops.mean(ops.cast(own.expert_load == 0, "float32")))
     if own.mtp is not None:
         values = (*own.mtp.losses, *own.mtp.accuracies)
         for metric, value in zip(model.mtp_metrics, values, strict=True):

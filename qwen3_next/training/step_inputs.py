@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from qwen3_next.layers import Thinking
+from qwen3_next.layers import Routing, Thinking
 from qwen3_next.layers.ops.tensor_types import Tensor
 
 
@@ -31,16 +31,13 @@ class StepOutput(NamedTuple):
     Attributes:
         hidden: `(B, T, D)`, which the head reads.
         mtp_input: `(B, T, D)`, which the first MTP step reads, or `None` without MTP modules.
-        aux_loss: `()` float32, the load-balancing loss, or `None` for a dense model.
-        expert_load: `(MoE layers, E)` float32, tokens per expert relative to an even load, or
-            `None` for a dense model.
+        routings: `Routing` of every MoE layer, `()` for a dense model.
         thinking: `Thinking`, or `None` without a think loop.
     """
 
     hidden: Tensor
     mtp_input: Tensor | None
-    aux_loss: Tensor | None
-    expert_load: Tensor | None
+    routings: tuple[Routing, ...]
     thinking: Thinking | None
 
 

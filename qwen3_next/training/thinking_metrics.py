@@ -9,6 +9,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.etd_config import THINKING_NAMES
 from qwen3_next.layers import Thinking
 from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.training.losses import mean_of_sums
 
 ACTIONS = ("skip", "execute", "repeat")
 
@@ -114,12 +115,17 @@ def thinking_results(metrics: list[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for metric in metrics:
         if isinstance(metric, RouterActions):
-            found[metric.name] = ops.convert_to_numpy(metric.actions.value).astype(int).tolist()
+            found[metric.name] = _counts(metric.actions)
         elif isinstance(metric, ExpertSelections):
-            found[metric.name] = ops.convert_to_numpy(metric.selections.value).astype(int).tolist()
+            found[metric.name] = _counts(metric.selections)
         else:
             found[metric.name] = float(metric.result())
     return found
+
+
+def _counts(variable):
+    # As a tensor first: on replicas a value is the sum of several.
+    return ops.convert_to_numpy(ops.convert_to_tensor(variable)).astype(int).tolist()
 
 
 def ponder_loss(config: Qwen3NextConfig, thinking: Thinking | None) -> Annotated[Tensor, ""] | None:
@@ -130,8 +136,7 @@ def ponder_loss(config: Qwen3NextConfig, thinking: Thinking | None) -> Annotated
     if thinking is None or config.etd is None or not config.etd.ponder_cost:
         return None
     real = ops.cast(thinking.iterations > 0, "float32")
-    mean = ops.sum(real * thinking.ponder) / ops.maximum(ops.sum(real), 1.0)
-    return config.etd.ponder_cost * mean
+    return config.etd.ponder_cost * mean_of_sums(ops.sum(real * thinking.ponder), ops.sum(real))
 
 
 def budget_loss(config: Qwen3NextConfig, thinking: Thinking | None) -> Annotated[Tensor, ""] | None:
@@ -148,7 +153,7 @@ def budget_loss(config: Qwen3NextConfig, thinking: Thinking | None) -> Annotated
     rows = ops.cast(ops.any(thinking.iterations > 0, axis=1), "float32")
     passes = ops.softmax(thinking.route_logits) * ops.arange(len(ACTIONS), dtype="float32")
     by_row = ops.mean(ops.sum(passes, axis=-1), axis=-1)
-    mean = ops.sum(by_row * rows) / ops.maximum(ops.sum(rows), 1.0)
+    mean = mean_of_sums(ops.sum(by_row * rows), ops.sum(rows))
     return router.budget_weight * ops.maximum(mean - router.compute_budget, 0.0)
 
 

@@ -63,7 +63,7 @@ def test_bytes_are_those_that_a_device_receives_at_least(operation, received):
 def test_what_a_loop_does_counts_as_often_as_it_runs():
     body = ["  %a = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}"]
     rows = collectives(program("f32[8]{0} all-gather", "replica_groups={{0,1}}", body), MESH)
-    assert {row.kind: row.count for row in rows} == {"all-gather": 1, "all-reduce": 5}
+    assert {row.kind: row.times for row in rows} == {"all-gather": 1, "all-reduce": 5}
 
 
 def test_places_leave_out_numbers_of_layers():

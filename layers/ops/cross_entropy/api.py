@@ -147,9 +147,9 @@ def _chunks(chunk_rows: int, hidden: Tensor, labels: Tensor, *others: Tensor) ->
     if isinstance(count, int):
         chunk_rows = max(1, min(chunk_rows, count))
     labels = pad_to_multiple(labels, chunk_rows, fill=IGNORE)
-    hidden, *others = (pad_to_multiple(x, chunk_rows) for x in (hidden, *others))
+    hidden, *padded = (pad_to_multiple(x, chunk_rows) for x in (hidden, *others))
     return tuple(
-        ops.reshape(x, (-1, chunk_rows, *ops.shape(x)[1:])) for x in (hidden, labels, *others)
+        ops.reshape(x, (-1, chunk_rows, *ops.shape(x)[1:])) for x in (hidden, labels, *padded)
     )
 
 

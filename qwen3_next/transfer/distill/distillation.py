@@ -11,6 +11,7 @@ from keras import ops
 from qwen3_next.checkpoints.staging import replaced
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.inputs import check_token_ids, next_token_labels, unpack
+from qwen3_next.models.strategies import require_no_strategy
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.tasks.task import build_optimizer
@@ -115,6 +116,7 @@ class DistillationTrainer(keras.Model):
     ) -> None:
         # Log-probabilities among the inputs stay float32 under any policy.
         super().__init__(autocast=False, **kwargs)
+        require_no_strategy(type(self).__name__, student, teacher)
         require_language_model("student", student)
         if teacher is not None:
             require_pair(teacher, student)

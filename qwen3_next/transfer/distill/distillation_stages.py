@@ -172,8 +172,7 @@ class Logits:
         output = StepOutput(
             hidden=backbone.hidden,
             mtp_input=student.mtp_input(backbone) if student.mtp_modules else None,
-            aux_loss=backbone.aux_loss,
-            expert_load=backbone.expert_load,
+            routings=backbone.routings,
             thinking=None,
         )
         return Distilled(output, found.layers, taught.backbone.hidden, taught.layers, None)

@@ -130,7 +130,11 @@ def layer_outputs(
         routings += [routing] if isinstance(routing, Routing) else []
     aux_loss, expert_load = balance(backbone.config, routings)
     found = BackboneOutput(
-        backbone.norm(hidden), hidden, aux_loss=aux_loss, expert_load=expert_load
+        backbone.norm(hidden),
+        hidden,
+        aux_loss=aux_loss,
+        expert_load=expert_load,
+        routings=tuple(routings),
     )
     return LayerOutputs(tuple(outputs), found)
 
