@@ -14,7 +14,7 @@ from tests.support.running import BACKEND
 from tests.support.small_models import ONE_LAYER, small
 
 pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="a strategy of TensorFlow")
-CASES = ("dense", "experts", "tied", "mtp", "classifier", "accumulation", "thinking")
+CASES = ("experts", "tied mtp", "classifier", "dense, accumulated and clipped", "thinking")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from ..checks import require_shape
 from ..grouped_matmul import grouped_matmul
 from ..grouped_matmul.api import pick
 from ..grouped_matmul.tiles import tile_sizes
+from ..padding import pad_end
 from ..rows import take_rows
 from ..tensor_types import Tensor
 from . import spread_experts, tiled_experts
@@ -66,9 +67,9 @@ def expert_mlp(
             f"`activation` must be one of {sorted(ACTIVATIONS)}. Received: {activation=}"
         )
     found = devices()
-    implementation = pick(
-        "tiled" if found is not None and implementation is None else implementation
-    )
+    if found is not None and implementation is None:
+        implementation = "tiled"
+    implementation = pick(implementation)
     gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
     count = gate_up.shape[0]
     experts = ops.cast(experts, "int32")
@@ -80,12 +81,18 @@ def expert_mlp(
             )
         how = Spread(found, found.rows(x.shape[0]), found.experts(count))
         return spread_experts.run(x, gate_up, down, experts, weights, activation, how)
-    sorting = sort_by_expert(experts, count)
-    inputs = ExpertInputs(x, gate_up, down, weights, *sorting)
+    rows = ops.shape(x)[0]
+    if not isinstance(rows, int):
+        # There may be none, of which XLA cannot gather: one more, which is sent nowhere.
+        x, weights = pad_end(x, 1), pad_end(weights, 1)
+        experts = pad_end(experts, 1, fill=count)
+    inputs = ExpertInputs(x, gate_up, down, weights, *sort_by_expert(experts, count))
     if implementation == "tiled":
         sizes = tile_sizes(inputs.sort_indices.shape[0], count)
-        return _differentiable(sizes, activation)(*inputs), inputs.tokens_per_expert
-    return _by_grouped_matmul(inputs, activation, implementation), inputs.tokens_per_expert
+        output = _differentiable(sizes, activation)(*inputs)
+    else:
+        output = _by_grouped_matmul(inputs, activation, implementation)
+    return output[:rows], inputs.tokens_per_expert
 
 
 def _by_grouped_matmul(

@@ -159,3 +159,25 @@ def test_an_error_names_the_argument(name, place, value):
 def test_an_unknown_choice_is_named(option):
     with pytest.raises(ValueError, match=f"{option}.*Received"):
         expert_mlp(*inputs(), **{option: "other"})
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere the number of rows is known")
+@pytest.mark.parametrize("rows", [0, 1, TOKENS])
+def test_a_number_of_tokens_that_only_the_run_tells_may_be_any(rows):
+    import tensorflow as tf
+
+    x, gate_up, down, routes, weights = inputs()
+
+    @tf.function
+    def step(x, routes, weights):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output, counts = expert_mlp(x, gate_up, down, routes, weights)
+        return output, counts, tape.gradient(output, x)
+
+    specs = [tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in (x, routes, weights)]
+    given = x[:rows], routes[:rows], weights[:rows]
+    output, counts, gradient = step.get_concrete_function(*specs)(*map(tf.constant, given))
+    assert_close(output, oracle(given[0], gate_up, down, *given[1:]), TOLERANCE)
+    assert int(sum(counts)) == rows * CHOSEN
+    assert gradient.shape == (rows, DIM)
