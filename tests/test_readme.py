@@ -1,23 +1,18 @@
-"""The README's Python, as written, from top to bottom."""
+"""The README's Python, as written, from top to bottom; what needs several devices is in `scale`."""
 
 import re
 
 import pytest
 
-from tests.support.paths import ROOT
+from tests.support.readme import README, blocks
 from tests.support.running import BACKEND
-
-README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="a long way through, once is enough")
 def test_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    # Choosing a backend has to come before the first import of keras.
-    blocks = [block for block in blocks if "KERAS_BACKEND" not in block]
     names = {}
-    for block in blocks:
+    for block in blocks(several_devices=False):
         exec(compile(block, "README.md", "exec"), names)
     assert [len(row) for row in names["tokens"]] == [8, 8]
     assert names["logits"].shape == (2, 3, 512)

@@ -26,7 +26,7 @@ ARROWS = {
     "checkpoints": {*BELOW_MODELS, "models"},
     "tasks": BELOW_TASKS,
     "think": {*BELOW_TASKS, "tasks"},
-    "scale": {*BELOW_MODELS, "models", "think"},
+    "scale": {*BELOW_TASKS, "tasks", "think"},
     "transfer": {*BELOW_TASKS, "tasks", "think"},
     "cli": {*BELOW_TASKS, "tasks", "think", "transfer", "scale"},
     "": {*BELOW_TASKS, "tasks", "think", "transfer", "scale", "cli"},

@@ -37,6 +37,17 @@ class StepDescription:
         state_bytes: What a device holds between steps: weights, optimizer, metrics.
         work_bytes: What it needs beside them during a step, as the compiler says.
         arrays: Bytes of the arrays that a device makes, by shape, the largest first.
+
+    Example:
+
+    ```python
+    from qwen3_next import Qwen3NextConfig, describe_step
+
+    config = Qwen3NextConfig.from_variant("tiny", vocab_size=64, hidden_size=32, num_layers=1)
+    step = describe_step(config, "data=1", batch_size=1, length=8)
+    assert step.state_bytes > 3 * 4 * 64 * 32  # the embedding and AdamW's means of its gradients
+    assert "held between steps" in str(step)
+    ```
     """
 
     mesh: dict[str, int]
