@@ -2,11 +2,16 @@
 
 import functools
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
 from qwen3_next import MTPConfig, Qwen3NextConfig, describe_layout, describe_step
 from tests.support.devices import WIDE, eight_devices, jax_only
+from tests.support.paths import ROOT
+from tests.support.xla_flags import DEVICES, FASTER
 
 PUBLISHED = Qwen3NextConfig.from_variant("80b_a3b", num_layers=2, full_attention_interval=2)
 SMALL = Qwen3NextConfig.from_variant("tiny", num_layers=2, **WIDE)
@@ -51,6 +56,28 @@ def test_what_a_device_holds_falls_with_the_devices_as_described():
         held = layout.weight_bytes_per_device + layout.optimizer_bytes_per_device
         assert math.isclose(step(mesh).state_bytes, held, rel_tol=1e-3)
     assert step("expert=8").state_bytes < step("data=8").state_bytes / 3
+
+
+SIXTY_FOUR = """
+from tests.scale.test_step_description import PUBLISHED
+from qwen3_next import describe_step
+from qwen3_next.models.weight_table import weight_table
+
+step = describe_step(PUBLISHED, "data=8,expert=8", batch_size=64, length=1024, fsdp=True)
+assert step.received < 1.1 * sum(step.least.values()), str(step)
+held = 3 * 4 * sum(weight.size for weight in weight_table(PUBLISHED))  # with AdamW's means
+assert step.state_bytes < 1.05 * held / 64, str(step)
+stack = PUBLISHED.num_experts * PUBLISHED.hidden_size * 2 * PUBLISHED.moe_intermediate_size
+assert max(step.arrays.values()) < 4 * stack / 2, str(step)
+"""
+
+
+@jax_only
+def test_sixty_four_devices_hold_and_receive_their_part():
+    environment = {**os.environ, "XLA_FLAGS": f"{FASTER} {DEVICES}=64"}
+    command = [sys.executable, "-c", SIXTY_FOUR]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
 
 
 @eight_devices
