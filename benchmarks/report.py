@@ -1,6 +1,6 @@
 """The table and the curves of a run."""
 
-from benchmarks.workloads import EVERYONE, FIRST_CALLS, MODEL
+from benchmarks.workloads import EVERYONE, FIRST_CALLS, MODEL, NOT_TIMED
 
 OURS = "ours-jax"
 
@@ -13,10 +13,27 @@ def table(results):
             found.setdefault(result["name"], {})[result["contender"]] = result
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    who = [name for name in EVERYONE if any(name in by for by in found.values())]
     lines = [
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB; "
         f"Python {machine['python']}; {versions}. float32.",
+        *_times({n: by for n, by in found.items() if not any(map(_untimed, by.values()))}),
+        *(_speculation(found) + _thinking(found) + _adaptive(found) + _routes(found)),
+        *_conversion(found),
+        *_devices(found),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _untimed(result):
+    return result["task"] in NOT_TIMED
+
+
+def _times(found):
+    """Seconds of every contender, ours against each peer; compilation and memory."""
+    if not found:
+        return []
+    who = [name for name in EVERYONE if any(name in by for by in found.values())]
+    lines = [
         "",
         "Median milliseconds per run (decoding: tokens per second; first calls: seconds, with "
         "compilation), in brackets how many times as fast ours on JAX is.",
@@ -38,9 +55,7 @@ def table(results):
     for name, by in found.items():
         cells = [_cost(by.get(contender)) for contender in who]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [*_speculation(found), *_thinking(found), *_adaptive(found), *_routes(found)]
-    lines += _conversion(found)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _speculation(found):
@@ -146,6 +161,29 @@ def _conversion(found):
     if not lines:
         return []
     return ["", "| | " + " | ".join(columns) + " |", "|---" * 5 + "|", *lines]
+
+
+def _devices(found):
+    """What a device receives in a train step beside the least possible, and what it holds."""
+    columns = ("collectives", "received", "least possible", "ratio", "held", "needed in a step")
+    lines = []
+    for name, by in found.items():
+        for row in filter(_untimed, by.values()):
+            if "failed" in row:
+                lines.append(f"| {name} | {row['failed'].replace('|', '/')} |" + " |" * 5)
+                continue
+            received, least, held, work = (
+                f"{row[f'{what}_bytes'] / 2**30:.2f}"
+                for what in ("received", "least", "held", "work")
+            )
+            ratio = f"{row['received_bytes'] / row['least_bytes']:.2f}"
+            cells = (str(row["collectives"]), received, least, ratio, held, work)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    head = ["| | " + " | ".join(columns) + " |", "|---" * 7 + "|"]
+    what = "A train step of four published layers on simulated devices, GiB per device; not timed."
+    return ["", what, "", *head, *lines]
 
 
 def _time(result, ours):

@@ -21,9 +21,11 @@ from benchmarks.report import draw, table
 from benchmarks.workloads import (
     FIRST_CALLS,
     MODELS,
+    NOT_TIMED,
     adaptive_thinking,
     conversion,
     curves,
+    devices,
     routes,
     rows,
     speculation,
@@ -45,7 +47,7 @@ def main():
     args = parser.parse_args()
 
     known = (*rows(), *speculation(), *thinking(), *adaptive_thinking(), *routes(), *conversion())
-    known = (*known, *curves())
+    known = (*known, *devices(), *curves())
     wanted = [row for row in known if args.only in row.name]
     if args.quick:
         wanted = [row for row in wanted if row.quick]
@@ -96,6 +98,9 @@ def describe(result):
     what = f"{result['name']}, {result['contender']}: "
     if "failed" in result:
         return what + result["failed"]
+    if result["task"] in NOT_TIMED:
+        received, least = (result[f"{which}_bytes"] / 2**30 for which in ("received", "least"))
+        return what + f"{received:.1f} GiB received per device, at least {least:.1f}"
     return (
         what + f"{result['seconds'] * 1e3:.1f} ms, first call {result['first_call_seconds']:.1f} s"
     )

@@ -56,6 +56,8 @@ SMALL = {
         "adaptive_depth": False,
     },
 }
+# The published layers, four of them: what devices send one another follows from their shapes.
+PUBLISHED = {**json.loads((VARIANTS / "80b_a3b.json").read_text()), "num_layers": 4}
 ROUTED = {**SMALL, "etd": {**SMALL["etd"], "use_layer_router": True}}
 MODELS = {
     "model": MODEL,
@@ -66,6 +68,7 @@ MODELS = {
     "without_think_block": WITHOUT_THINK_BLOCK,
     "small": SMALL,
     "routed": ROUTED,
+    "published": PUBLISHED,
 }
 
 EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow", "transformers")
@@ -75,6 +78,9 @@ OURS = ("ours-jax", "ours-tensorflow")
 KERAS = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow")
 # What a user waits for before the first result: measured by the first call, with compilation.
 FIRST_CALLS = ("first_predict", "first_fit", "first_generate")
+# Read from a program that never runs: simulated devices have no times of their own.
+NOT_TIMED = ("step_on_devices",)
+DEVICES = 64
 
 
 class Row(NamedTuple):
@@ -186,6 +192,24 @@ def routes():
 def conversion():
     """From a checkpoint of a Qwen3 to a hybrid, with the memory that it takes."""
     yield Row("convert a Qwen3 checkpoint of 1 GiB", "convert", {"mebibytes": 1024}, OURS)
+
+
+def devices():
+    """A train step of the published layers on several devices; each row has 4096 tokens."""
+    for mesh, fsdp, batch in (
+        ("data=8", False, 8),
+        ("data=8", True, 8),
+        ("expert=8", False, 8),
+        ("data=2,expert=4", False, 8),
+        ("data=4,expert=2", True, 8),
+        ("data=2,expert=2,tensor=2", False, 8),
+        ("data=8,expert=8", False, DEVICES),
+        ("data=8,expert=8", True, DEVICES),
+    ):
+        name = f"devices: {mesh}{' with FSDP' if fsdp else ''}, {batch} x 4096"
+        size = {"mesh": mesh, "fsdp": fsdp, "batch": batch, "length": 4096}
+        quick = mesh == "expert=8"
+        yield Row(name, "step_on_devices", size, ("ours-jax",), "published", quick)
 
 
 def curves():

@@ -35,6 +35,10 @@ SMALL = {
         "FILES": "6",
         "LAYERS": "4",
     },
+    "many_devices": {
+        "EPOCHS": "2",
+        "LAYERS": "1",
+    },
 }
 
 
@@ -76,3 +80,11 @@ def test_every_way_of_conversion_is_distilled(monkeypatch):
     printed = printed_by("qwen3_to_hybrid", monkeypatch)
     assert "from attention distance" in printed and "gap closed" in printed
     assert printed.count("random") == 3 and "can be recalled" in printed
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution splits on JAX alone")
+def test_eight_devices_train_write_and_save_as_one(monkeypatch):
+    printed = printed_by("many_devices", monkeypatch)
+    assert "equal losses: True" in printed and "the same tokens: True" in printed
+    assert "bit for bit: True" in printed and "the same parts on the same mesh: True" in printed
+    assert "data=8,expert=8 with FSDP, 64 x 4096" in printed

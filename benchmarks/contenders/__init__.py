@@ -6,6 +6,7 @@
     first_predict(config, batch, length)  `predict`, `fit` for a step and `generate`, as a user
     first_fit(config, batch, length)      calls them: what counts is the first call
     first_generate(config, batch, length, new)
+    step_on_devices(config, mesh, fsdp, batch, length)  a train step on simulated devices, compiled
     delta_rule(length, heads, dim), delta_rule_grad(...), moe(...), moe_grad(...), loss(...)
 
 Each returns a `Work`.

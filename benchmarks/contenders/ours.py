@@ -9,7 +9,7 @@ from keras import ops
 from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
 from benchmarks.contenders.keras_work import fit, forward, gradient, predict
 from benchmarks.contenders.keras_work import train as train_work
-from qwen3_next import Qwen3Next, Qwen3NextConfig, create_hybrid_from_qwen3
+from qwen3_next import Qwen3Next, Qwen3NextConfig, create_hybrid_from_qwen3, describe_step
 from qwen3_next.layers import SparseMoE
 from qwen3_next.layers.ops import gated_delta_rule, linear_cross_entropy
 from tests.support import oracles
@@ -139,6 +139,30 @@ def convert(mebibytes):
         found["largest_weight_mib"] = float(max(sizes)) / 2**20
 
     return Work(run, units=1, notes=lambda: found)
+
+
+def step_on_devices(config, mesh, fsdp, batch, length):
+    """What devices hold and receive, read from a step that is compiled for shapes alone."""
+
+    def run():
+        config_of = Qwen3NextConfig.from_dict(config)
+        return describe_step(config_of, mesh, fsdp=fsdp, batch_size=batch, length=length)
+
+    def notes():
+        step, kinds = run(), {}
+        for row in step.collectives:
+            kinds[row.kind] = kinds.get(row.kind, 0.0) + row.received
+        return {
+            "collectives": sum(row.count for row in step.collectives),
+            "received_bytes": step.received,
+            "received_bytes_by_kind": kinds,
+            "least_bytes": sum(step.least.values()),
+            "least_bytes_by_cause": step.least,
+            "held_bytes": step.state_bytes,
+            "work_bytes": step.work_bytes,
+        }
+
+    return Work(run, notes=notes)
 
 
 def _speculation(model, prompts, new, lookahead, draft_vocabulary=None):
