@@ -153,7 +153,7 @@ def step_on_devices(config, mesh, fsdp, batch, length):
         for row in step.collectives:
             kinds[row.kind] = kinds.get(row.kind, 0.0) + row.received
         return {
-            "collectives": sum(row.count for row in step.collectives),
+            "collectives": sum(row.times for row in step.collectives),
             "received_bytes": step.received,
             "received_bytes_by_kind": kinds,
             "least_bytes": sum(step.least.values()),

@@ -10,7 +10,8 @@ along the expert axis:
 
     gradients    of every weight, along the axes of the rows that do not split it: summed
     FSDP         such a weight is gathered, its gradient scattered: the same bytes, once more if
-                 the backward pass may not keep it
+                 the backward pass may not keep it; but of the embedding the rows of the tokens
+                 alone, (N, D), and their gradients
     experts      tokens (N_g, D) to the experts and back, forward and backward, per MoE layer
     tensor       what a mixer and a feed-forward network give, forward, and the gradient of what
                  they read, backward: (N, D) summed; the rows of the embedding; the gradient of the
@@ -48,14 +49,14 @@ def least_traffic(
     # Mixer and feed-forward network of every layer, forward and backward; embedding and loss.
     sums = 4 * config.num_layers + 2
     found = {
-        "gradients": sum(_of_gradient(w, sizes, item, fsdp) for w in weight_table(config)),
+        "gradients": sum(_of_gradient(w, sizes, item, fsdp, own) for w in weight_table(config)),
         "experts": moe * 4 * own * (expert - 1),
         "tensor": sums * 2 * own * (tensor - 1) / tensor,
     }
     return {name: size for name, size in found.items() if size}
 
 
-def _of_gradient(weight, sizes, item, fsdp):
+def _of_gradient(weight, sizes, item, fsdp, own):
     sharding = sharding_of(weight, dict(sizes), fsdp)
     held = weight.size * item / sharding.parts(dict(sizes))
     split = {name for names in sharding.axes for name in _names(names)}
@@ -63,7 +64,10 @@ def _of_gradient(weight, sizes, item, fsdp):
     rows = ("data",) if "experts" in weight.axes else ("data", "expert")
     parts = math.prod(sizes[axis] for axis in rows if axis in split)
     copies = math.prod(sizes[axis] for axis in rows if axis not in split)
-    return 2 * held * (parts - 1) + 2 * held * (copies - 1) / copies
+    gathered = 2 * held * (parts - 1)
+    if weight.part == "embedding":
+        gathered = min(gathered, 2 * own * (parts - 1) / parts)
+    return gathered + 2 * held * (copies - 1) / copies
 
 
 def _names(names):

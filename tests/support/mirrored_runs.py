@@ -24,7 +24,18 @@ LIGHT = {**ONE_LAYER, "layer_types": ("full_attention",), "router_aux_loss_coef"
 DENSE = {"num_experts": 0, "shared_expert_intermediate_size": 0, "layer_types": None}
 TIED = {**LIGHT, "tie_word_embeddings": True}
 MTP = MTPConfig(2, speculation_lookahead=2, warmup_steps=4, draft_vocab_size=16)
-ETD = {"ponder_cost": 0.1, "lora_expert": {"rank": 2}}
+THINKING = {
+    "kind": "experts",
+    "num_layers": 2,
+    "layer_types": ("full_attention",) * 2,
+    "etd": {
+        "n_think_layers": 1,
+        "max_think_iterations": 2,
+        "adaptive_depth": True,
+        "ponder_cost": 0.1,
+        "lora_expert": {"rank": 2},
+    },
+}
 
 # Three steps: rows of different lengths, with different numbers of labels, and a row without any;
 # the last batch has two rows for one replica and one for the other.
@@ -37,11 +48,11 @@ CLASSES = np.arange(11) % 3
 
 
 def adamw(**options):
-    return keras.optimizers.AdamW(1e-3, epsilon=1e-4, **options)
+    return keras.optimizers.AdamW(1e-3, epsilon=1e-3, **options)
 
 
 def grouped():
-    return GroupedAdamW(1e-3, {"experts": 0.5}, epsilon=1e-4)
+    return GroupedAdamW(1e-3, {"experts": 0.5}, epsilon=1e-3)
 
 
 # name: model, optimizer, data, options of `compile`
@@ -66,7 +77,7 @@ CASES = {
         (INPUTS, LABELS),
         {},
     ),
-    "thinking": (partial(routed, Qwen3Next, etd=ETD), adamw, (INPUTS,), {}),
+    "thinking": (partial(routed, Qwen3Next, **THINKING), adamw, (INPUTS,), {}),
 }
 
 

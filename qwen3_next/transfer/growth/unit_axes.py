@@ -23,6 +23,7 @@ _FIELDS = {
     "linear_key_heads": "linear_num_key_heads",
     "linear_value_heads": "linear_num_value_heads",
     "experts": "num_experts",
+    "scores": "num_experts",
     "expert_mlp": "moe_intermediate_size",
     "mlp": "intermediate_size",
 }
