@@ -3,7 +3,8 @@ PYTHON ?= python3
 BACKEND ?= jax
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-WORKERS ?= 2
+# One for each core, two to four: a worker may need 4 GB.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, max(2, os.cpu_count())))")
 export TF_CPP_MIN_LOG_LEVEL := 3
 
 BENCH ?=

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3Next
+from tests.support.devices import distribution_of, eight_devices, jax_only
 from tests.support.paths import ROOT
-from tests.support.process_runs import BATCHES, DEVICES
-from tests.support.running import BACKEND
+from tests.support.process_runs import BATCHES, train
 from tests.support.xla_flags import FASTER
 
-pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution needs JAX")
+pytestmark = jax_only
 
-# A replica in each process, and one that spans both.
-MESHES = [(2, 4, 1), (1, 2, 4)]
+# Two replicas in each process, and one that spans both.
+MESHES = [(4, 2, 1), (1, 2, 4)]
 SECONDS = 400
 
 
@@ -30,14 +30,14 @@ def free_port():
 
 
 @functools.cache
-def run(processes, sizes):
-    """What each of so many processes found, and the folder that they saved to."""
+def run(sizes):
+    """What each of two processes found, and the folder that they saved to."""
     kept = tempfile.TemporaryDirectory()
     folder = kept.name
     environment = {**os.environ, "XLA_FLAGS": FASTER}
-    common = [str(processes), str(free_port()), *map(str, sizes)]
+    common = ["2", str(free_port()), *map(str, sizes)]
     started = []
-    for process in range(processes):
+    for process in range(2):
         command = [sys.executable, "-m", "tests.support.process_runs", folder, str(process)]
         with open(f"{folder}/log-{process}", "w") as log:
             options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
@@ -47,8 +47,8 @@ def run(processes, sizes):
     finally:
         for process in started:
             process.kill()
-    assert codes == [0] * processes, open(f"{folder}/log-0").read()[-4000:]
-    return [dict(np.load(f"{folder}/found-{i}.npz")) for i in range(processes)], kept
+    assert codes == [0, 0], open(f"{folder}/log-0").read()[-4000:]
+    return [dict(np.load(f"{folder}/found-{i}.npz")) for i in range(2)], kept
 
 
 def rows_together(parts, rows, replicas):
@@ -59,10 +59,17 @@ def rows_together(parts, rows, replicas):
     return np.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
 
 
+@functools.cache
+def one_process():
+    with distribution_of("data=2,expert=4"):
+        return train(0, 1, 2)[1]
+
+
+@eight_devices
 @pytest.mark.parametrize("sizes", MESHES)
 def test_two_processes_learn_what_one_learns(sizes):
-    (one,), _ = run(1, MESHES[0])
-    both, _ = run(2, sizes)
+    one = one_process()
+    both, _ = run(sizes)
     for name in ("losses", "evaluated", "on_batch"):
         for found in both:
             np.testing.assert_allclose(found[name], one[name], rtol=1e-5)
@@ -73,7 +80,7 @@ def test_two_processes_learn_what_one_learns(sizes):
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_what_one_process_saves_all_load_to_the_bit(sizes):
-    for found in run(2, sizes)[0]:
+    for found in run(sizes)[0]:
         assert [found[name] for name in ("preset", "published", "keras")] == [0, 0, 0]
         assert found["steps"] == 2 * BATCHES
         names = {"model.keras", "model.weights.h5", "preset", "published"}
@@ -82,7 +89,7 @@ def test_what_one_process_saves_all_load_to_the_bit(sizes):
 
 
 def test_one_device_loads_what_two_processes_saved():
-    found, folder = run(2, MESHES[0])
+    found, folder = run(MESHES[0])
     model = Qwen3Next.from_preset(f"{folder.name}/preset", progress=False)
     rows = np.random.default_rng(0).integers(0, 64, (BATCHES, 8, 8)).reshape(-1, 8)
     predicted = rows_together([part["predicted"] for part in found], BATCHES, 2)
@@ -90,10 +97,10 @@ def test_one_device_loads_what_two_processes_saved():
 
 
 def test_no_process_is_left_waiting():
-    first, second = run(2, (DEVICES, 1, 1))[0]
+    first, second = run(MESHES[0])[0]
     assert (first["failure"], second["failure"]) == ("NotADirectoryError", "OSError")
     assert "Other processes refused their data" in str(first["wrong"])
     assert "Received ids from 64" in str(second["wrong"])
     for found in (first, second):
         assert "Received: rows=[4, 8], batch_size=[4, 4]" in str(found["others"])
-        assert "4 in every process" in str(found["uneven"])
+        assert "2 in every process" in str(found["uneven"])

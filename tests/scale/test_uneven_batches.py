@@ -5,15 +5,10 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3Next, Qwen3NextClassifier
-from tests.support.process_runs import distribution_over
-from tests.support.running import BACKEND
+from tests.support.devices import distribution_of, eight_devices
 from tests.support.small_models import ONE_LAYER, random_ids, small
 
-if BACKEND == "jax":
-    import jax
-
-    FEW = len(jax.devices()) < 8
-pytestmark = pytest.mark.skipif(BACKEND != "jax" or FEW, reason="needs JAX and eight devices")
+pytestmark = eight_devices
 
 ROWS = random_ids(7, 8)
 SIZES = {**ONE_LAYER, "num_experts": 4}
@@ -46,14 +41,14 @@ def found(cls):
 @pytest.mark.parametrize("cls", MODELS)
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_uneven_batches_give_what_one_device_gives(cls):
-    with distribution_over((4, 2, 1)).scope():
+    with distribution_of("data=4,expert=2"):
         over_devices = found(cls)
     for one, eight in zip(found(cls), over_devices, strict=True):
         np.testing.assert_allclose(eight, one, atol=1e-5)
 
 
 def test_rows_that_divide_are_spread():
-    with distribution_over((4, 2, 1)).scope():
+    with distribution_of("data=4,expert=2"):
         model = small(**SIZES)
         model.make_predict_function()
         state = model._get_jax_state(trainable_variables=True, non_trainable_variables=True)
@@ -63,7 +58,7 @@ def test_rows_that_divide_are_spread():
 
 @pytest.mark.parametrize("run", ["fit", "evaluate", "predict"])
 def test_a_batch_size_that_does_not_divide_is_refused_before_a_step(run):
-    with distribution_over((4, 2, 1)).scope():
+    with distribution_of("data=4,expert=2"):
         model = small(**SIZES)
         model.compile("sgd")
         message = "multiple of the 4 devices along the axis 'data', such as 4.*batch_size=3.*7 rows"
