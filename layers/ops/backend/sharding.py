@@ -10,7 +10,8 @@ A mesh has up to three axes of these names; `keras.distribution` exists on JAX a
     constrain        lays a tensor out on them, within a program or outside
     zeros            a tensor that is never whole on one of them
     on_shards        runs a function on the parts that every device has
-    gather, all_sum, all_max, sum_parts, part_number    what such a function may ask of the others
+    gather, all_sum, all_max, sum_parts, sum_rows, part_number    what such a function may ask of
+                     the others
 """
 
 import math
@@ -33,10 +34,12 @@ class Devices(NamedTuple):
     Attributes:
         mesh: `jax.sharding.Mesh`.
         batch: Name of the axis over which rows come in.
+        fsdp: Whether weights are spread over the axes of the rows, too.
     """
 
     mesh: Any
     batch: str
+    fsdp: bool = False
 
     def size(self, axes: Axes) -> int:
         """Devices along these axes together."""
@@ -53,6 +56,16 @@ class Devices(NamedTuple):
     def heads(self, count: int) -> Axes:
         """Axes over which so many heads, words or columns are spread."""
         return self._fitting((TENSOR,), count)
+
+    def columns(self, count: int, used: Axes) -> Axes:
+        """Axes over which FSDP spreads so many columns of a weight that is spread over `used`."""
+        if not self.fsdp:
+            return ()
+        for names in ((self.batch, EXPERT), (self.batch,), (EXPERT,)):
+            left = tuple(n for n in names if self.mesh.shape.get(n, 1) > 1 and n not in used)
+            if count % self.size(left) == 0:
+                return left
+        return ()
 
     def key_heads(self, heads: int, key_heads: int) -> int:
         """How many key heads to hold, so that every device has those of its query heads.
@@ -83,7 +96,8 @@ def devices() -> Devices | None:
     distribution = keras.distribution.distribution()
     if distribution is None or distribution.device_mesh.devices.size == 1:
         return None
-    return Devices(distribution.device_mesh.backend_mesh, distribution.batch_dim_name)
+    mesh, batch = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
+    return Devices(mesh, batch, getattr(distribution, "fsdp", False))
 
 
 def spec(*axes: Axes) -> Any:
@@ -161,11 +175,11 @@ def part_number(axes: Axes) -> Tensor | int:
     return jax.lax.axis_index(axes) if axes else 0
 
 
-def gather(x: Tensor, axes: Axes) -> Tensor:
-    """The rows of all parts, one behind the other."""
+def gather(x: Tensor, axes: Axes, dim: int = 0) -> Tensor:
+    """All parts, one behind the other along `dim`."""
     import jax
 
-    return jax.lax.all_gather(x, axes, tiled=True) if axes else x
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
 def all_sum(x: Tensor, axes: Axes) -> Tensor:
@@ -182,8 +196,14 @@ def all_max(x: Tensor, axes: Axes) -> Tensor:
     return jax.lax.pmax(x, axes) if axes else x
 
 
-def sum_parts(x: Tensor, axes: Axes) -> Tensor:
-    """A device's own rows of the sum: undoes `gather` for what was made from the gathered rows."""
+def sum_parts(x: Tensor, axes: Axes, dim: int = 0) -> Tensor:
+    """A device's own part of the sum: undoes `gather` for what was made from what it gave."""
     import jax
 
-    return jax.lax.psum_scatter(x, axes, tiled=True) if axes else x
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+
+
+def sum_rows(x: Tensor, rows: Axes, columns: Axes, dim: int) -> Tensor:
+    """The gradient of a weight from those of all rows, spread as the weight is along `dim`."""
+    copies = tuple(name for name in rows if name not in columns)
+    return all_sum(sum_parts(x, columns, dim), copies)

@@ -19,7 +19,7 @@ from keras import ops
 
 from ..backend.autodiff import Shards, custom_gradient
 from ..backend.loops import scan
-from ..backend.sharding import all_sum, devices, spec
+from ..backend.sharding import all_sum, devices, gather, spec, sum_rows
 from ..checks import require_shape, to_int32
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
@@ -84,7 +84,9 @@ def linear_cross_entropy(
     found = devices()
     how = Words()
     if found is not None:
-        how = Words(found, found.rows(hidden.shape[0]), found.heads(kernel.shape[1]))
+        rows, words = found.rows(hidden.shape[0]), found.heads(kernel.shape[1])
+        columns = found.columns(kernel.shape[0], words)
+        how = Words(found, rows, words, columns if set(columns) <= set(rows) else ())
     kernel = ops.cast(kernel, hidden.dtype)
     return _differentiable(chunk_rows, return_correct, how)(hidden, kernel, to_int32(labels))
 
@@ -100,16 +102,18 @@ def _differentiable(chunk_rows: int, return_correct: bool, how: Words) -> Callab
                 results += (_correct(logits, label, how),)
             return carry, results
 
+        own, kernel = kernel, gather(kernel, how.columns)
         xs = _chunks(chunk_rows, hidden, labels)
         into = (ops.zeros_like(xs[1], "float32"),) * (1 + return_correct)
         _, results = scan(step, (), xs, into)
         count = ops.shape(hidden)[0]
         results = tuple(ops.reshape(x, (-1,))[:count] for x in results)
-        return results if return_correct else results[0], (hidden, kernel, labels)
+        return results if return_correct else results[0], (hidden, own, labels)
 
     def backward(residuals, d_losses, d_correct=None):
         del d_correct  # whole numbers: nothing to differentiate
         hidden, kernel, labels = residuals
+        kernel = gather(kernel, how.columns)
 
         def step(carry, xs):
             (d_kernel,) = carry
@@ -126,7 +130,7 @@ def _differentiable(chunk_rows: int, return_correct: bool, how: Words) -> Callab
         xs = _chunks(chunk_rows, hidden, labels, d_losses)
         (d_kernel,), (d_hidden,) = scan(step, carry, xs, (ops.zeros_like(xs[0]),))
         d_hidden = ops.reshape(d_hidden, (-1, hidden.shape[1]))[: ops.shape(hidden)[0]]
-        d_kernel = all_sum(ops.cast(d_kernel, kernel.dtype), how.rows)
+        d_kernel = sum_rows(ops.cast(d_kernel, kernel.dtype), how.rows, how.columns, 0)
         return all_sum(d_hidden, how.words), d_kernel, None
 
     return custom_gradient(forward, backward, shards=_shards(return_correct, how))
@@ -135,7 +139,7 @@ def _differentiable(chunk_rows: int, return_correct: bool, how: Words) -> Callab
 def _shards(return_correct: bool, how: Words) -> Shards | None:
     if how.devices is None:
         return None
-    rows, kernel = spec(how.rows), spec((), how.words)
+    rows, kernel = spec(how.rows), spec(how.columns, how.words)
     outputs = (rows, rows) if return_correct else rows
     inputs = rows, kernel, rows
     return Shards(how.devices.mesh, inputs, outputs, inputs, (rows, kernel, None))

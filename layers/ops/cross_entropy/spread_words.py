@@ -25,11 +25,13 @@ class Words(NamedTuple):
         devices: `Devices`, `None` for one.
         rows: Mesh axes of the rows.
         words: Mesh axes of the words.
+        columns: Mesh axes of D of the kernel, axes of the rows alone: with FSDP.
     """
 
     devices: Devices | None = None
     rows: Axes = ()
     words: Axes = ()
+    columns: Axes = ()
 
     def count(self, own: int) -> int:
         """All words, where a device has `own`."""

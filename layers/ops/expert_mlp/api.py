@@ -79,7 +79,9 @@ def expert_mlp(
                 "Experts that are spread over devices need implementation='tiled'. "
                 f"Received: {implementation=}"
             )
-        how = Spread(found, found.rows(x.shape[0]), found.experts(count))
+        axes = found.rows(x.shape[0]), found.experts(count)
+        columns = found.columns(x.shape[1], axes[1])
+        how = Spread(found, *axes, columns if set(columns) <= set(axes[0]) else ())
         return spread_experts.run(x, gate_up, down, experts, weights, activation, how)
     rows = ops.shape(x)[0]
     if not isinstance(rows, int):

@@ -22,7 +22,16 @@ from keras import ops
 
 from ..backend.autodiff import Shards, custom_gradient
 from ..backend.loops import add_rows
-from ..backend.sharding import Axes, Devices, all_sum, gather, part_number, spec, sum_parts
+from ..backend.sharding import (
+    Axes,
+    Devices,
+    all_sum,
+    gather,
+    part_number,
+    spec,
+    sum_parts,
+    sum_rows,
+)
 from ..grouped_matmul.tiles import for_each_tile, tile_sizes, write_tile
 from ..tensor_types import Tensor
 from .tiled_experts import (
@@ -43,11 +52,13 @@ class Spread(NamedTuple):
         devices: `Devices`.
         rows: Mesh axes of the rows.
         experts: Mesh axes of the experts.
+        columns: Mesh axes of D of the kernels, axes of the rows alone: with FSDP.
     """
 
     devices: Devices
     rows: Axes
     experts: Axes
+    columns: Axes = ()
 
     @property
     def shared(self) -> Axes:
@@ -84,13 +95,18 @@ def run(
 
 @functools.cache
 def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Callable[..., Any]:
+    def whole(gate_up, down):
+        return gather(gate_up, how.columns, 1), gather(down, how.columns, 2)
+
     def forward(x, gate_up, down, weights, experts):
         count = gate_up.shape[0]
         x, weights, experts = (gather(t, how.shared) for t in (x, weights, experts))
         own = experts - count * part_number(how.experts)
         own = ops.where((own >= 0) & (own < count), own, count)
         inputs = ExpertInputs(x, gate_up, down, weights, *sort_by_expert(own, count))
-        output = back(_outputs(inputs, sizes, activation))
+        gate_up, down = whole(gate_up, down)
+        output = _outputs(inputs._replace(gate_up=gate_up, down=down), sizes, activation)
+        output = back(output)
         return (output, all_sum(inputs.tokens_per_expert, how.row_only)), inputs
 
     def back(rows):
@@ -98,9 +114,13 @@ def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Cal
 
     def backward(inputs, d_output):
         d_output = gather(d_output, how.shared)
-        d_x, *d_kernels, d_weights = _gradients(inputs, d_output, sizes, activation)
-        d_kernels = [all_sum(d, how.row_only) for d in d_kernels]
-        return back(d_x), *d_kernels, back(d_weights), None
+        # Gathered once more: kept, all layers' kernels would be whole on every device.
+        gate_up, down = whole(inputs.gate_up, inputs.down)
+        inputs = inputs._replace(gate_up=gate_up, down=down)
+        d_x, d_gate_up, d_down, d_weights = _gradients(inputs, d_output, sizes, activation)
+        d_gate_up = sum_rows(d_gate_up, how.row_only, how.columns, 1)
+        d_down = sum_rows(d_down, how.row_only, how.columns, 2)
+        return back(d_x), d_gate_up, d_down, back(d_weights), None
 
     return custom_gradient(forward, backward, shards=_shards(how))
 
@@ -157,7 +177,8 @@ def _gradients(
 
 def _shards(how: Spread) -> Shards:
     rows, experts, gathered = spec(how.rows), spec(how.experts), spec(how.row_only)
+    kernels = spec(how.experts, how.columns), spec(how.experts, (), how.columns)
     own = spec((*how.row_only, *how.experts))  # different on every device
-    inputs = rows, experts, experts, rows, rows
-    kept = ExpertInputs(gathered, experts, experts, gathered, own, own, own)
+    inputs = rows, *kernels, rows, rows
+    kept = ExpertInputs(gathered, *kernels, gathered, own, own, own)
     return Shards(how.devices.mesh, inputs, (rows, experts), kept, (*inputs[:4], None))
