@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from qwen3_next import Qwen3NextConfig
 from qwen3_next.layers.ops import (
     attention,
     causal_conv1d,
@@ -14,8 +15,10 @@ from qwen3_next.layers.ops import (
     linear_cross_entropy,
 )
 from qwen3_next.layers.ops.backend.sharding import devices, spec
+from qwen3_next.models.weight_table import weight_table
 from qwen3_next.scale.collectives import collectives, largest_arrays
-from tests.support.devices import distribution_of, eight_devices
+from qwen3_next.scale.sharding_rules import sharding_of
+from tests.support.devices import MESHES, distribution_of, eight_devices
 from tests.support.running import assert_close
 
 pytestmark = eight_devices
@@ -157,3 +160,29 @@ def test_one_implementation_of_the_experts_is_spread():
     routes = np.zeros((B * T, 2), "int32")
     with distribution_of("expert=4"), pytest.raises(ValueError, match="ragged_dot"):
         expert_mlp(x, gate_up, down, routes, weights, implementation="ragged_dot")
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("mesh", [*MESHES, "data=4,tensor=2", "expert=4,tensor=2"])
+def test_ops_take_weights_as_they_lie(mesh, fsdp):
+    config = Qwen3NextConfig.from_variant("80b_a3b", num_layers=1)
+    rows = {row.path.rsplit("/", 1)[-1]: row for row in weight_table(config)}
+    head = next(row for row in weight_table(config) if row.path == "lm_head/kernel")
+    with distribution_of(mesh, fsdp=fsdp) as parallel:
+        found = devices()
+        experts, words = found.experts(config.num_experts), found.heads(config.vocab_size)
+        width = config.hidden_size
+        taken = {
+            rows["gate_up"]: (experts, found.columns(width, experts), ()),
+            rows["down"]: (experts, (), found.columns(width, experts)),
+            head: (found.columns(width, words), words),
+        }
+        for row, axes in taken.items():
+            lies = sharding_of(row, parallel.sizes, fsdp).axes
+            assert spec(*axes) == jax_spec(lies), row.path
+
+
+def jax_spec(axes):
+    import jax
+
+    return jax.sharding.PartitionSpec(*axes)

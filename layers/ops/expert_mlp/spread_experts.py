@@ -114,7 +114,7 @@ def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Cal
 
     def backward(inputs, d_output):
         d_output = gather(d_output, how.shared)
-        # Gathered once more: kept, all layers' kernels would be whole on every device.
+        # No residual: a compiler may gather them again and not keep those of all layers.
         gate_up, down = whole(inputs.gate_up, inputs.down)
         inputs = inputs._replace(gate_up=gate_up, down=down)
         d_x, d_gate_up, d_down, d_weights = _gradients(inputs, d_output, sizes, activation)
