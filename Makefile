@@ -37,7 +37,7 @@ PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loa
 # Part by part: TensorFlow keeps what XLA has compiled for as long as a process lives, and only
 # `tests/scale` runs on several simulated devices.
 PARTS := "tests/layers tests/config" "tests/transfer tests/cli" "tests/models tests/think tests/training" \
-  "tests/tasks tests/generation" "tests/scale" "tests/checkpoints $(wildcard tests/test_*.py)"
+  "tests/tasks" "tests/generation" "tests/scale" "tests/checkpoints $(wildcard tests/test_*.py)"
 
 test-jax test-tensorflow: test-%: $(VENV)/.test
 	for part in $(PARTS); do \
