@@ -6,7 +6,13 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig
+from qwen3_next import (
+    MTPConfig,
+    Qwen3Next,
+    Qwen3NextClassifier,
+    Qwen3NextConfig,
+    layout_map,
+)
 from tests.support.devices import MESHES, WIDE, distribution_of, eight_devices
 
 pytestmark = eight_devices
@@ -64,6 +70,19 @@ def assert_trains_as_one(mesh, kind, fsdp=False, **options):
 @pytest.mark.parametrize("mesh", [*MESHES, "tensor=4"])
 def test_every_mesh_trains_as_one_device(mesh):
     assert_trains_as_one(mesh, "experts")
+
+
+@pytest.mark.parametrize("name", ["ModelParallel", "DataParallel"])
+def test_distributions_of_keras_itself_train_as_one_device(name):
+    if name == "DataParallel":
+        parallel = keras.distribution.DataParallel()
+    else:
+        mesh = keras.distribution.DeviceMesh((2, 4), ("data", "expert"))
+        layouts = layout_map(mesh, CONFIGS["experts"])
+        parallel = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="data")
+    expected = on_one("experts")
+    with parallel.scope():
+        np.testing.assert_allclose(losses("experts"), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dense and tied", "mtp", "classifier"])
