@@ -173,8 +173,9 @@ class GatedAttention(keras.layers.Layer):
 
     def init_cache(self, batch_size: int, max_length: int) -> AttentionCache:
         """An empty cache for `max_length` tokens per row, in the compute dtype."""
-        shape = (batch_size, max_length, self._held_key_heads(), self.head_dim)
-        return AttentionCache(*(zeros(shape, self.compute_dtype, heads=2) for _ in range(2)))
+        held = self._held_key_heads()
+        shape = (batch_size, max_length, held, self.head_dim)
+        return AttentionCache(*(zeros(shape, self.compute_dtype, 2, held) for _ in range(2)))
 
     def _held_key_heads(self) -> int:
         """Key heads of a cache: those of the layer, repeated where several devices share one."""

@@ -171,11 +171,11 @@ def test_ops_take_weights_as_they_lie(mesh, fsdp):
     with distribution_of(mesh, fsdp=fsdp) as parallel:
         found = devices()
         experts, words = found.experts(config.num_experts), found.heads(config.vocab_size)
-        width = config.hidden_size
+        width, spread = config.hidden_size, found.rows(64)
         taken = {
-            rows["gate_up"]: (experts, found.columns(width, experts), ()),
-            rows["down"]: (experts, (), found.columns(width, experts)),
-            head: (found.columns(width, words), words),
+            rows["gate_up"]: (experts, found.columns(width, experts, spread), ()),
+            rows["down"]: (experts, (), found.columns(width, experts, spread)),
+            head: (found.columns(width, words, spread), words),
         }
         for row, axes in taken.items():
             lies = sharding_of(row, parallel.sizes, fsdp).axes

@@ -125,15 +125,11 @@ def add_rows(
     index: Annotated[Tensor, "N"],
     rows: Annotated[Tensor, "N ..."],
 ) -> Annotated[Tensor, "M ..."]:
-    """Adds `rows` (N, ...) at `index` (N,) to `buffer` (M, ...); an index may come twice."""
-    rows = ops.cast(rows, buffer.dtype)
-    if BACKEND == "jax":
-        return buffer.at[index].add(rows)
-    if BACKEND == "torch":
-        return buffer.index_add(0, index, rows)
-    import tensorflow as tf
+    """Adds `rows` (N, ...) at `index` (N,) to `buffer` (M, ...); an index may come twice.
 
-    return tf.tensor_scatter_nd_add(buffer, index[:, None], rows)
+    For JAX alone, the backend that spreads experts over devices.
+    """
+    return buffer.at[index].add(ops.cast(rows, buffer.dtype))
 
 
 def _tensorflow_scatter(buffer, index, rows):

@@ -7,7 +7,7 @@ A mesh has up to three axes of these names; `keras.distribution` exists on JAX a
     tensor    heads, vocabulary and the width of feed-forward networks; and experts, if they divide
 
     devices          those of the active distribution
-    constrain        lays a tensor out on them, within a program or outside
+    constrain        spreads the rows of a tensor over them, within a program or outside
     zeros            a tensor that is never whole on one of them
     on_shards        runs a function on the parts that every device has
     gather, all_sum, all_max, sum_parts, sum_rows, part_number    what such a function may ask of
@@ -16,7 +16,7 @@ A mesh has up to three axes of these names; `keras.distribution` exists on JAX a
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import keras
 from keras import ops
@@ -57,14 +57,17 @@ class Devices(NamedTuple):
         """Axes over which so many heads, words or columns are spread."""
         return self._fitting((TENSOR,), count)
 
-    def columns(self, count: int, used: Axes) -> Axes:
-        """Axes over which FSDP spreads so many columns of a weight that is spread over `used`."""
+    def columns(self, count: int, used: Axes, rows: Axes) -> Axes:
+        """Axes over which FSDP spreads so many columns of a weight that is spread over `used`.
+
+        None, if there are not all of them among the axes of the `rows` that an op is given.
+        """
         if not self.fsdp:
             return ()
         for names in ((self.batch, EXPERT), (self.batch,), (EXPERT,)):
             left = tuple(n for n in names if self.mesh.shape.get(n, 1) > 1 and n not in used)
             if count % self.size(left) == 0:
-                return left
+                return left if set(left) <= set(rows) else ()
         return ()
 
     def key_heads(self, heads: int, key_heads: int) -> int:
@@ -107,48 +110,35 @@ def spec(*axes: Axes) -> Any:
     return jax.sharding.PartitionSpec(*(names or None for names in axes))
 
 
-def constrain(
-    x: Tensor, rows: int = 0, heads: int | None = None, count: int | None = None
-) -> Tensor:
-    """`x`, spread over the devices; as it is without any.
-
-    Args:
-        x: The tensor.
-        rows: Its dim of rows.
-        heads: Its dim of heads, `None` for none.
-        count: How many heads that dim holds, if they have several places each.
-    """
+def constrain(x: Annotated[Tensor, "B ..."]) -> Annotated[Tensor, "B ..."]:
+    """`x` with its rows spread over the devices; as it is without any."""
     found = devices()
     if found is None or isinstance(x, keras.KerasTensor):
         return x
-    return keras.distribution.distribute_tensor(x, _sharding(found, x.shape, rows, heads, count))
+    import jax
+
+    place = jax.sharding.NamedSharding(found.mesh, spec(found.rows(x.shape[0])))
+    return keras.distribution.distribute_tensor(x, place)
 
 
-def zeros(
-    shape: Sequence[int],
-    dtype: Any,
-    rows: int = 0,
-    heads: int | None = None,
-    count: int | None = None,
-) -> Tensor:
-    """Zeros, spread as by `constrain`, without ever being whole on one device."""
+def zeros(shape: Sequence[int], dtype: Any, heads: int, count: int) -> Tensor:
+    """Zeros `(B, ...)`, spread by row and head, without ever being whole on one device.
+
+    Args:
+        shape: Their shape.
+        dtype: Their dtype.
+        heads: The dim of heads.
+        count: How many heads that dim holds; each may have several places.
+    """
     found = devices()
     if found is None:
         return ops.zeros(shape, dtype)
     import jax
 
-    device = _sharding(found, shape, rows, heads, count)
-    return jax.numpy.zeros(shape, dtype, device=device)
-
-
-def _sharding(found, shape, rows, heads, count):
-    import jax
-
     axes: list[Axes] = [()] * len(shape)
-    axes[rows] = found.rows(shape[rows])
-    if heads is not None:
-        axes[heads] = found.heads(count or shape[heads])
-    return jax.sharding.NamedSharding(found.mesh, spec(*axes))
+    axes[0], axes[heads] = found.rows(shape[0]), found.heads(count)
+    place = jax.sharding.NamedSharding(found.mesh, spec(*axes))
+    return jax.numpy.zeros(shape, dtype, device=place)
 
 
 def on_shards(function: Callable[..., Any], mesh: Any, inputs: Any, outputs: Any) -> Callable:

@@ -85,8 +85,7 @@ def linear_cross_entropy(
     how = Words()
     if found is not None:
         rows, words = found.rows(hidden.shape[0]), found.heads(kernel.shape[1])
-        columns = found.columns(kernel.shape[0], words)
-        how = Words(found, rows, words, columns if set(columns) <= set(rows) else ())
+        how = Words(found, rows, words, found.columns(kernel.shape[0], words, rows))
     kernel = ops.cast(kernel, hidden.dtype)
     return _differentiable(chunk_rows, return_correct, how)(hidden, kernel, to_int32(labels))
 

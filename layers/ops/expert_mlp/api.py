@@ -80,8 +80,7 @@ def expert_mlp(
                 f"Received: {implementation=}"
             )
         axes = found.rows(x.shape[0]), found.experts(count)
-        columns = found.columns(x.shape[1], axes[1])
-        how = Spread(found, *axes, columns if set(columns) <= set(axes[0]) else ())
+        how = Spread(found, *axes, found.columns(x.shape[1], axes[1], axes[0]))
         return spread_experts.run(x, gate_up, down, experts, weights, activation, how)
     rows = ops.shape(x)[0]
     if not isinstance(rows, int):
