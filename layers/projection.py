@@ -1,9 +1,12 @@
 """Bias-free projections of the residual stream, and between it and heads."""
 
+import math
+
 import keras
 from keras import ops
 
 from .initializers import Normal
+from .ops import row_product
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
@@ -17,8 +20,27 @@ class RowDense(keras.layers.Dense):
     """
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        flat = super().call(ops.reshape(inputs, (-1, inputs.shape[-1])), training=training)
+        rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
+        if row_product.pays(inputs.shape[:-1], math.prod(self.kernel.shape)):
+            flat = row_product.multiply_row(rows, ops.convert_to_tensor(self.kernel))
+        else:
+            flat = super().call(rows, training=training)
         return ops.reshape(flat, (*ops.shape(inputs)[:-1], flat.shape[-1]))
+
+
+@keras.saving.register_keras_serializable(package="qwen3_next")
+class HeadDense(keras.layers.EinsumDense):
+    """A projection to heads or from them: its kernel has an axis for the heads, to shard by."""
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        kernel = ops.convert_to_tensor(self.kernel)
+        size = math.prod(kernel.shape)
+        if not row_product.pays(inputs.shape[:2], size):
+            return super().call(inputs, training=training)
+        inner = math.prod(inputs.shape[2:])
+        rows = ops.reshape(inputs, (1, inner))
+        flat = row_product.multiply_row(rows, ops.reshape(kernel, (inner, size // inner)))
+        return ops.reshape(flat, (1, 1, *self.compute_output_shape(inputs.shape)[2:]))
 
 
 def dense(units: int, initializer_range: float, name: str, dtype: object) -> keras.layers.Dense:
@@ -32,16 +54,12 @@ def dense(units: int, initializer_range: float, name: str, dtype: object) -> ker
     )
 
 
-def to_heads(
-    heads: int, dim: int, initializer_range: float, name: str, dtype: object
-) -> keras.layers.EinsumDense:
+def to_heads(heads: int, dim: int, initializer_range: float, name: str, dtype: object) -> HeadDense:
     """`(B, T, D) -> (B, T, heads, dim)`, kernel `(D, heads, dim)`."""
     return _project("btd,dhk->bthk", (None, heads, dim), initializer_range, name, dtype)
 
 
-def from_heads(
-    width: int, initializer_range: float, name: str, dtype: object
-) -> keras.layers.EinsumDense:
+def from_heads(width: int, initializer_range: float, name: str, dtype: object) -> HeadDense:
     """`(B, T, heads, dim) -> (B, T, width)`, kernel `(heads, dim, width)`."""
     return _project("bthk,hkd->btd", (None, width), initializer_range, name, dtype)
 
@@ -52,9 +70,8 @@ def _project(
     initializer_range: float,
     name: str,
     dtype: object,
-) -> keras.layers.EinsumDense:
-    # A kernel with its heads on an axis of their own shards by head.
-    return keras.layers.EinsumDense(
+) -> HeadDense:
+    return HeadDense(
         equation,
         output_shape=output_shape,
         kernel_initializer=Normal(initializer_range),

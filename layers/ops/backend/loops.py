@@ -2,6 +2,7 @@
 
     scan                  a loop that stacks what its steps return
     get_row, get_rows     read at a computed place
+    get_at                read at many computed places
     set_row, set_rows     write at a computed place
     add_to_row            add at a computed place
     scatter_rows          write many rows at computed places
@@ -94,6 +95,13 @@ def get_rows(buffer: Tensor, start: Tensor, count: int, axis: int = 0) -> Tensor
     shape = list(ops.shape(buffer))
     starts[axis], shape[axis] = start, count
     return ops.slice(buffer, starts, shape)
+
+
+def get_at(buffer: Annotated[Tensor, "M ..."], index: Annotated[Tensor, "N"]) -> Tensor:
+    """`buffer[index]` `(N, ...)` for integers from 0 to M - 1, which nothing checks."""
+    if BACKEND == "jax":
+        return buffer.at[index].get(mode="promise_in_bounds")
+    return ops.take(buffer, index, axis=0)
 
 
 def add_to_row(buffer: Tensor, index: Tensor, row: Tensor) -> Tensor:

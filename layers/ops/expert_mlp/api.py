@@ -6,6 +6,7 @@ Public: `expert_mlp`.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from keras import ops
 
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
+from ..backend.platform import platform
 from ..backend.sharding import devices
 from ..checks import require_shape
 from ..grouped_matmul import grouped_matmul
@@ -21,9 +23,11 @@ from ..grouped_matmul.tiles import tile_sizes
 from ..padding import pad_end
 from ..rows import take_rows
 from ..tensor_types import Tensor
-from . import spread_experts, tiled_experts
+from . import experts_in_place, spread_experts, tiled_experts
 from .spread_experts import Spread
 from .tiled_experts import ExpertInputs, sort_by_expert
+
+MOST_PAIRS_IN_PLACE = 32
 
 
 def expert_mlp(
@@ -48,8 +52,10 @@ def expert_mlp(
         experts: `(N, K)` integers; E means no expert at all.
         weights: `(N, K)`; 0 where there is no expert.
         activation: `"silu"` or `"gelu"` (exact), on the gate.
-        implementation: `"tiled"` (one loop over tiles of pairs), `"ragged_dot"` or `None`, see
-            `grouped_matmul`; on the devices of a `keras.distribution` always tiled.
+        implementation: `"tiled"` (one loop over tiles of pairs), `"in_place"` (every pair reads its
+            expert where it stands: for a few pairs), `"ragged_dot"`, see `grouped_matmul`, or
+            `None`: in place on a CPU for up to 32 pairs, else as `grouped_matmul` chooses; on the
+            devices of a `keras.distribution` always tiled.
 
     Returns:
         `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
@@ -69,10 +75,13 @@ def expert_mlp(
     found = devices()
     if found is not None and implementation is None:
         implementation = "tiled"
-    implementation = pick(implementation)
-    gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
     count = gate_up.shape[0]
     experts = ops.cast(experts, "int32")
+    if _reads_in_place(implementation, experts.shape):
+        output = _in_place(activation)(x, gate_up, down, weights, experts)
+        return output, _tokens_per_expert(experts, count)
+    implementation = pick(implementation)
+    gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
     if found is not None:
         if implementation != "tiled":
             raise ValueError(
@@ -112,6 +121,28 @@ def _by_grouped_matmul(
     rows = take_rows(rows, ops.reshape(inverse_sort, (-1,)), ops.expand_dims(sort_indices, -1))
     rows = ops.reshape(rows, (-1, chosen, x.shape[1]))
     return ops.sum(ops.expand_dims(weights, -1) * rows, axis=1)
+
+
+def _reads_in_place(implementation: str | None, pairs: tuple[int | None, ...]) -> bool:
+    if implementation is None and None not in pairs:
+        return math.prod(pairs) <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
+    return implementation == "in_place"
+
+
+def _tokens_per_expert(experts: Annotated[Tensor, "N K"], count: int) -> Annotated[Tensor, "E"]:
+    numbers = ops.arange(count, dtype="int32")
+    return ops.sum(ops.cast(ops.reshape(experts, (-1, 1)) == numbers, "int32"), axis=0)
+
+
+@functools.cache
+def _in_place(activation: str) -> Callable[..., Tensor]:
+    def forward(*inputs):
+        return experts_in_place.forward(*inputs, activation), inputs
+
+    def backward(inputs, d_output):
+        return *experts_in_place.backward(*inputs, d_output, activation), None
+
+    return custom_gradient(forward, backward)
 
 
 @functools.cache

@@ -58,20 +58,23 @@ def gradients_by_autodiff(arrays, cotangent):
     return gradients(dense, arrays, cotangent)
 
 
-def test_every_mode_matches_the_oracle(compiled):
-    arrays = inputs()
-    assert_close(run(program(), *arrays, mode=compiled), oracle(*arrays), TOLERANCE)
+@pytest.mark.parametrize("implementation", ["tiled", "in_place"])
+def test_every_mode_matches_the_oracle(compiled, implementation):
+    arrays, function = inputs(), program(implementation=implementation)
+    assert_close(run(function, *arrays, mode=compiled), oracle(*arrays), TOLERANCE)
     cotangent = inputs(seed=1)[0]
-    found = gradients(program(), arrays, cotangent, mode=compiled)
+    found = gradients(function, arrays, cotangent, mode=compiled)
     for actual, expected in zip(found, gradients_by_autodiff(arrays, cotangent), strict=True):
         if expected is not None:
             assert_close(actual, expected, 5e-6)
 
 
 @pytest.mark.portable
-def test_the_portable_path_matches_the_oracle():
+@pytest.mark.parametrize("implementation", ["tiled", "in_place"])
+def test_the_portable_path_matches_the_oracle(implementation):
     arrays = inputs()
-    assert_close(run(program(), *arrays), oracle(*arrays), TOLERANCE)
+    found = run(program(implementation=implementation), *arrays)
+    assert_close(found, oracle(*arrays), TOLERANCE)
 
 
 @pytest.mark.parametrize("tokens, experts, chosen", [(1, 4, 2), (3, 64, 4), (300, 4, 1)])
@@ -108,12 +111,42 @@ def test_the_tokens_of_every_expert_are_counted():
     assert_close(output, oracle(*arrays), TOLERANCE)
 
 
-def test_an_unused_expert_is_never_read():
-    arrays = inputs()
+@pytest.mark.parametrize("pairs, chosen", [(32, "in_place"), (34, "tiled")])
+def test_a_few_pairs_are_read_in_place_without_being_told(pairs, chosen):
+    arrays, other = inputs(pairs // CHOSEN), {"in_place": "tiled", "tiled": "in_place"}[chosen]
+    found = run(program(), *arrays)
+    assert np.array_equal(found, run(program(implementation=chosen), *arrays))
+    assert not np.array_equal(found, run(program(implementation=other), *arrays))
+
+
+def test_in_place_padding_is_zero_whatever_the_experts_hold():
+    x, gate_up, down, routes, weights = inputs(tokens=4)
+    routes = np.full_like(routes, EXPERTS)
+    nothing = np.full_like(gate_up, np.nan), np.full_like(down, np.nan)
+    arrays = x, *nothing, routes, np.zeros_like(weights)
+    assert not run(program(implementation="in_place"), *arrays).any()
+
+
+def test_in_place_kernels_are_rounded_to_the_dtype_of_the_tokens():
+    x, gate_up, down, routes, weights = inputs(tokens=4)
+
+    def half(*arrays):
+        x, *rest = arrays
+        return ops.cast(
+            program(implementation="in_place")(ops.cast(x, "bfloat16"), *rest), "float32"
+        )
+
+    found = run(half, x, gate_up, down, routes, weights)
+    assert_close(found, oracle(x, gate_up, down, routes, weights), 2e-2)
+
+
+@pytest.mark.parametrize("implementation", ["tiled", "in_place"])
+def test_an_unused_expert_is_never_read(implementation):
+    arrays, function = inputs(), program(implementation=implementation)
     poisoned = [x.copy() for x in arrays]
     poisoned[1][-1], poisoned[2][-1] = np.nan, np.nan
-    assert np.array_equal(run(program(), *poisoned), run(program(), *arrays))
-    found = gradients(program(), poisoned, inputs(seed=1)[0])
+    assert np.array_equal(run(function, *poisoned), run(function, *arrays))
+    found = gradients(function, poisoned, inputs(seed=1)[0])
     assert all(np.isfinite(grad).all() for grad in found if grad is not None)
     assert not found[1][-1].any()
 
@@ -135,8 +168,10 @@ def test_a_one_percent_error_in_one_expert_is_seen():
     arrays = inputs()
     wrong = [x.copy() for x in arrays]
     wrong[2][1] *= 1.01
-    with pytest.raises(AssertionError, match="off by"):
-        assert_close(run(program(), *wrong), oracle(*arrays), TOLERANCE)
+    for implementation in ("tiled", "in_place"):
+        with pytest.raises(AssertionError, match="off by"):
+            found = run(program(implementation=implementation), *wrong)
+            assert_close(found, oracle(*arrays), TOLERANCE)
 
 
 @pytest.mark.parametrize(

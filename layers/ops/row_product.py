@@ -1,0 +1,101 @@
+"""Products of single rows with large kernels, which are as fast as the kernels are read.
+
+A compiler for the CPU copies a matrix out of a stack before it multiplies, and then reads the
+copy; TensorFlow's runs a product of one row with a reshaped kernel column by column, at a tenth of
+the speed. What they find written as one elementwise expression they read in place, in the order in
+which it lies there, with all cores. So the product is such an expression, in which S rows of a
+block of the kernel are multiplied and added up, and a sum over blocks:
+
+    partial_bo = sum_s x[bS + s] W[bS + s, o]        S terms, read once
+    y_o        = sum_b partial_bo                    1/S of the kernel's size
+
+    multiply_row       one row, one kernel, with a backward pass of its own
+    partial_products   several rows, each with a kernel out of a stack
+    weighted_sum       the sum over blocks
+
+Measured on two cores, against the backend's own products, in `benchmarks/results`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Annotated
+
+from keras import ops
+
+from .backend.autodiff import custom_gradient
+from .backend.loops import get_at
+from .backend.platform import BACKEND, platform
+from .backend.sharding import devices
+from .tensor_types import Tensor
+
+# Fewer leave more blocks to be written and read again; more were no faster (of 8, 16, 32, 64).
+ROWS = 16
+# Where a kernel is smaller, there is nothing to gain, and expressions take time to compile.
+SMALLEST_KERNEL = 2**16
+
+
+def pays(rows: tuple[int | None, ...], kernel_size: int) -> bool:
+    """Whether `multiply_row` is the faster way for `rows` rows, in any shape, on what runs here."""
+    one = all(size == 1 for size in rows)
+    here = BACKEND in ("jax", "tensorflow") and platform() == "cpu" and devices() is None
+    return one and here and kernel_size >= SMALLEST_KERNEL
+
+
+def multiply_row(row: Annotated[Tensor, "1 I"], kernel: Annotated[Tensor, "I O"]) -> Tensor:
+    """`row @ kernel` `(1, O)` in the dtype of `row`, added up in float32."""
+    return _differentiable()(row, kernel)
+
+
+def partial_products(
+    rows: Annotated[Tensor, "P I"],
+    kernels: Annotated[Tensor, "E I O"],
+    index: Annotated[Tensor, "P"] | None = None,
+) -> Annotated[Tensor, "P B O"]:
+    """`rows[p] @ kernels[index[p]]`, float32, with the sums over blocks of rows left open.
+
+    Args:
+        rows: `(P, I)`; kernels are rounded to their dtype as they are read.
+        kernels: `(E, I, O)`.
+        index: `(P,)` integers from 0 to E - 1, or `None` for 0 to P - 1.
+    """
+    (count, inner), outer = rows.shape, kernels.shape[2]
+    size = math.gcd(inner, ROWS)
+    kernels = ops.reshape(kernels, (kernels.shape[0], inner // size, size, outer))
+    factors = ops.reshape(rows, (count, inner // size, size, 1))
+
+    def term(i):
+        block = kernels[:, :, i] if index is None else get_at(kernels[:, :, i], index)
+        block = ops.cast(ops.cast(block, rows.dtype), "float32")
+        return ops.cast(factors[:, :, i], "float32") * block
+
+    return functools.reduce(ops.add, map(term, range(size)))
+
+
+def weighted_sum(
+    weights: Annotated[Tensor, "P B"], blocks: Annotated[Tensor, "P B O"]
+) -> Annotated[Tensor, "P O"]:
+    """Sums blocks by what the backend's compiler does not merge with the expression before it.
+
+    JAX's would make a kernel of its own of a sum with all that leads to it, which copies its
+    inputs first; TensorFlow's would run through that expression anew for every output of a product
+    of one row.
+    """
+    if BACKEND == "jax":
+        return ops.matmul(weights[:, None], blocks)[:, 0]
+    return ops.sum(weights[..., None] * blocks, axis=1)
+
+
+@functools.cache
+def _differentiable() -> Callable[..., Tensor]:
+    def forward(row, kernel):
+        partial = partial_products(row, kernel[None])
+        total = weighted_sum(ops.ones(partial.shape[:2], "float32"), partial)
+        return ops.cast(total, row.dtype), (row, kernel)
+
+    def backward(residuals, d_output):
+        row, kernel = residuals
+        d_row = ops.matmul(d_output, ops.transpose(ops.cast(kernel, row.dtype)))
+        return d_row, ops.cast(ops.transpose(row) * d_output, kernel.dtype)
+
+    return custom_gradient(forward, backward)
