@@ -8,13 +8,15 @@ WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, max(2, os.cpu_count()))
 export TF_CPP_MIN_LOG_LEVEL := 3
 
 BENCH ?=
+# `make bench LLAMA=1` measures llama.cpp too, which pip compiles: minutes, and a C++ compiler.
+LLAMA ?=
 .PHONY: demo bench test quick lint types test-jax test-tensorflow test-torch clean
 
 demo: $(VENV)/.demo
 	KERAS_BACKEND=$(BACKEND) $(VENV)/bin/python notebooks/standard_library_demo.py
 
 # The rows on speculative decoding need the model that `make demo` leaves.
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench $(if $(LLAMA),$(VENV)/.llama)
 	$(VENV)/bin/python -m benchmarks.run $(BENCH)
 
 test: lint types test-jax test-tensorflow test-torch
@@ -64,6 +66,10 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 $(VENV)/.bench: $(VENV)/bin/python pyproject.toml
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[jax,bench,demo]" tensorflow-cpu
+	touch $@
+
+$(VENV)/.llama: $(VENV)/.bench
+	$(PIP) --editable ".[llama]"
 	touch $@
 
 clean:

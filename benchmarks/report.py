@@ -1,6 +1,6 @@
 """The table and the curves of a run."""
 
-from benchmarks.workloads import EVERYONE, FIRST_CALLS, MODEL, NOT_TIMED
+from benchmarks.workloads import EVERYONE, FIRST_CALLS, LLAMA, MODEL, NOT_TIMED
 
 OURS = "ours-jax"
 
@@ -32,7 +32,7 @@ def _times(found):
     """Seconds of every contender, ours against each peer; compilation and memory."""
     if not found:
         return []
-    who = [name for name in EVERYONE if any(name in by for by in found.values())]
+    who = [name for name in (*EVERYONE, LLAMA) if any(name in by for by in found.values())]
     lines = [
         "",
         "Median milliseconds per run (decoding: tokens per second; first calls: seconds, with "

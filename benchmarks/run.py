@@ -15,26 +15,24 @@ import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.report import draw, table
-from benchmarks.workloads import (
-    FIRST_CALLS,
-    MODELS,
-    NOT_TIMED,
-    adaptive_thinking,
-    conversion,
-    curves,
-    devices,
-    routes,
-    rows,
-    speculation,
-    thinking,
-)
+from benchmarks.workloads import FIRST_CALLS, LLAMA, MODELS, NOT_TIMED, everything
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PACKAGES = ("jax", "tensorflow", "keras", "keras-hub", "torch", "transformers", "numpy")
+PACKAGES = (
+    "jax",
+    "tensorflow",
+    "keras",
+    "keras-hub",
+    "torch",
+    "transformers",
+    "numpy",
+    "llama-cpp-python",
+)
 PATIENCE = 600  # seconds for one row of one contender
 
 
@@ -46,9 +44,7 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
 
-    known = (*rows(), *speculation(), *thinking(), *adaptive_thinking(), *routes(), *conversion())
-    known = (*known, *devices(), *curves())
-    wanted = [row for row in known if args.only in row.name]
+    wanted = [row for row in everything() if args.only in row.name]
     if args.quick:
         wanted = [row for row in wanted if row.quick]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -60,12 +56,7 @@ def main():
             raise SystemExit(f"{path} is from another machine or of other models")
         results["rows"] = before["rows"]
     done = {(result["name"], result["contender"]) for result in results["rows"]}
-    pairs = [(row, contender) for row in wanted for contender in row.contenders]
-    pairs = [pair for pair in pairs if (pair[0].name, pair[1]) not in done]
-    if args.quick:  # compiling KerasHub's alone would take minutes
-        long = ("prefill", *FIRST_CALLS)
-        pairs = [p for p in pairs if p[0].task not in long or "keras_hub" not in p[1]]
-    pairs.sort(key=lambda pair: pair[1].startswith("keras_hub"))
+    pairs = pairs_of(wanted, done, args.quick)
     started = time.perf_counter()
     for number, (row, contender) in enumerate(pairs, start=1):
         figures = measure(row, contender)
@@ -77,6 +68,19 @@ def main():
     if any(result["curve"] for result in results["rows"]):
         draw(results, args.out / "scaling.png")
     print("\n" + table(results))
+
+
+def pairs_of(wanted, done, quick):
+    """Rows and contenders that are still to be measured, KerasHub last."""
+    pairs = [(row, contender) for row in wanted for contender in row.contenders]
+    pairs = [pair for pair in pairs if (pair[0].name, pair[1]) not in done]
+    if find_spec(LLAMA) is None:
+        print("llama.cpp is not installed and left out: `make bench LLAMA=1` installs it")
+        pairs = [pair for pair in pairs if pair[1] != LLAMA]
+    if quick:  # compiling KerasHub's alone would take minutes
+        long = ("prefill", *FIRST_CALLS)
+        pairs = [p for p in pairs if p[0].task not in long or "keras_hub" not in p[1]]
+    return sorted(pairs, key=lambda pair: pair[1].startswith("keras_hub"))
 
 
 def measure(row, contender):

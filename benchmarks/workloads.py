@@ -40,6 +40,15 @@ MANY_EXPERTS = {
     "shared_expert_intermediate_size": 128,
 }
 NO_ATTENTION = {**MODEL, "full_attention_interval": None, "layer_types": ["linear_attention"] * 4}
+# As wide, every layer attention as in Qwen3-MoE: no output gate and no shared expert.
+QWEN3_MOE = {
+    **MODEL,
+    "full_attention_interval": 1,
+    "attention_type": "group_query_attention",
+    "normalization_type": "rms_norm",
+    "partial_rotary_factor": 1.0,
+    "shared_expert_intermediate_size": 0,
+}
 # The first layer encodes, two think, the last one, with the attention, decodes.
 ETD = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 1}
 THINKING = {**MODEL, "etd": {**ETD, "adaptive_depth": False}}
@@ -63,6 +72,7 @@ MODELS = {
     "model": MODEL,
     "many_experts": MANY_EXPERTS,
     "no_attention": NO_ATTENTION,
+    "qwen3_moe": QWEN3_MOE,
     "thinking": THINKING,
     "adaptive": ADAPTIVE,
     "without_think_block": WITHOUT_THINK_BLOCK,
@@ -75,6 +85,8 @@ EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflo
 ON_JAX = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "transformers")
 WITHOUT_KERAS_HUB = ("ours-jax", "ours-tensorflow", "transformers")
 OURS = ("ours-jax", "ours-tensorflow")
+# Measured where it is installed, see README.md.
+LLAMA = "llama_cpp"
 KERAS = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow")
 # What a user waits for before the first result: measured by the first call, with compilation.
 FIRST_CALLS = ("first_predict", "first_fit", "first_generate")
@@ -95,13 +107,28 @@ class Row(NamedTuple):
     curve: str | None = None
 
 
+def everything():
+    """All rows of this module."""
+    yield from rows()
+    yield from qwen3_moe()
+    yield from speculation()
+    yield from thinking()
+    yield from adaptive_thinking()
+    yield from routes()
+    yield from conversion()
+    yield from devices()
+    yield from curves()
+
+
 def rows():
-    yield Row("prefill 1 x 1024", "prefill", {"batch": 1, "length": 1024}, quick=True)
+    size = {"batch": 1, "length": 1024}
+    yield Row("prefill 1 x 1024", "prefill", size, (*EVERYONE, LLAMA), quick=True)
     # KerasHub unrolls its chunks: at 4096 tokens its program takes minutes to compile.
     few = WITHOUT_KERAS_HUB
-    yield Row("prefill 1 x 4096", "prefill", {"batch": 1, "length": 4096}, few)
+    yield Row("prefill 1 x 4096", "prefill", {"batch": 1, "length": 4096}, (*few, LLAMA))
     yield Row("train step 1 x 1024", "train", {"batch": 1, "length": 1024})
-    yield Row("decode, batch 1", "decode", {"batch": 1, "length": 16, "new": 128})
+    size = {"batch": 1, "length": 16, "new": 128}
+    yield Row("decode, batch 1", "decode", size, (*EVERYONE, LLAMA))
     yield Row("decode, batch 8", "decode", {"batch": 8, "length": 16, "new": 64}, ON_JAX)
     for task in FIRST_CALLS:
         size = {"batch": 1, "length": 1024}
@@ -129,6 +156,17 @@ def rows():
     yield Row("MoE block, 1 token", "moe", {**size, "tokens": 1}, ON_JAX)
     size = {"tokens": 512, "width": 512, "vocab": 151_936}
     yield Row("loss forward + backward, vocabulary 151,936", "loss", size, few)
+
+
+def qwen3_moe():
+    """Layers of attention alone, which llama.cpp has had for longest."""
+    for what, size in (
+        ("prefill 1 x 1024", {"batch": 1, "length": 1024}),
+        ("prefill 1 x 4096", {"batch": 1, "length": 4096}),
+        ("decode, batch 1", {"batch": 1, "length": 16, "new": 128}),
+    ):
+        task = what.split()[0].rstrip(",")
+        yield Row(f"Qwen3-MoE: {what}", task, size, (*OURS, LLAMA), "qwen3_moe")
 
 
 def speculation():
