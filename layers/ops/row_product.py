@@ -75,15 +75,15 @@ def partial_products(
 def weighted_sum(
     weights: Annotated[Tensor, "P B"], blocks: Annotated[Tensor, "P B O"]
 ) -> Annotated[Tensor, "P O"]:
-    """Sums blocks by what the backend's compiler does not merge with the expression before it.
+    """Sums blocks by a product, which compilers do not merge with the expression before it.
 
-    JAX's would make a kernel of its own of a sum with all that leads to it, which copies its
-    inputs first; TensorFlow's would run through that expression anew for every output of a product
-    of one row.
+    They would make a kernel of a plain sum with all that leads to it: JAX's one that copies its
+    inputs first, TensorFlow's one that runs through the expression anew for every output, as it
+    does for a product of one row, but not of two.
     """
-    if BACKEND == "jax":
-        return ops.matmul(weights[:, None], blocks)[:, 0]
-    return ops.sum(weights[..., None] * blocks, axis=1)
+    count = 2 if BACKEND == "tensorflow" else 1
+    weights = ops.repeat(weights[:, None], count, axis=1)
+    return ops.matmul(weights, blocks)[:, 0]
 
 
 @functools.cache
