@@ -27,7 +27,7 @@ from . import experts_in_place, spread_experts, tiled_experts
 from .spread_experts import Spread
 from .tiled_experts import ExpertInputs, sort_by_expert
 
-MOST_PAIRS_IN_PLACE = 32
+MOST_PAIRS_IN_PLACE = 128
 
 
 def expert_mlp(
@@ -54,7 +54,7 @@ def expert_mlp(
         activation: `"silu"` or `"gelu"` (exact), on the gate.
         implementation: `"tiled"` (one loop over tiles of pairs), `"in_place"` (every pair reads its
             expert where it stands: for a few pairs), `"ragged_dot"`, see `grouped_matmul`, or
-            `None`: in place on a CPU for up to 32 pairs, else as `grouped_matmul` chooses; on the
+            `None`: in place on a CPU for up to 128 pairs, else as `grouped_matmul` chooses; on the
             devices of a `keras.distribution` always tiled.
 
     Returns:
