@@ -11,9 +11,9 @@ block of the kernel are multiplied and added up, and a sum over blocks:
 
     multiply_row       one row, one kernel, with a backward pass of its own
     partial_products   several rows, each with a kernel out of a stack
-    weighted_sum       the sum over blocks
+    sum_of_blocks      their sums
 
-Measured on two cores, against the backend's own products, in `benchmarks/results`.
+`python -m benchmarks.run --only decode` is where this counts.
 """
 
 import functools
@@ -72,26 +72,23 @@ def partial_products(
     return functools.reduce(ops.add, map(term, range(size)))
 
 
-def weighted_sum(
-    weights: Annotated[Tensor, "P B"], blocks: Annotated[Tensor, "P B O"]
-) -> Annotated[Tensor, "P O"]:
+def sum_of_blocks(partial: Annotated[Tensor, "P B O"]) -> Annotated[Tensor, "P O"]:
     """Sums blocks by a product, which compilers do not merge with the expression before it.
 
     They would make a kernel of a plain sum with all that leads to it: JAX's one that copies its
     inputs first, TensorFlow's one that runs through the expression anew for every output, as it
     does for a product of one row, but not of two.
     """
-    count = 2 if BACKEND == "tensorflow" else 1
-    weights = ops.repeat(weights[:, None], count, axis=1)
-    return ops.matmul(weights, blocks)[:, 0]
+    copies = 2 if BACKEND == "tensorflow" else 1
+    ones = ops.ones((partial.shape[0], copies, partial.shape[1]), "float32")
+    return ops.matmul(ones, partial)[:, 0]
 
 
 @functools.cache
 def _differentiable() -> Callable[..., Tensor]:
     def forward(row, kernel):
-        partial = partial_products(row, kernel[None])
-        total = weighted_sum(ops.ones(partial.shape[:2], "float32"), partial)
-        return ops.cast(total, row.dtype), (row, kernel)
+        product = sum_of_blocks(partial_products(row, kernel[None]))
+        return ops.cast(product, row.dtype), (row, kernel)
 
     def backward(residuals, d_output):
         row, kernel = residuals

@@ -8,7 +8,7 @@ Public: `expert_mlp`.
 import functools
 import math
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from keras import ops
 
@@ -24,6 +24,7 @@ from ..padding import pad_end
 from ..rows import take_rows
 from ..tensor_types import Tensor
 from . import experts_in_place, spread_experts, tiled_experts
+from .experts_in_place import PairInputs
 from .spread_experts import Spread
 from .tiled_experts import ExpertInputs, sort_by_expert
 
@@ -123,7 +124,7 @@ def _by_grouped_matmul(
     return ops.sum(ops.expand_dims(weights, -1) * rows, axis=1)
 
 
-def _reads_in_place(implementation: str | None, pairs: tuple[int | None, ...]) -> bool:
+def _reads_in_place(implementation: str | None, pairs: Any) -> bool:
     if implementation is None and None not in pairs:
         return math.prod(pairs) <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
     return implementation == "in_place"
@@ -137,10 +138,10 @@ def _tokens_per_expert(experts: Annotated[Tensor, "N K"], count: int) -> Annotat
 @functools.cache
 def _in_place(activation: str) -> Callable[..., Tensor]:
     def forward(*inputs):
-        return experts_in_place.forward(*inputs, activation), inputs
+        return experts_in_place.forward(PairInputs(*inputs), activation), inputs
 
     def backward(inputs, d_output):
-        return *experts_in_place.backward(*inputs, d_output, activation), None
+        return *experts_in_place.backward(PairInputs(*inputs), d_output, activation), None
 
     return custom_gradient(forward, backward)
 
