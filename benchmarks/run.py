@@ -1,6 +1,6 @@
 """Measures this project and its peers on the same work, in turn, and writes what it found.
 
-    python -m benchmarks.run [--quick] [--resume] [--only TEXT] [--out benchmarks/results]
+    python -m benchmarks.run [--quick] [--resume] [--only PATTERN] [--out benchmarks/results]
 
 Every row runs for every contender in a process of its own, one after the other; KerasHub, whose
 programs take longest to compile, comes last. Results go to `results.json` after every row, and to
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -39,12 +40,12 @@ PATIENCE = 600  # seconds for one row of one contender
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few rows, a few minutes")
-    parser.add_argument("--only", default="", help="rows whose name contains this text")
+    parser.add_argument("--only", default="", type=re.compile, help="rows whose name has it")
     parser.add_argument("--resume", action="store_true", help="keep what --out already holds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
 
-    wanted = [row for row in everything() if args.only in row.name]
+    wanted = [row for row in everything() if args.only.search(row.name)]
     if args.quick:
         wanted = [row for row in wanted if row.quick]
     args.out.mkdir(parents=True, exist_ok=True)

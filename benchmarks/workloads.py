@@ -130,6 +130,9 @@ def rows():
     size = {"batch": 1, "length": 16, "new": 128}
     yield Row("decode, batch 1", "decode", size, (*EVERYONE, LLAMA))
     yield Row("decode, batch 8", "decode", {"batch": 8, "length": 16, "new": 64}, ON_JAX)
+    for dtype in ("mixed_bfloat16", "bfloat16"):
+        size = {"batch": 1, "length": 16, "new": 128, "dtype": dtype}
+        yield Row(f"decode, batch 1, {dtype}", "decode", size, OURS)
     for task in FIRST_CALLS:
         size = {"batch": 1, "length": 1024}
         if task == "first_generate":

@@ -21,8 +21,9 @@ class RowDense(keras.layers.Dense):
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        if row_product.pays(inputs.shape[:-1], math.prod(self.kernel.shape)):
-            flat = row_product.multiply_row(rows, ops.convert_to_tensor(self.kernel))
+        kernel = ops.convert_to_tensor(self.kernel)
+        if row_product.pays(inputs.shape[:-1], kernel):
+            flat = row_product.multiply_row(rows, kernel)
         else:
             flat = super().call(rows, training=training)
         return ops.reshape(flat, (*ops.shape(inputs)[:-1], flat.shape[-1]))
@@ -34,12 +35,11 @@ class HeadDense(keras.layers.EinsumDense):
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         kernel = ops.convert_to_tensor(self.kernel)
-        size = math.prod(kernel.shape)
-        if not row_product.pays(inputs.shape[:2], size):
+        if not row_product.pays(inputs.shape[:2], kernel):
             return super().call(inputs, training=training)
         inner = math.prod(inputs.shape[2:])
         rows = ops.reshape(inputs, (1, inner))
-        flat = row_product.multiply_row(rows, ops.reshape(kernel, (inner, size // inner)))
+        flat = row_product.multiply_row(rows, ops.reshape(kernel, (inner, -1)))
         return ops.reshape(flat, (1, 1, *self.compute_output_shape(inputs.shape)[2:]))
 
 

@@ -17,11 +17,11 @@ from tests.support import oracles
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
-def build(config, think_iterations=None):
+def build(config, think_iterations=None, dtype=None):
     config = dict(config)
     if think_iterations is not None:
         config["etd"] = {**config["etd"], "max_think_iterations": think_iterations}
-    return Qwen3Next(Qwen3NextConfig.from_dict(config))
+    return Qwen3Next(Qwen3NextConfig.from_dict(config), dtype=dtype)
 
 
 def prefill(config, batch, length, think_iterations=None):
@@ -51,9 +51,19 @@ def train(config, batch, length, think_iterations=None):
     return train_work(model, token_ids(config, batch, length + 1))
 
 
-def decode(config, batch, length, new, think_iterations=None, prompts=None, asks=False, route=None):
+def decode(
+    config,
+    batch,
+    length,
+    new,
+    think_iterations=None,
+    prompts=None,
+    asks=False,
+    route=None,
+    dtype=None,
+):
     del asks  # `generate` does, unless it is told a route
-    model = build(config, think_iterations)
+    model = build(config, think_iterations, dtype)
     ids = token_ids(config, batch, length)
     if prompts is not None:
         easy = halt_by_vocabulary(model)
