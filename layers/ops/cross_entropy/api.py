@@ -2,9 +2,10 @@
 
     loss_n = logsumexp_v(z_nv) - z_n,label(n)        z = hidden @ kernel
 
-`linear_cross_entropy` never holds the logits of more than one chunk of rows, forward or backward;
-the backward pass recomputes a chunk's logits and turns them into gradients at once, keeping only
-the hidden states and the kernel from the forward pass.
+`linear_cross_entropy` never holds more logits than those of one chunk. Forward a chunk is some rows
+with all words. Backward it is all rows with some words: with the log-sum-exp of every row, kept
+from the forward pass, no word needs another, and the gradient of the kernel, as large as the
+kernel, is written once and not added to for every chunk.
 
     cross_entropy            loss of every row from its logits
     linear_cross_entropy     the same from hidden states and the head's kernel
@@ -18,15 +19,17 @@ from typing import Annotated, Any
 from keras import ops
 
 from ..backend.autodiff import Shards, custom_gradient
-from ..backend.loops import scan
+from ..backend.loops import get_rows, scan, set_rows
 from ..backend.sharding import all_sum, devices, gather, spec, sum_rows
 from ..checks import require_shape, to_int32
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
-from .spread_words import Words, argmax, is_word, log_sum_exp, logit_of, softmax
+from .spread_words import Words, argmax, log_sum_exp, logit_of
 
 IGNORE = -100  # the label that has no loss
 CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
+UNKNOWN_ROWS = 4096  # how many there may be where only the run tells
+WORDS_OF_VECTORS = 128
 
 
 def cross_entropy(
@@ -42,14 +45,17 @@ def cross_entropy(
         `(...)` float32, 0 at ignored labels, NaN at any other label that is no class: a program
         cannot refuse a value, and a finite number would hide it.
     """
-    return _losses(logits, to_int32(labels), Words())
+    return _losses(logits, to_int32(labels), Words())[0]
 
 
-def _losses(logits: Tensor, labels: Tensor, how: Words) -> Tensor:
+def _losses(logits: Tensor, labels: Tensor, how: Words) -> tuple[Tensor, Tensor]:
+    """Losses and the log-sum-exp of every row."""
     logits = ops.cast(logits, "float32")
-    losses = log_sum_exp(logits, how) - logit_of(logits, labels, how)
+    lse = log_sum_exp(logits, how)
+    losses = lse - logit_of(logits, labels, how)
     is_class = (labels >= 0) & (labels < how.count(logits.shape[-1]))
-    return ops.where(labels == IGNORE, 0.0, ops.where(is_class, losses, float("nan")))
+    losses = ops.where(labels == IGNORE, 0.0, ops.where(is_class, losses, float("nan")))
+    return losses, lse
 
 
 def linear_cross_entropy(
@@ -66,7 +72,8 @@ def linear_cross_entropy(
         hidden: `(N, D)`.
         kernel: `(D, V)`.
         labels: `(N,)` integers; `IGNORE` (-100) is ignored.
-        chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
+        chunk_rows: rows whose logits are held at a time; backward as many logits, of all rows.
+            Defaults to what 64 MiB hold.
         return_correct: whether to say as well where the largest logit is the label's.
 
     Returns:
@@ -96,40 +103,45 @@ def _differentiable(chunk_rows: int, return_correct: bool, how: Words) -> Callab
         def step(carry, xs):
             rows, label = xs
             logits = rows @ kernel
-            results: tuple[Tensor, ...] = (_losses(logits, label, how),)
+            results: tuple[Tensor, ...] = _losses(logits, label, how)
             if return_correct:
                 results += (_correct(logits, label, how),)
             return carry, results
 
         own, kernel = kernel, gather(kernel, how.columns)
         xs = _chunks(chunk_rows, hidden, labels)
-        into = (ops.zeros_like(xs[1], "float32"),) * (1 + return_correct)
+        into = (ops.zeros_like(xs[1], "float32"),) * (2 + return_correct)
         _, results = scan(step, (), xs, into)
         count = ops.shape(hidden)[0]
-        results = tuple(ops.reshape(x, (-1,))[:count] for x in results)
-        return results if return_correct else results[0], (hidden, own, labels)
+        losses, lse, *found = (ops.reshape(x, (-1,))[:count] for x in results)
+        return (losses, *found) if return_correct else losses, (hidden, own, labels, lse)
 
     def backward(residuals, d_losses, d_correct=None):
         del d_correct  # whole numbers: nothing to differentiate
-        hidden, kernel, labels = residuals
+        hidden, kernel, labels, lse = residuals
         kernel = gather(kernel, how.columns)
+        own = kernel.shape[1]
+        size = _chunk_words(chunk_rows, own, hidden.shape[0])
+        d_losses = ops.where(labels == IGNORE, 0.0, d_losses)
 
-        def step(carry, xs):
-            (d_kernel,) = carry
-            rows, label, d_loss = xs
-            d_loss = ops.where(label == IGNORE, 0.0, d_loss)[:, None]
-            logits = ops.cast(rows @ kernel, "float32")
-            d_logits = d_loss * (softmax(logits, how) - is_word(label, kernel.shape[1], how))
+        def step(i, carry):
+            d_hidden, d_kernel = carry
+            start = ops.minimum(i * size, own - size)
+            columns = get_rows(kernel, start, size, axis=1)
+            words = start + ops.arange(size, dtype="int32")
+            hits = ops.cast(words + how.first(own) == labels[:, None], "float32")
+            logits = ops.cast(hidden @ columns, "float32")
+            d_logits = d_losses[:, None] * (ops.exp(logits - lse[:, None]) - hits)
             d_logits = ops.cast(d_logits, kernel.dtype)
-            d_rows = d_logits @ ops.transpose(kernel)
-            d_kernel = d_kernel + ops.cast(ops.transpose(rows) @ d_logits, "float32")
-            return (d_kernel,), (d_rows,)
+            d_kernel = set_rows(d_kernel, start, ops.transpose(hidden) @ d_logits, axis=1)
+            # Where words are left over, the last chunk begins among those of the one before.
+            d_logits = ops.where(words >= i * size, d_logits, ops.zeros_like(d_logits))
+            return d_hidden + ops.cast(d_logits @ ops.transpose(columns), "float32"), d_kernel
 
-        carry = (ops.zeros(kernel.shape, "float32"),)
-        xs = _chunks(chunk_rows, hidden, labels, d_losses)
-        (d_kernel,), (d_hidden,) = scan(step, carry, xs, (ops.zeros_like(xs[0]),))
-        d_hidden = ops.reshape(d_hidden, (-1, hidden.shape[1]))[: ops.shape(hidden)[0]]
-        d_kernel = sum_rows(ops.cast(d_kernel, kernel.dtype), how.rows, how.columns, 0)
+        carry = ops.zeros_like(hidden, "float32"), ops.zeros_like(kernel)
+        d_hidden, d_kernel = ops.fori_loop(0, -(-own // size), step, carry)
+        d_hidden = ops.cast(d_hidden, hidden.dtype)
+        d_kernel = sum_rows(d_kernel, how.rows, how.columns, 0)
         return all_sum(d_hidden, how.words), d_kernel, None
 
     return custom_gradient(forward, backward, shards=_shards(return_correct, how))
@@ -141,7 +153,16 @@ def _shards(return_correct: bool, how: Words) -> Shards | None:
     rows, kernel = spec(how.rows), spec(how.columns, how.words)
     outputs = (rows, rows) if return_correct else rows
     inputs = rows, kernel, rows
-    return Shards(how.devices.mesh, inputs, outputs, inputs, (rows, kernel, None))
+    return Shards(how.devices.mesh, inputs, outputs, (*inputs, rows), (rows, kernel, None))
+
+
+def _chunk_words(chunk_rows: int, words: int, rows: int | None) -> int:
+    """Words with which all rows have as many logits as `chunk_rows` rows have with all words."""
+    rows = UNKNOWN_ROWS if rows is None else max(rows, 1)
+    size = max(1, chunk_rows * words // rows)
+    if size > WORDS_OF_VECTORS:
+        size -= size % WORDS_OF_VECTORS
+    return min(size, words)
 
 
 def _chunks(chunk_rows: int, hidden: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -1,10 +1,8 @@
 """Sums over a vocabulary of which every device may have only a part.
 
     log_sum_exp    log sum_v exp(z_v)
-    softmax        exp(z_v - log_sum_exp) of a device's own words
     logit_of       z_label
     argmax         the word with the largest z
-    is_word        where the label is the word of a column
 
 A device has the columns of its own words; what crosses devices is one number per row, never a
 logit. On one device, `Words()`, they are those of Keras.
@@ -50,12 +48,6 @@ def log_sum_exp(logits: Annotated[Tensor, "R V"], how: Words) -> Annotated[Tenso
     return largest + ops.log(all_sum(ops.exp(part - largest), how.words))
 
 
-def softmax(logits: Annotated[Tensor, "R V"], how: Words) -> Annotated[Tensor, "R V"]:
-    if not how.words:
-        return ops.softmax(logits)
-    return ops.exp(logits - ops.expand_dims(log_sum_exp(logits, how), -1))
-
-
 def logit_of(
     logits: Annotated[Tensor, "... V"], labels: Annotated[Tensor, "..."], how: Words
 ) -> Annotated[Tensor, "..."]:
@@ -79,9 +71,3 @@ def argmax(logits: Annotated[Tensor, "... V"], how: Words) -> Annotated[Tensor, 
     is_best = largest == all_max(largest, how.words)
     word = ops.where(is_best, best + how.first(own), how.count(own))
     return -all_max(-word, how.words)
-
-
-def is_word(labels: Annotated[Tensor, "R"], own: int, how: Words) -> Annotated[Tensor, "R V"]:
-    """Float32, 1 where the label is the word of a column."""
-    words = ops.arange(own, dtype="int32") + how.first(own)
-    return ops.cast(words == labels[:, None], "float32")
