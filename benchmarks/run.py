@@ -1,6 +1,6 @@
 """Measures this project and its peers on the same work, in turn, and writes what it found.
 
-    python -m benchmarks.run [--quick] [--resume] [--only PATTERN] [--out benchmarks/results]
+    python -m benchmarks.run [--quick] [--resume] [--only PATTERN] [--by PATTERN] [--out benchmarks/results]
 
 Every row runs for every contender in a process of its own, one after the other; KerasHub, whose
 programs take longest to compile, comes last. Results go to `results.json` after every row, and to
@@ -41,6 +41,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few rows, a few minutes")
     parser.add_argument("--only", default="", type=re.compile, help="rows whose name has it")
+    parser.add_argument("--by", default="", type=re.compile, help="contenders whose name has it")
     parser.add_argument("--resume", action="store_true", help="keep what --out already holds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
@@ -57,7 +58,7 @@ def main():
             raise SystemExit(f"{path} is from another machine or of other models")
         results["rows"] = before["rows"]
     done = {(result["name"], result["contender"]) for result in results["rows"]}
-    pairs = pairs_of(wanted, done, args.quick)
+    pairs = pairs_of(wanted, done, args)
     started = time.perf_counter()
     for number, (row, contender) in enumerate(pairs, start=1):
         figures = measure(row, contender)
@@ -71,14 +72,14 @@ def main():
     print("\n" + table(results))
 
 
-def pairs_of(wanted, done, quick):
+def pairs_of(wanted, done, args):
     """Rows and contenders that are still to be measured, KerasHub last."""
-    pairs = [(row, contender) for row in wanted for contender in row.contenders]
+    pairs = [(row, who) for row in wanted for who in row.contenders if args.by.search(who)]
     pairs = [pair for pair in pairs if (pair[0].name, pair[1]) not in done]
     if find_spec(LLAMA) is None:
         print("llama.cpp is not installed and left out: `make bench LLAMA=1` installs it")
         pairs = [pair for pair in pairs if pair[1] != LLAMA]
-    if quick:  # compiling KerasHub's alone would take minutes
+    if args.quick:  # compiling KerasHub's alone would take minutes
         long = ("prefill", *FIRST_CALLS)
         pairs = [p for p in pairs if p[0].task not in long or "keras_hub" not in p[1]]
     return sorted(pairs, key=lambda pair: pair[1].startswith("keras_hub"))
