@@ -1,6 +1,6 @@
 """Measures this project and its peers on the same work, in turn, and writes what it found.
 
-    python -m benchmarks.run [--quick] [--resume] [--only PATTERN] [--by PATTERN] [--out benchmarks/results]
+    python -m benchmarks.run [--quick] [--resume] [--only PATTERN] [--by PATTERN] [--out DIR]
 
 Every row runs for every contender in a process of its own, one after the other; KerasHub, whose
 programs take longest to compile, comes last. Results go to `results.json` after every row, and to
