@@ -15,7 +15,8 @@
 
 One folder per op: `api.py` has the public functions, checks and the choice of implementation, the
 other modules the maths. Beside them stand what several ops share (`activations`, `checks`,
-`padding`, `rows`, `sequence`, `tensor_types`) and `backend/`, what differs between backends.
+`padding`, `row_product`, `rows`, `sequence`, `tensor_types`) and `backend/`, what differs between
+backends.
 """
 
 from .attention import attention

@@ -14,10 +14,11 @@ from keras import ops
 
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
-from ..backend.platform import platform
+from ..backend.platform import choose, platform
 from ..backend.sharding import devices
 from ..checks import require_shape
 from ..grouped_matmul import grouped_matmul
+from ..grouped_matmul.api import IMPLEMENTATIONS as OF_GROUPED_MATMUL
 from ..grouped_matmul.api import pick
 from ..grouped_matmul.tiles import tile_sizes
 from ..padding import pad_end
@@ -28,6 +29,7 @@ from .experts_in_place import PairInputs
 from .spread_experts import Spread
 from .tiled_experts import ExpertInputs, sort_by_expert
 
+IMPLEMENTATIONS = ("in_place", *OF_GROUPED_MATMUL)
 MOST_PAIRS_IN_PLACE = 128
 
 
@@ -62,7 +64,8 @@ def expert_mlp(
         `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown activation or implementation.
+        ValueError: shapes that do not fit together, an unknown activation or implementation, or
+            one that cannot run on these devices or without a known number of tokens.
     """
     require_shape("x", x, (None, None))
     require_shape("gate_up", gate_up, (None, x.shape[1], None))
@@ -73,22 +76,14 @@ def expert_mlp(
         raise ValueError(
             f"`activation` must be one of {sorted(ACTIVATIONS)}. Received: {activation=}"
         )
-    found = devices()
-    if found is not None and implementation is None:
-        implementation = "tiled"
-    count = gate_up.shape[0]
+    found, count = devices(), gate_up.shape[0]
+    implementation = _pick(implementation, experts.shape, found is not None)
     experts = ops.cast(experts, "int32")
-    if _reads_in_place(implementation, experts.shape):
+    if implementation == "in_place":
         output = _in_place(activation)(x, gate_up, down, weights, experts)
         return output, _tokens_per_expert(experts, count)
-    implementation = pick(implementation)
     gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
     if found is not None:
-        if implementation != "tiled":
-            raise ValueError(
-                "Experts that are spread over devices need implementation='tiled'. "
-                f"Received: {implementation=}"
-            )
         axes = found.rows(x.shape[0]), found.experts(count)
         how = Spread(found, *axes, found.columns(x.shape[1], axes[1], axes[0]))
         return spread_experts.run(x, gate_up, down, experts, weights, activation, how)
@@ -124,10 +119,24 @@ def _by_grouped_matmul(
     return ops.sum(ops.expand_dims(weights, -1) * rows, axis=1)
 
 
-def _reads_in_place(implementation: str | None, pairs: Any) -> bool:
-    if implementation is None and None not in pairs:
-        return math.prod(pairs) <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
-    return implementation == "in_place"
+def _pick(implementation: str | None, pairs: Any, spread: bool) -> str:
+    """The implementation for pairs `(N, K)`; `spread`: whether the experts are over devices."""
+    known = None not in pairs
+    if implementation is None:
+        few = known and math.prod(pairs) <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
+        return "tiled" if spread else "in_place" if few else pick(None)
+    choose(implementation, IMPLEMENTATIONS, "")
+    if spread and implementation != "tiled":
+        raise ValueError(
+            "Experts that are spread over devices need implementation='tiled'. "
+            f"Received: {implementation=}"
+        )
+    if implementation == "in_place" and not known:
+        raise ValueError(
+            "implementation='in_place' needs a known number of tokens. "
+            f"Received: experts.shape={tuple(pairs)}"
+        )
+    return implementation if implementation == "in_place" else pick(implementation)
 
 
 def _tokens_per_expert(experts: Annotated[Tensor, "N K"], count: int) -> Annotated[Tensor, "E"]:

@@ -197,6 +197,17 @@ def test_an_unknown_choice_is_named(option):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere the number of rows is known")
+def test_in_place_needs_a_known_number_of_tokens():
+    import tensorflow as tf
+
+    x, gate_up, down, routes, weights = inputs()
+    unknown = [tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in (x, routes, weights)]
+    specs = unknown[0], gate_up, down, *unknown[1:]
+    with pytest.raises(ValueError, match=r"known number of tokens.*Received"):
+        tf.function(program(implementation="in_place")).get_concrete_function(*specs)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere the number of rows is known")
 @pytest.mark.parametrize("rows", [0, 1, TOKENS])
 def test_a_number_of_tokens_that_only_the_run_tells_may_be_any(rows):
     import tensorflow as tf
