@@ -21,9 +21,8 @@ class RowDense(keras.layers.Dense):
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
-        kernel = ops.convert_to_tensor(self.kernel)
-        if row_product.pays(inputs.shape[:-1], kernel):
-            flat = row_product.multiply_row(rows, kernel)
+        if _is_product(self) and row_product.pays(inputs.shape[:-1], self.kernel):
+            flat = row_product.multiply_row(rows, ops.convert_to_tensor(self.kernel))
         else:
             flat = super().call(rows, training=training)
         return ops.reshape(flat, (*ops.shape(inputs)[:-1], flat.shape[-1]))
@@ -34,13 +33,17 @@ class HeadDense(keras.layers.EinsumDense):
     """A projection to heads or from them: its kernel has an axis for the heads, to shard by."""
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
-        kernel = ops.convert_to_tensor(self.kernel)
-        if not row_product.pays(inputs.shape[:2], kernel):
+        if not (_is_product(self) and row_product.pays(inputs.shape[:2], self.kernel)):
             return super().call(inputs, training=training)
         inner = math.prod(inputs.shape[2:])
-        rows = ops.reshape(inputs, (1, inner))
-        flat = row_product.multiply_row(rows, ops.reshape(kernel, (inner, -1)))
+        kernel = ops.reshape(ops.convert_to_tensor(self.kernel), (inner, -1))
+        flat = row_product.multiply_row(ops.reshape(inputs, (1, inner)), kernel)
         return ops.reshape(flat, (1, 1, *self.compute_output_shape(inputs.shape)[2:]))
+
+
+def _is_product(layer: keras.layers.Layer) -> bool:
+    """Whether it does nothing but multiply."""
+    return layer.bias is None and layer.activation is keras.activations.linear
 
 
 def dense(units: int, initializer_range: float, name: str, dtype: object) -> keras.layers.Dense:

@@ -5,8 +5,8 @@ import pytest
 from keras import ops
 
 from qwen3_next.layers.ops import row_product
-from qwen3_next.layers.projection import dense, from_heads, to_heads
-from tests.support.running import BACKEND, assert_close, gradients, run
+from qwen3_next.layers.projection import HeadDense, RowDense, dense, from_heads, to_heads
+from tests.support.running import BACKEND, assert_close, gradients, run, to_numpy
 
 TOLERANCE = 2e-6
 LARGE = 256  # a square kernel of so many rows is large enough to pay
@@ -84,3 +84,21 @@ def test_a_projection_of_one_token_is_that_of_several(kind, monkeypatch):
     assert used
     assert one.shape == both[:, :1].shape == (1, 1, *layer.compute_output_shape(x.shape)[2:])
     assert_close(one, both[:, :1], TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RowDense(LARGE, activation="relu"),
+        lambda: RowDense(LARGE, bias_initializer="ones"),
+        lambda: HeadDense("btd,dhk->bthk", (None, 8, LARGE // 8), activation="relu"),
+        lambda: HeadDense("btd,dhk->bthk", (None, 8, LARGE // 8), bias_axes="k"),
+    ],
+)
+def test_a_bias_and_an_activation_count_for_one_token_too(make):
+    layer = make()
+    layer.build((None, None, LARGE))
+    if layer.bias is not None:
+        layer.bias.assign(ops.ones_like(layer.bias))
+    x = np.random.default_rng(0).normal(size=(1, 2, LARGE)).astype("float32")
+    assert_close(to_numpy(layer(x[:, :1])), to_numpy(layer(x))[:, :1], TOLERANCE)
