@@ -66,6 +66,17 @@ def scan(
     return ops.fori_loop(0, length, body, (carry, into))
 
 
+def zeros_after(x: Tensor, shape: tuple, dtype: str) -> Tensor:
+    """Zeros that are made when `x` is known, and not before.
+
+    XLA makes constants of one shape once, at the start of a program, and copies them to wherever a
+    loop writes into them: every such buffer would be held from there on.
+    """
+    first = ops.reshape(x, (-1,))[0]
+    never = ops.cast((first < 0) & (first > 0), dtype)
+    return ops.broadcast_to(never, shape)
+
+
 def set_row(buffer: Tensor, index: Tensor, row: Tensor) -> Tensor:
     """`buffer[index] = row` for a scalar integer tensor `index`."""
     return set_rows(buffer, index, ops.expand_dims(row, 0))

@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple
 from keras import ops
 
 from ..activations import ACTIVATIONS
-from ..backend.loops import add_to_row, get_row, get_rows
+from ..backend.loops import add_to_row, get_row, get_rows, zeros_after
 from ..grouped_matmul.tiles import (
     Tile,
     TilePlan,
@@ -78,9 +78,9 @@ def forward(
         return tuple(write_tile(old, tile, new) for old, new in zip(carry, results))
 
     count, dtype = ops.shape(pairs)[0], inputs.x.dtype
-    carry: tuple[Tensor, ...] = (ops.zeros((count, inputs.x.shape[1]), dtype),)
+    carry: tuple[Tensor, ...] = (zeros_after(inputs.x, (count, inputs.x.shape[1]), dtype),)
     if keep:
-        carry += (ops.zeros((count, inputs.gate_up.shape[2]), dtype),)
+        carry += (zeros_after(inputs.x, (count, inputs.gate_up.shape[2]), dtype),)
     outputs, *kept = for_each_tile(plan, body, carry)
     return _sum_over_pairs(outputs, inputs.inverse_sort), kept[0] if keep else None
 
@@ -108,9 +108,9 @@ def backward(
 
     count = ops.shape(pairs)[0]
     carry = (
-        ops.zeros((count, inputs.x.shape[1]), inputs.x.dtype),
-        ops.zeros(inputs.gate_up.shape, "float32"),
-        ops.zeros(inputs.down.shape, "float32"),
+        zeros_after(d_output, (count, inputs.x.shape[1]), inputs.x.dtype),
+        zeros_after(d_output, inputs.gate_up.shape, "float32"),
+        zeros_after(d_output, inputs.down.shape, "float32"),
         ops.zeros((count,), inputs.weights.dtype),
     )
     d_rows, d_gate_up, d_down, d_weights = for_each_tile(plan, body, carry)
