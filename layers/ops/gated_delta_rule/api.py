@@ -35,6 +35,8 @@ from .delta_inputs import (
 
 IMPLEMENTATIONS = ("chunked", "chunk_parallel", "recurrent")
 RECURRENT_LIMIT = 4
+CHUNK = 64
+CPU_CHUNK = 32
 
 
 class GatedDeltaRuleOutput(NamedTuple):
@@ -60,7 +62,7 @@ def gated_delta_rule(
     padding_mask: Annotated[Tensor, "B T"] | None = None,
     segment_ids: Annotated[Tensor, "B T"] | None = None,
     scale: float | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> GatedDeltaRuleOutput:
     """Runs the gated delta rule over T tokens and returns the outputs and the final state.
@@ -78,7 +80,8 @@ def gated_delta_rule(
         padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
         scale: factor on the query. Defaults to `K ** -0.5`.
-        chunk_size: tokens per chunk, a power of two.
+        chunk_size: tokens per chunk, a power of two. Defaults to 32 on a CPU, whose cost is the
+            matrices of a chunk, and to 64 on a GPU or TPU, whose cost is the number of steps.
         implementation: `"chunked"` (matrix products over chunks, one after the other),
             `"chunk_parallel"` (all chunks at once, but for the state), `"recurrent"` (token by
             token, a static and small T without segments), or `None`: recurrent up to 4 tokens,
@@ -93,6 +96,8 @@ def gated_delta_rule(
     """
     given = DeltaInputs(query, key, value, log_decay, beta, segment_ids)
     check_shapes(given, state, padding_mask)
+    if chunk_size is None:
+        chunk_size = CPU_CHUNK if platform() == "cpu" else CHUNK
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
     implementation = _choose(implementation, value, segment_ids)

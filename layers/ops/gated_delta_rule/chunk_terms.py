@@ -80,7 +80,7 @@ def chunk_terms(chunk: DeltaInputs, state_segment: Annotated[Tensor, "B"]) -> Ch
     strict = rows[:, None] > rows[None, :]
     # Summing g over (j, i] directly: differences of a running sum lose small decays behind a
     # strong one (a sum of -3000 in float32 is only good to 2e-4).
-    span = ops.cast(lower, "float32") @ ops.where(strict, chunk.log_decay[..., :, None], 0.0)
+    span = ops.where(lower, chunk.log_decay[..., None, :], 0.0) @ ops.cast(strict, "float32")
     segment = chunk.segment[:, None, None, :]  # (B, 1, 1, C)
     same = segment[..., :, None] == segment[..., None, :]
     # Masked before exp: above the diagonal the sums would be of the wrong tokens, and afterwards
@@ -146,8 +146,8 @@ def input_gradients(
         + terms.write_decay * products.write_key
     )
     return (
-        ops.sum(d_query, axis=2, keepdims=True),
-        ops.sum(d_key, axis=2, keepdims=True),
+        _over_heads(d_query),
+        _over_heads(d_key),
         beta * d_residual,
         _log_decay_gradient(chunk, terms, products, state, d_state),
         _dot(d_beta_key, k) + _dot(d_residual, v),
@@ -172,15 +172,14 @@ def _log_decay_gradient(
     from_here = ops.cast(rows[:, None] <= rows[None, :], "float32")  # (C, C), sums over i >= t
     before = rows[:, None] > rows[None, :]
     d_span = products.overlap * terms.overlap + products.attention * terms.attention
-    d_read = _dot(products.read_query, terms.read_decay * q)
-    d_read = d_read + _dot(products.read_key, beta * terms.read_decay * k)
+    d_read = terms.read_decay * (products.read_query * q + products.read_key * (beta * k))
     d_write = _dot(products.write_key, terms.write_decay * k)
-    d_chunk_decay = ops.sum(terms.chunk_decay * d_state * state, axis=(-2, -1))
+    d_chunk_decay = _row_sums(ops.reshape(d_state * state, (*ops.shape(state)[:-2], -1)))
     return (
-        ops.sum(ops.where(before, from_here @ d_span, 0.0), axis=-1)
-        + (from_here @ d_read[..., None])[..., 0]
+        _row_sums(ops.where(before, from_here @ d_span, 0.0))
+        + (from_here @ _row_sums(d_read)[..., None])[..., 0]
         + (ops.cast(before, "float32") @ d_write[..., None])[..., 0]
-        + d_chunk_decay[..., None]
+        + terms.chunk_decay[..., 0] * d_chunk_decay[..., None]
     )
 
 
@@ -189,5 +188,19 @@ def transpose(x: Tensor) -> Tensor:
     return ops.swapaxes(x, -1, -2)
 
 
+def _row_sums(x: Annotated[Tensor, "... N"]) -> Annotated[Tensor, "..."]:
+    """Sums over the last axis, as a product with ones.
+
+    XLA on a CPU computes all that leads to a plain sum once more within the sum, and slowly: half
+    of the time of the backward pass.
+    """
+    return (x @ ops.ones((x.shape[-1], 1), x.dtype))[..., 0]
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return ops.sum(a * b, axis=-1)
+    return _row_sums(a * b)
+
+
+def _over_heads(x: Annotated[Tensor, "B G R ..."]) -> Annotated[Tensor, "B G 1 ..."]:
+    """The sum over the value heads of a group, without a reduction, for the same reason."""
+    return sum((x[:, :, i : i + 1] for i in range(1, x.shape[2])), x[:, :, :1])
