@@ -20,10 +20,11 @@ from typing import Annotated, NamedTuple
 from keras import ops
 
 from ..activations import ACTIVATIONS
-from ..backend.loops import add_to_row, get_row, get_rows, zeros_after
+from ..backend.loops import get_at, get_row, get_rows, zeros_after
 from ..grouped_matmul.tiles import (
     Tile,
     TilePlan,
+    add_for_group,
     for_each_tile,
     pad_for_tiles,
     plan_tiles,
@@ -80,7 +81,7 @@ def forward(
     count, dtype = ops.shape(pairs)[0], inputs.x.dtype
     carry: tuple[Tensor, ...] = (zeros_after(inputs.x, (count, inputs.x.shape[1]), dtype),)
     if keep:
-        carry += (zeros_after(inputs.x, (count, inputs.gate_up.shape[2]), dtype),)
+        carry += (zeros_after(inputs.weights, (count, inputs.gate_up.shape[2]), dtype),)
     outputs, *kept = for_each_tile(plan, body, carry)
     return _sum_over_pairs(outputs, inputs.inverse_sort), kept[0] if keep else None
 
@@ -160,7 +161,7 @@ def tile_gradients(
     """Gradients from those of all tokens' outputs and the tile's gate and up."""
     act, derivative = ACTIVATIONS[activation]
     rows, weight = _gather(inputs.x, inputs.weights, pairs, tile)
-    d_tile = ops.take(d_output, tokens_of(inputs, pairs, tile), axis=0)
+    d_tile = get_at(d_output, tokens_of(inputs, pairs, tile))
     gate, up = ops.split(gated, 2, axis=-1)
     inner = act(gate) * up
     d_inner = d_tile @ ops.transpose(get_row(inputs.down, tile.group))
@@ -178,7 +179,7 @@ def tile_gradients(
 def add_to_kernels(kernels: Sequence[Tensor], tile: Tile, found: TileGradients) -> list[Tensor]:
     """Gradients of `gate_up` and `down` with those of a tile added."""
     new = found.d_gate_up, found.d_down
-    return [add_to_row(old, tile.group, one) for old, one in zip(kernels, new)]
+    return [add_for_group(old, tile, one) for old, one in zip(kernels, new)]
 
 
 def plan_of(inputs: ExpertInputs, sizes: tuple[int, ...]) -> tuple[TilePlan, Tensor]:
@@ -198,12 +199,15 @@ def _gather(
 ) -> tuple[Annotated[Tensor, "S D"], Annotated[Tensor, "S 1"]]:
     """Tokens of a tile's pairs and their weights, 0 where the pairs are not its own."""
     own = get_rows(pairs, tile.start, tile.size)
-    weight = ops.take(ops.reshape(weights, (-1,)), own)
+    weight = get_at(ops.reshape(weights, (-1,)), own)
     weight = ops.where(tile.own, weight, ops.zeros_like(weight))
-    return ops.take(x, own // weights.shape[1], axis=0), ops.expand_dims(weight, -1)
+    return get_at(x, own // weights.shape[1]), ops.expand_dims(weight, -1)
 
 
 def _sum_over_pairs(
     rows: Annotated[Tensor, "R D"], inverse_sort: Annotated[Tensor, "N K"]
 ) -> Annotated[Tensor, "N D"]:
-    return ops.sum(ops.take(rows, inverse_sort, axis=0), axis=1)
+    total = get_at(rows, inverse_sort[:, 0])
+    for k in range(1, inverse_sort.shape[1]):
+        total = total + get_at(rows, inverse_sort[:, k])
+    return total

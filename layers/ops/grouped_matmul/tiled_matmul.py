@@ -4,9 +4,9 @@ from typing import Annotated
 
 from keras import ops
 
-from ..backend.loops import add_to_row, get_row
+from ..backend.loops import get_row, zeros_after
 from ..tensor_types import Tensor
-from .tiles import for_each_tile, pad_for_tiles, plan_tiles, read_tile, write_tile
+from .tiles import add_for_group, for_each_tile, pad_for_tiles, plan_tiles, read_tile, write_tile
 
 
 def forward(
@@ -24,7 +24,7 @@ def forward(
         product = read_tile(rows, tile) @ get_row(weights, tile.group)
         return write_tile(outputs, tile, product)
 
-    outputs = ops.zeros((ops.shape(rows)[0], weights.shape[2]), rows.dtype)
+    outputs = zeros_after(rows, (ops.shape(rows)[0], weights.shape[2]), rows.dtype)
     return for_each_tile(plan, body, outputs)[:count]
 
 
@@ -45,8 +45,9 @@ def backward(
         d_tile = read_tile(d_outputs, tile)
         d_rows = write_tile(d_rows, tile, d_tile @ ops.transpose(get_row(weights, tile.group)))
         d_weight = ops.transpose(read_tile(rows, tile)) @ d_tile
-        return d_rows, add_to_row(d_weights, tile.group, d_weight)
+        return d_rows, add_for_group(d_weights, tile, d_weight)
 
-    carry = (ops.zeros_like(rows), ops.zeros(weights.shape, "float32"))
+    d_weights = zeros_after(d_outputs, weights.shape, "float32")
+    carry = (zeros_after(d_outputs, ops.shape(rows), rows.dtype), d_weights)
     d_rows, d_weights = for_each_tile(plan, body, carry)
     return d_rows[:count], ops.cast(d_weights, weights.dtype)

@@ -22,6 +22,7 @@ Entry points, in the order of use:
     pad_for_tiles          room for a tile that reaches past the last row
     for_each_tile          the loop over them
     read_tile, write_tile  a tile's own rows
+    add_for_group          sums over the tiles of a group
 """
 
 import functools
@@ -32,7 +33,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from ..backend.loops import get_row, get_rows, set_rows
+from ..backend.loops import add_to_row, get_row, get_rows, set_row, set_rows
 from ..padding import pad_end
 from ..tensor_types import Tensor
 
@@ -49,12 +50,14 @@ class Tile(NamedTuple):
         group: `()` int32.
         start: `()` int32.
         own: `(size,)` bool, false at rows past the end of the group.
+        first: bool, no other tile of the group can have had its turn.
     """
 
     size: int
     group: Tensor
     start: Tensor
     own: Tensor
+    first: bool
 
 
 class TilePlan(NamedTuple):
@@ -130,27 +133,36 @@ def pad_for_tiles(rows: Annotated[Tensor, "R ..."], plan: TilePlan) -> Tensor:
 
 
 def for_each_tile(plan: TilePlan, body: Callable[[Tile, Any], Any], carry: Any) -> Any:
-    """Runs `carry = body(tile, carry)` over all tiles, in any order."""
+    """Runs `carry = body(tile, carry)` over all tiles: the last ones of the groups come first."""
 
-    def run(size, group, start, carry):
+    def run(size, group, start, carry, first):
         own = ops.arange(size, dtype="int32") < get_row(plan.group_ends, group) - start
-        return body(Tile(size, group, start, own), carry)
+        return body(Tile(size, group, start, own, first), carry)
+
+    def last(size, number, carry):
+        group = get_row(plan.last_groups, number)
+        return run(size, group, get_row(plan.last_starts, group), carry, first=True)
 
     def full(number, carry):
         group = get_row(plan.full_groups, number)
         start = get_row(plan.full_offsets, group) + number * plan.sizes[-1]
-        return run(plan.sizes[-1], group, start, carry)
+        return run(plan.sizes[-1], group, start, carry, first=False)
 
-    def last(size, number, carry):
-        group = get_row(plan.last_groups, number)
-        return run(size, group, get_row(plan.last_starts, group), carry)
-
-    if plan.full_groups.shape[0] != 0:
-        carry = ops.fori_loop(0, plan.full_count, full, carry)
     for i, size in enumerate(plan.sizes):
         step = functools.partial(last, size)
         carry = ops.fori_loop(plan.last_bounds[i], plan.last_bounds[i + 1], step, carry)
+    if plan.full_groups.shape[0] != 0:
+        carry = ops.fori_loop(0, plan.full_count, full, carry)
     return carry
+
+
+def add_for_group(
+    buffer: Annotated[Tensor, "E ..."], tile: Tile, found: Annotated[Tensor, "..."]
+) -> Annotated[Tensor, "E ..."]:
+    """`buffer`, of zeros at the start, with what a tile has found for its group added."""
+    if tile.first:
+        return set_row(buffer, tile.group, ops.cast(found, buffer.dtype))
+    return add_to_row(buffer, tile.group, found)
 
 
 def read_tile(rows: Annotated[Tensor, "R ..."], tile: Tile) -> Annotated[Tensor, "size ..."]:
