@@ -301,13 +301,11 @@ class GatedDeltaNet(keras.layers.Layer):
     def _split(self, qkvz: Tensor) -> tuple[Tensor, Tensor]:
         """`(B, T, G, 2K + 2RV)` -> channels `(B, T, C = G (2K + RV))` and gate `(B, T, H, V)`."""
         batch, length, groups, _ = ops.shape(qkvz)
-        channels = ops.reshape(
-            qkvz[..., : self.group_channels], (batch, length, groups * self.group_channels)
-        )
-        gate = ops.reshape(
-            qkvz[..., self.group_channels :],
-            (batch, length, self.linear_num_value_heads, self.linear_value_head_dim),
-        )
+        # Gradients of a split are joined; those of slices are filled up with zeros and added.
+        channels, gate = ops.split(qkvz, [self.group_channels], axis=-1)
+        channels = ops.reshape(channels, (batch, length, groups * self.group_channels))
+        heads = self.linear_num_value_heads, self.linear_value_head_dim
+        gate = ops.reshape(gate, (batch, length, *heads))
         return channels, gate
 
     def _heads(self, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,11 +315,9 @@ class GatedDeltaNet(keras.layers.Layer):
         mixed = ops.reshape(
             channels, (batch, length, self.linear_num_key_heads, self.group_channels)
         )
-        value = ops.reshape(
-            mixed[..., 2 * key_dim :],
-            (batch, length, self.linear_num_value_heads, self.linear_value_head_dim),
-        )
-        query, key = mixed[..., :key_dim], mixed[..., key_dim : 2 * key_dim]
+        query, key, value = ops.split(mixed, [key_dim, 2 * key_dim], axis=-1)
+        heads = self.linear_num_value_heads, self.linear_value_head_dim
+        value = ops.reshape(value, (batch, length, *heads))
         return _l2_normalize(query), _l2_normalize(key), value
 
     def _gates(self, ba: Tensor) -> tuple[Tensor, Tensor]:

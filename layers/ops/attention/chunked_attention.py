@@ -130,8 +130,8 @@ def backward(
             d_scores = ops.cast(d_scores, tile.key.dtype)
             kept = ops.cast(kept, tile.value.dtype)
             d_query = d_query + ops.cast(d_scores @ tile.key, "float32")
-            d_key = _add(d_key, tile.start, ops.swapaxes(d_scores, -1, -2) @ query)
-            d_value = _add(d_value, tile.start, ops.swapaxes(kept, -1, -2) @ d_rows)
+            d_key = _add(d_key, tile.start, ops.swapaxes(query, -1, -2) @ d_scores)
+            d_value = _add(d_value, tile.start, ops.swapaxes(d_rows, -1, -2) @ kept)
             return d_query, d_key, d_value
 
         running = (ops.zeros(ops.shape(query), "float32"), *carry)
@@ -150,10 +150,14 @@ def backward(
 def _add(
     buffer: Annotated[Tensor, "B S G D"],
     start: Tensor,
-    rows: Annotated[Tensor, "B G block_kv D"],
+    columns: Annotated[Tensor, "B G D block_kv"],
 ) -> Annotated[Tensor, "B S G D"]:
-    """Adds to `buffer` from key `start` on."""
-    rows = ops.cast(ops.swapaxes(rows, 1, 2), "float32")
+    """Adds to `buffer` from key `start` on.
+
+    Columns, because they come from products in which the wide matrices of queries by keys stand as
+    they are; a compiler for the CPU turns those round slowly.
+    """
+    rows = ops.cast(ops.transpose(columns, (0, 3, 1, 2)), "float32")
     old = get_rows(buffer, start, rows.shape[1], axis=1)
     return set_rows(buffer, start, old + rows, axis=1)
 

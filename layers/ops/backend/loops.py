@@ -7,6 +7,7 @@
     add_to_row            add at a computed place
     scatter_rows          write many rows at computed places
     add_rows              add to many rows at computed places
+    zero_after, zeros_after    zeros that are made no earlier than something else
 
 None of these is meant to be differentiated: the ops that use them bring their own backward pass.
 """
@@ -66,15 +67,23 @@ def scan(
     return ops.fori_loop(0, length, body, (carry, into))
 
 
+def zero_after(x: Tensor, dtype: str) -> Tensor:
+    """A `()` zero that is there when `x` is, and that no compiler knows to be zero.
+
+    What is computed with it is neither moved in front of `x` nor merged with what is computed
+    without it.
+    """
+    first = ops.reshape(x, (-1,))[0]
+    return ops.cast((first < 0) & (first > 0), dtype)
+
+
 def zeros_after(x: Tensor, shape: tuple, dtype: str) -> Tensor:
-    """Zeros that are made when `x` is known, and not before.
+    """Zeros to write into, made when `x` is there.
 
     XLA makes constants of one shape once, at the start of a program, and copies them to wherever a
     loop writes into them: every such buffer would be held from there on.
     """
-    first = ops.reshape(x, (-1,))[0]
-    never = ops.cast((first < 0) & (first > 0), dtype)
-    return ops.broadcast_to(never, shape)
+    return ops.broadcast_to(zero_after(x, dtype), shape)
 
 
 def set_row(buffer: Tensor, index: Tensor, row: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ from typing import Annotated, NamedTuple
 import keras
 from keras import ops
 
-from ..activations import silu
+from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
+from ..backend.loops import zero_after
 from ..checks import require_shape
+from ..row_product import sum_of_blocks
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
 from ..tensor_types import Tensor
@@ -83,9 +85,10 @@ def causal_conv1d(
         # Numbers start at 0 with the segment that continues the state.
         segment = ops.pad(segment, [[0, 0], [taps - 1, 0]])
 
-    output = _differentiable()(extended, kernel, *([] if segment is None else [segment]))
-    activate = silu if activation == "silu" else keras.activations.get(activation)
-    output = activate(output)
+    inside = activation if activation in ACTIVATIONS else None
+    output = _differentiable(inside)(extended, kernel, *([] if segment is None else [segment]))
+    if inside is None:
+        output = keras.activations.get(activation)(output)
     if padding_mask is not None:
         output = permute_tokens(output, inverse_sort, sort_indices)
         output = ops.where(padding_mask[..., None], output, 0.0)
@@ -115,8 +118,12 @@ def _new_state(
 
 
 @functools.cache
-def _differentiable() -> Callable[..., Tensor]:
-    """Shifted products of `extended (B, W-1+T, C)`; autodiff would pad and add up every term."""
+def _differentiable(activation: str | None) -> Callable[..., Tensor]:
+    """Shifted products of `extended (B, W-1+T, C)`, activated.
+
+    Autodiff would keep what goes into the activation and comes out of it, and every shift of the
+    inputs: several times as much as the inputs, from which the backward pass computes it again.
+    """
 
     def terms(extended, taps, segment=None):
         """The inputs under every tap, `(B, T, C)`, and where they belong to the segment."""
@@ -128,23 +135,36 @@ def _differentiable() -> Callable[..., Tensor]:
                 same = ops.expand_dims(same, -1)
             yield tap, extended[:, tap : tap + length], same
 
-    def forward(extended, kernel, *segment):
+    def convolved(extended, kernel, *segment):
         output = 0.0
         for tap, rows, same in terms(extended, kernel.shape[0], *segment):
             term = rows * kernel[tap]
             output = output + (term if same is None else ops.where(same, term, 0.0))
+        return output
+
+    def forward(extended, kernel, *segment):
+        output = convolved(extended, kernel, *segment)
+        if activation is not None:
+            output = ACTIVATIONS[activation].function(output)
         return output, (extended, kernel, *segment)
 
     def backward(residuals, d_output):
         extended, kernel, *segment = residuals
-        taps = kernel.shape[0]
+        taps, channels = kernel.shape
+        if activation is not None:
+            # Not the same expression to a compiler, which would keep the forward pass' results.
+            again = kernel + zero_after(d_output, kernel.dtype)
+            inner = convolved(extended, again, *segment)
+            d_output = d_output * ACTIVATIONS[activation].derivative(inner)
         d_extended, d_kernel = 0.0, []
         for tap, rows, same in terms(extended, taps, *segment):
             d_term = d_output if same is None else ops.where(same, d_output, 0.0)
-            d_kernel.append(ops.sum(d_term * rows, axis=(0, 1)))
+            products = ops.cast(d_term * rows, "float32")
+            d_kernel.append(sum_of_blocks(ops.reshape(products, (1, -1, channels)))[0])
             place = [[0, 0], [tap, taps - 1 - tap], [0, 0]]
             d_extended = d_extended + ops.pad(d_term * kernel[tap], place)
-        return d_extended, ops.stack(d_kernel), *(None for _ in segment)
+        d_kernel = ops.cast(ops.stack(d_kernel), kernel.dtype)
+        return d_extended, d_kernel, *(None for _ in segment)
 
     return custom_gradient(forward, backward)
 
