@@ -37,8 +37,8 @@ from ..backend.loops import add_to_row, get_row, get_rows, set_row, set_rows
 from ..padding import pad_end
 from ..tensor_types import Tensor
 
-FRACTIONS = (0.25, 0.5, 1.0, 1.25)  # of the mean group
-LARGEST_MEAN = 128
+FRACTIONS = (0.25, 0.5, 1.0, 1.125, 1.25)  # of the mean group
+LARGEST_MEAN = 256  # larger tiles read weights less often, but leave the cache
 UNKNOWN_ROWS = (8, 32, 128)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from qwen3_next.layers.ops import causal_conv1d
 from tests.support import oracles
-from tests.support.running import assert_close, assert_slopes, gradients, run
+from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run
 
 TOLERANCE = 2e-6
 LENGTH = 30
@@ -167,3 +167,13 @@ def test_an_error_names_the_argument(name, place, shape):
     arrays[place] = np.zeros(shape, "float32")
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         conv()(*arrays)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX tells what the backward pass keeps")
+def test_only_the_inputs_are_kept_for_the_backward_pass():
+    import jax
+
+    values, kernel, _ = inputs(length=500)
+    _, pullback = jax.vjp(lambda *arrays: conv()(*arrays)[0], values, kernel)
+    kept = sum(x.nbytes for x in jax.tree.leaves(pullback))
+    assert kept < 1.1 * values.nbytes

@@ -227,3 +227,25 @@ def test_a_number_of_tokens_that_only_the_run_tells_may_be_any(rows):
     assert_close(output, oracle(given[0], gate_up, down, *given[1:]), TOLERANCE)
     assert int(sum(counts)) == rows * CHOSEN
     assert gradient.shape == (rows, DIM)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA tells JAX what a program holds")
+def test_gradients_of_one_layer_are_held_at_a_time():
+    """Were their buffers made of one constant, all would be there from the start."""
+    import jax
+
+    _, _, _, routes, weights = inputs(tokens=64, experts=32)
+    x = np.ones((64, 64), "float32")
+    layer = np.ones((32, 64, 128), "float32"), np.ones((32, 64, 64), "float32")
+
+    def output(layers):
+        rows = x
+        for kernels in layers:
+            rows = expert_mlp(rows, *kernels, routes, weights, implementation="tiled")[0]
+        return rows.sum()
+
+    def norms(layers):
+        return jax.tree.map(lambda gradient: (gradient**2).sum(), jax.grad(output)(layers))
+
+    held = jax.jit(norms).lower([layer] * 4).compile().memory_analysis().temp_size_in_bytes
+    assert held < 2 * sum(kernel.nbytes for kernel in layer)
