@@ -20,6 +20,7 @@ from keras import ops
 
 from ..tensor_types import Tensor
 from .programs import program
+from .sharding import devices
 
 BACKEND = keras.backend.backend()
 
@@ -71,8 +72,11 @@ def zero_after(x: Tensor, dtype: str) -> Tensor:
     """A `()` zero that is there when `x` is, and that no compiler knows to be zero.
 
     What is computed with it is neither moved in front of `x` nor merged with what is computed
-    without it.
+    without it. Where `x` is spread over devices it is a plain zero: they would all have to be told
+    of the one element that is looked at.
     """
+    if devices() is not None:
+        return ops.zeros((), dtype)
     first = ops.reshape(x, (-1,))[0]
     return ops.cast((first < 0) & (first > 0), dtype)
 
