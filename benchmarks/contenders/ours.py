@@ -47,8 +47,8 @@ def read(config, batch, length, asks=False, route=None):
 
 def train(config, batch, length, think_iterations=None):
     model = build(config, think_iterations)
-    # On TensorFlow Keras leaves XLA out on a CPU unless it is asked. KerasHub is not asked: its step
-    # takes longer with XLA.
+    # On TensorFlow Keras leaves XLA out on a CPU unless it is asked. For KerasHub it is not: there
+    # a step takes longer with XLA.
     model.compile(keras.optimizers.AdamW(1e-4), jit_compile=True)
     return train_work(model, token_ids(config, batch, length + 1))
 

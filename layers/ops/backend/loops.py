@@ -77,8 +77,8 @@ def zero_after(x: Tensor, dtype: str) -> Tensor:
     """
     if devices() is not None:
         return ops.zeros((), dtype)
-    first = ops.reshape(x, (-1,))[0]
-    return ops.cast((first < 0) & (first > 0), dtype)
+    first = ops.reshape(x, (-1,))[:1]  # none of an empty `x`
+    return ops.cast(ops.any((first < 0) & (first > 0)), dtype)
 
 
 def zeros_after(x: Tensor, shape: tuple, dtype: str) -> Tensor:

@@ -20,9 +20,9 @@ from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
 from ..backend.loops import zero_after
 from ..checks import require_shape
-from ..row_product import sum_of_blocks
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
+from ..sums import column_sums
 from ..tensor_types import Tensor
 
 
@@ -150,7 +150,7 @@ def _differentiable(activation: str | None) -> Callable[..., Tensor]:
 
     def backward(residuals, d_output):
         extended, kernel, *segment = residuals
-        taps, channels = kernel.shape
+        taps = kernel.shape[0]
         if activation is not None:
             # Not the same expression to a compiler, which would keep the forward pass' results.
             again = kernel + zero_after(d_output, kernel.dtype)
@@ -159,8 +159,7 @@ def _differentiable(activation: str | None) -> Callable[..., Tensor]:
         d_extended, d_kernel = 0.0, []
         for tap, rows, same in terms(extended, taps, *segment):
             d_term = d_output if same is None else ops.where(same, d_output, 0.0)
-            products = ops.cast(d_term * rows, "float32")
-            d_kernel.append(sum_of_blocks(ops.reshape(products, (1, -1, channels)))[0])
+            d_kernel.append(column_sums(d_term * rows))
             place = [[0, 0], [tap, taps - 1 - tap], [0, 0]]
             d_extended = d_extended + ops.pad(d_term * kernel[tap], place)
         d_kernel = ops.cast(ops.stack(d_kernel), kernel.dtype)

@@ -27,6 +27,7 @@ from typing import Annotated, NamedTuple
 
 from keras import ops
 
+from ..sums import row_sums
 from ..tensor_types import Tensor
 from .delta_inputs import DeltaInputs
 from .triangular_inverse import unit_lower_inverse
@@ -174,10 +175,10 @@ def _log_decay_gradient(
     d_span = products.overlap * terms.overlap + products.attention * terms.attention
     d_read = terms.read_decay * (products.read_query * q + products.read_key * (beta * k))
     d_write = _dot(products.write_key, terms.write_decay * k)
-    d_chunk_decay = _row_sums(ops.reshape(d_state * state, (*ops.shape(state)[:-2], -1)))
+    d_chunk_decay = row_sums(ops.reshape(d_state * state, (*ops.shape(state)[:-2], -1)))
     return (
-        _row_sums(ops.where(before, from_here @ d_span, 0.0))
-        + (from_here @ _row_sums(d_read)[..., None])[..., 0]
+        row_sums(ops.where(before, from_here @ d_span, 0.0))
+        + (from_here @ row_sums(d_read)[..., None])[..., 0]
         + (ops.cast(before, "float32") @ d_write[..., None])[..., 0]
         + terms.chunk_decay[..., 0] * d_chunk_decay[..., None]
     )
@@ -188,19 +189,10 @@ def transpose(x: Tensor) -> Tensor:
     return ops.swapaxes(x, -1, -2)
 
 
-def _row_sums(x: Annotated[Tensor, "... N"]) -> Annotated[Tensor, "..."]:
-    """Sums over the last axis, as a product with ones.
-
-    XLA on a CPU computes all that leads to a plain sum once more within the sum, and slowly: half
-    of the time of the backward pass.
-    """
-    return (x @ ops.ones((x.shape[-1], 1), x.dtype))[..., 0]
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return _row_sums(a * b)
+    return row_sums(a * b)
 
 
 def _over_heads(x: Annotated[Tensor, "B G R ..."]) -> Annotated[Tensor, "B G 1 ..."]:
-    """The sum over the value heads of a group, without a reduction, for the same reason."""
+    """The sum over the value heads of a group, without a reduction, see `sums`."""
     return sum((x[:, :, i : i + 1] for i in range(1, x.shape[2])), x[:, :, :1])

@@ -1,0 +1,29 @@
+"""Sums for the CPU's compiler, which computes all that leads to a plain sum once more within it.
+
+It does so slowly, with copies of what is sliced or broadcast. Products with ones end what may be
+merged. Elsewhere a plain sum is as fast, and products may round their factors.
+
+    row_sums       over the last axis
+    column_sums    over all others
+"""
+
+from typing import Annotated
+
+from keras import ops
+
+from .backend.platform import platform
+from .row_product import sum_of_blocks
+from .tensor_types import Tensor
+
+
+def row_sums(x: Annotated[Tensor, "... N"]) -> Annotated[Tensor, "..."]:
+    """Sums over the last axis, in the dtype of `x`."""
+    if platform() != "cpu":
+        return ops.sum(x, axis=-1)
+    return (x @ ops.ones((x.shape[-1], 1), x.dtype))[..., 0]
+
+
+def column_sums(x: Annotated[Tensor, "... N"]) -> Annotated[Tensor, "N"]:
+    """Sums over all axes but the last, float32."""
+    rows = ops.reshape(ops.cast(x, "float32"), (1, -1, x.shape[-1]))
+    return sum_of_blocks(rows)[0] if platform() == "cpu" else ops.sum(rows[0], axis=0)
