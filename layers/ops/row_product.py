@@ -86,7 +86,8 @@ def sum_of_blocks(partial: Annotated[Tensor, "P B O"]) -> Annotated[Tensor, "P O
     does for a product of one row, but not of two.
     """
     copies = 2 if BACKEND == "tensorflow" else 1
-    ones = ops.ones((partial.shape[0], copies, partial.shape[1]), "float32")
+    count, blocks, _ = ops.shape(partial)
+    ones = ops.ones((count, copies, blocks), "float32")
     return ops.matmul(ones, partial)[:, 0]
 
 

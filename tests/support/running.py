@@ -35,6 +35,25 @@ def gradients(function, arrays, cotangents, mode=DEFAULT):
     return [found.get(i) for i in range(len(arrays))]
 
 
+def gradients_at_run_time(function, arrays, unknown):
+    """Gradients of a sum, on TensorFlow; only the run tells `unknown[i]` axes of array i."""
+    import tensorflow as tf
+
+    specs = [
+        tf.TensorSpec((*[None] * count, *x.shape[count:]), x.dtype)
+        for x, count in zip(arrays, unknown, strict=True)
+    ]
+
+    @tf.function(input_signature=specs, autograph=False)
+    def gradient(*arrays):
+        with tf.GradientTape() as tape:
+            tape.watch(arrays)
+            value = tf.reduce_sum(function(*arrays))
+        return tape.gradient(value, arrays)
+
+    return to_numpy(gradient(*arrays))
+
+
 def to_tensors(nest):
     return tree.map_structure(_to_tensor, nest)
 

@@ -175,7 +175,8 @@ def _log_decay_gradient(
     d_span = products.overlap * terms.overlap + products.attention * terms.attention
     d_read = terms.read_decay * (products.read_query * q + products.read_key * (beta * k))
     d_write = _dot(products.write_key, terms.write_decay * k)
-    d_chunk_decay = row_sums(ops.reshape(d_state * state, (*ops.shape(state)[:-2], -1)))
+    *heads, key_dim, value_dim = ops.shape(state)
+    d_chunk_decay = row_sums(ops.reshape(d_state * state, (*heads, key_dim * value_dim)))
     return (
         row_sums(ops.where(before, from_here @ d_span, 0.0))
         + (from_here @ row_sums(d_read)[..., None])[..., 0]

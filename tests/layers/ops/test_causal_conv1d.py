@@ -5,7 +5,14 @@ import pytest
 
 from qwen3_next.layers.ops import causal_conv1d
 from tests.support import oracles
-from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run
+from tests.support.running import (
+    BACKEND,
+    assert_close,
+    assert_slopes,
+    gradients,
+    gradients_at_run_time,
+    run,
+)
 
 TOLERANCE = 2e-6
 LENGTH = 30
@@ -177,3 +184,15 @@ def test_only_the_inputs_are_kept_for_the_backward_pass():
     _, pullback = jax.vjp(lambda *arrays: conv()(*arrays)[0], values, kernel)
     kept = sum(x.nbytes for x in jax.tree.leaves(pullback))
     assert kept < 1.1 * values.nbytes
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere shapes are known")
+def test_rows_and_tokens_that_only_the_run_tells_have_the_same_gradients():
+    def output(*arrays):
+        return conv()(*arrays)[0]
+
+    arrays = inputs()[:2]
+    expected = gradients(output, arrays, np.ones(arrays[0].shape, "float32"))
+    found = gradients_at_run_time(output, arrays, unknown=[2, 0])
+    for actual, same in zip(found, expected, strict=True):
+        assert_close(actual, same, TOLERANCE)

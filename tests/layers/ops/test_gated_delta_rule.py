@@ -8,7 +8,15 @@ from keras.backend import standardize_dtype
 
 from qwen3_next.layers.ops import gated_delta_rule
 from tests.support import oracles
-from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
+from tests.support.running import (
+    BACKEND,
+    assert_close,
+    assert_slopes,
+    gradients,
+    gradients_at_run_time,
+    run,
+    to_numpy,
+)
 
 FIXTURES = np.load(Path(__file__).parents[2] / "fixtures" / "layers.npz")
 TOLERANCE = 2e-6
@@ -315,3 +323,15 @@ def test_every_product_is_in_full_precision(length):
     products = [line for line in program.splitlines() if "dot_general" in line]
     assert products
     assert all("HIGHEST" in line for line in products)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere shapes are known")
+def test_rows_and_tokens_that_only_the_run_tells_have_the_same_gradients():
+    def output(*arrays):
+        return rule()(*arrays)[0]
+
+    arrays = inputs()[:5]
+    expected = gradients(output, arrays, np.ones(arrays[2].shape, "float32"))
+    found = gradients_at_run_time(output, arrays, unknown=[2] * 5)
+    for actual, same in zip(found, expected, strict=True):
+        assert_close(actual, same, TOLERANCE)
