@@ -1,7 +1,7 @@
 """Sums for the CPU's compiler, which computes all that leads to a plain sum once more within it.
 
 It does so slowly, with copies of what is sliced or broadcast. Products with ones end what may be
-merged. Elsewhere a plain sum is as fast, and products may round their factors.
+merged. Elsewhere sums are plain: products may round their factors there.
 
     row_sums       over the last axis
     column_sums    over all others

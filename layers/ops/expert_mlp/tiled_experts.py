@@ -14,6 +14,7 @@ Shapes: N tokens, K experts per token, R = N K pairs, E experts, S pairs of a ti
     tile_outputs, tile_gradients    the same for one tile
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
@@ -207,7 +208,7 @@ def _gather(
 def _sum_over_pairs(
     rows: Annotated[Tensor, "R D"], inverse_sort: Annotated[Tensor, "N K"]
 ) -> Annotated[Tensor, "N D"]:
-    total = get_at(rows, inverse_sort[:, 0])
-    for k in range(1, inverse_sort.shape[1]):
-        total = total + get_at(rows, inverse_sort[:, k])
-    return total
+    """Sums in float32, one expression that reads the rows where they lie."""
+    chosen = range(inverse_sort.shape[1])
+    terms = (ops.cast(get_at(rows, inverse_sort[:, k]), "float32") for k in chosen)
+    return ops.cast(functools.reduce(ops.add, terms), rows.dtype)

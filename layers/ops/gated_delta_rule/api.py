@@ -81,7 +81,7 @@ def gated_delta_rule(
         segment_ids: `(B, T)` integers that tell packed sequences apart, or `None`.
         scale: factor on the query. Defaults to `K ** -0.5`.
         chunk_size: tokens per chunk, a power of two. Defaults to 32 on a CPU, whose cost is the
-            matrices of a chunk, and to 64 on a GPU or TPU, whose cost is the number of steps.
+            matrices of a chunk, and to 64 elsewhere.
         implementation: `"chunked"` (matrix products over chunks, one after the other),
             `"chunk_parallel"` (all chunks at once, but for the state), `"recurrent"` (token by
             token, a static and small T without segments), or `None`: recurrent up to 4 tokens,

@@ -38,7 +38,7 @@ from ..padding import pad_end
 from ..tensor_types import Tensor
 
 FRACTIONS = (0.25, 0.5, 1.0, 1.125, 1.25)  # of the mean group
-LARGEST_MEAN = 256  # larger tiles read weights less often, but leave the cache
+LARGEST_MEAN = 256  # larger tiles read weights less often; beyond, little was gained
 UNKNOWN_ROWS = (8, 32, 128)
 
 
