@@ -11,7 +11,7 @@ import pytest
 from tests.support.paths import ROOT
 from tests.support.running import BACKEND
 
-pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="once is enough")
+once = pytest.mark.skipif(BACKEND != "jax", reason="once is enough")
 
 USE = """
 import sys
@@ -22,8 +22,8 @@ model.compile("adamw")
 model.fit(np.ones((2, 8), "int32"), verbose=0)
 assert len(model.generate([[1, 2]], max_new_tokens=2).tokens[0]) == 2
 assert variants.names() == ["80b", "80b_a3b", "small", "tiny"]
-assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 """
+ONLY_JAX = 'assert "tensorflow" not in sys.modules and "torch" not in sys.modules'
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def distributions(tmp_path_factory):
     return folder
 
 
+@once
 def test_the_wheel_has_one_package_with_everything(distributions):
     (wheel,) = distributions.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -50,6 +51,7 @@ def test_the_wheel_has_one_package_with_everything(distributions):
     assert any(n.endswith("qwen3_next/variants/tiny.json") for n in tarfile.open(sdist).getnames())
 
 
+@once
 def test_the_wheel_works_alone_with_only_jax(distributions, tmp_path):
     (wheel,) = distributions.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -58,9 +60,16 @@ def test_the_wheel_works_alone_with_only_jax(distributions, tmp_path):
     subprocess.run(install, check=True, capture_output=True)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["KERAS_BACKEND"] = "jax"
-    subprocess.run([str(python), "-c", USE], cwd=tmp_path, env=environment, check=True)
+    subprocess.run([str(python), "-c", USE + ONLY_JAX], cwd=tmp_path, env=environment, check=True)
 
 
+@once
 def test_importing_never_imports_tensorflow_on_jax():
     code = "import sys, qwen3_next; assert 'tensorflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_backend_needs_no_other_one():
+    others = {"jax", "tensorflow", "torch"} - {BACKEND}
+    shut = f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
+    subprocess.run([sys.executable, "-c", shut + USE], cwd=ROOT, check=True)

@@ -160,37 +160,47 @@ def on_shards(function: Callable[..., Any], mesh: Any, inputs: Any, outputs: Any
 
 def part_number(axes: Axes) -> Tensor | int:
     """Which of the parts along these axes a device has."""
+    if not axes:
+        return 0
     import jax
 
-    return jax.lax.axis_index(axes) if axes else 0
+    return jax.lax.axis_index(axes)
 
 
 def gather(x: Tensor, axes: Axes, dim: int = 0) -> Tensor:
     """All parts, one behind the other along `dim`."""
+    if not axes:
+        return x
     import jax
 
-    return jax.lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
 
 
 def all_sum(x: Tensor, axes: Axes) -> Tensor:
     """The sum of what all devices along these axes have."""
+    if not axes:
+        return x
     import jax
 
-    return jax.lax.psum(x, axes) if axes else x
+    return jax.lax.psum(x, axes)
 
 
 def all_max(x: Tensor, axes: Axes) -> Tensor:
     """The largest of what the devices along these axes have."""
+    if not axes:
+        return x
     import jax
 
-    return jax.lax.pmax(x, axes) if axes else x
+    return jax.lax.pmax(x, axes)
 
 
 def sum_parts(x: Tensor, axes: Axes, dim: int = 0) -> Tensor:
     """A device's own part of the sum: undoes `gather` for what was made from what it gave."""
+    if not axes:
+        return x
     import jax
 
-    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True) if axes else x
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
 def sum_rows(x: Tensor, rows: Axes, columns: Axes, dim: int) -> Tensor:

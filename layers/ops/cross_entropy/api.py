@@ -2,10 +2,11 @@
 
     loss_n = logsumexp_v(z_nv) - z_n,label(n)        z = hidden @ kernel
 
-`linear_cross_entropy` never holds more logits than those of one chunk. Forward a chunk is some rows
-with all words. Backward it is all rows with some words: with the log-sum-exp of every row, kept
-from the forward pass, no word needs another, and the gradient of the kernel, as large as the
-kernel, is written once and not added to for every chunk.
+`linear_cross_entropy` keeps the logits of its forward pass for its backward pass where they are
+few, and never holds more of them than those of one chunk where they are many. Forward a chunk is
+some rows with all words. Backward it is all rows with some words: with the log-sum-exp of every
+row, kept from the forward pass, no word needs another, and the gradient of the kernel, as large as
+the kernel, is written once and not added to for every chunk.
 
     cross_entropy            loss of every row from its logits
     linear_cross_entropy     the same from hidden states and the head's kernel
@@ -14,7 +15,7 @@ kernel, is written once and not added to for every chunk.
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
@@ -28,6 +29,7 @@ from .spread_words import Words, argmax, log_sum_exp, logit_of
 
 IGNORE = -100  # the label that has no loss
 CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
+KEPT_LOGITS = 1 << 27  # 512 MiB of float32
 UNKNOWN_ROWS = 4096  # how many there may be where only the run tells
 WORDS_OF_VECTORS = 128
 
@@ -73,7 +75,8 @@ def linear_cross_entropy(
         kernel: `(D, V)`.
         labels: `(N,)` integers; `IGNORE` (-100) is ignored.
         chunk_rows: rows whose logits are held at a time; backward as many logits, of all rows.
-            Defaults to what 64 MiB hold.
+            By default what 64 MiB hold, and where all logits of a device fit in 512 MiB (float32)
+            they are kept for the backward pass, which else computes them once more.
         return_correct: whether to say as well where the largest logit is the label's.
 
     Returns:
@@ -86,74 +89,137 @@ def linear_cross_entropy(
     require_shape("hidden", hidden, (None, None))
     require_shape("kernel", kernel, (hidden.shape[1], None))
     require_shape("labels", labels, (hidden.shape[0],))
-    if chunk_rows is None:
-        chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
     found = devices()
     how = Words()
     if found is not None:
         rows, words = found.rows(hidden.shape[0]), found.heads(kernel.shape[1])
         how = Words(found, rows, words, found.columns(kernel.shape[0], words, rows))
+    keeps = chunk_rows is None and _few_logits(hidden.shape[0], kernel.shape[1], how)
+    if chunk_rows is None:
+        chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
     kernel = ops.cast(kernel, hidden.dtype)
-    return _differentiable(chunk_rows, return_correct, how)(hidden, kernel, to_int32(labels))
+    plan = Plan(chunk_rows, keeps, return_correct, how)
+    return _differentiable(plan)(hidden, kernel, to_int32(labels))
+
+
+class Plan(NamedTuple):
+    """How a loss is computed.
+
+    Attributes:
+        chunk_rows: Rows whose logits are held at a time.
+        keeps: Whether all logits are, for the backward pass.
+        return_correct: Whether the result says where the label was predicted.
+        words: How rows and words are spread over devices.
+    """
+
+    chunk_rows: int
+    keeps: bool
+    return_correct: bool
+    words: Words
+
+
+def _few_logits(rows: int | None, words: int, how: Words) -> bool:
+    """Whether the logits of a device are few enough to keep."""
+    if rows is None:
+        return False
+    parts = 1 if how.devices is None else how.devices.size((*how.rows, *how.words))
+    return rows * words <= KEPT_LOGITS * parts
 
 
 @functools.cache
-def _differentiable(chunk_rows: int, return_correct: bool, how: Words) -> Callable[..., Any]:
-    def forward(hidden, kernel, labels):
-        def step(carry, xs):
-            rows, label = xs
-            logits = rows @ kernel
-            results: tuple[Tensor, ...] = _losses(logits, label, how)
-            if return_correct:
-                results += (_correct(logits, label, how),)
-            return carry, results
-
-        own, kernel = kernel, gather(kernel, how.columns)
-        xs = _chunks(chunk_rows, hidden, labels)
-        into = (ops.zeros_like(xs[1], "float32"),) * (2 + return_correct)
-        _, results = scan(step, (), xs, into)
-        count = ops.shape(hidden)[0]
-        losses, lse, *found = (ops.reshape(x, (-1,))[:count] for x in results)
-        return (losses, *found) if return_correct else losses, (hidden, own, labels, lse)
-
-    def backward(residuals, d_losses, d_correct=None):
-        del d_correct  # whole numbers: nothing to differentiate
-        hidden, kernel, labels, lse = residuals
-        kernel = gather(kernel, how.columns)
-        own = kernel.shape[1]
-        size = _chunk_words(chunk_rows, own, hidden.shape[0])
-        d_losses = ops.where(labels == IGNORE, 0.0, d_losses)
-
-        def step(i, carry):
-            d_hidden, d_kernel = carry
-            start = ops.minimum(i * size, own - size)
-            columns = get_rows(kernel, start, size, axis=1)
-            words = start + ops.arange(size, dtype="int32")
-            hits = ops.cast(words + how.first(own) == labels[:, None], "float32")
-            logits = ops.cast(hidden @ columns, "float32")
-            d_logits = d_losses[:, None] * (ops.exp(logits - lse[:, None]) - hits)
-            d_logits = ops.cast(d_logits, kernel.dtype)
-            d_kernel = set_rows(d_kernel, start, ops.transpose(hidden) @ d_logits, axis=1)
-            # Where words are left over, the last chunk begins among those of the one before.
-            d_logits = ops.where(words >= i * size, d_logits, ops.zeros_like(d_logits))
-            return d_hidden + ops.cast(d_logits @ ops.transpose(columns), "float32"), d_kernel
-
-        carry = ops.zeros_like(hidden, "float32"), ops.zeros_like(kernel)
-        d_hidden, d_kernel = ops.fori_loop(0, -(-own // size), step, carry)
-        d_hidden = ops.cast(d_hidden, hidden.dtype)
-        d_kernel = sum_rows(d_kernel, how.rows, how.columns, 0)
-        return all_sum(d_hidden, how.words), d_kernel, None
-
-    return custom_gradient(forward, backward, shards=_shards(return_correct, how))
+def _differentiable(plan: Plan) -> Callable[..., Any]:
+    forward, backward, primal = (functools.partial(f, plan) for f in (_forward, _backward, _primal))
+    return custom_gradient(forward, backward, primal if plan.keeps else None, _shards(plan))
 
 
-def _shards(return_correct: bool, how: Words) -> Shards | None:
+def _forward(plan: Plan, hidden: Tensor, own: Tensor, labels: Tensor) -> tuple[Any, Any]:
+    kernel = gather(own, plan.words.columns)
+    kept = [hidden @ kernel] if plan.keeps else []
+    if kept:
+        losses, lse, *hits = _results(plan, kept[0], labels)
+    else:
+        losses, lse, *hits = _by_rows(plan, hidden, kernel, labels)
+    return (losses, *hits) if hits else losses, (hidden, own, labels, lse, *kept)
+
+
+def _primal(plan: Plan, hidden: Tensor, own: Tensor, labels: Tensor) -> Any:
+    losses, _, *hits = _by_rows(plan, hidden, gather(own, plan.words.columns), labels)
+    return (losses, *hits) if hits else losses
+
+
+def _results(plan: Plan, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Losses, the log-sum-exp of every row and, if wanted, where the label was predicted."""
+    found = _losses(logits, labels, plan.words)
+    return (*found, _correct(logits, labels, plan.words)) if plan.return_correct else found
+
+
+def _by_rows(plan: Plan, hidden: Tensor, kernel: Tensor, labels: Tensor) -> list[Tensor]:
+    """The results from the logits of some rows at a time."""
+
+    def step(carry, xs):
+        rows, label = xs
+        return carry, _results(plan, rows @ kernel, label)
+
+    xs = _chunks(plan.chunk_rows, hidden, labels)
+    into = (ops.zeros_like(xs[1], "float32"),) * (2 + plan.return_correct)
+    _, results = scan(step, (), xs, into)
+    count = ops.shape(hidden)[0]
+    return [ops.reshape(x, (-1,))[:count] for x in results]
+
+
+def _backward(plan: Plan, residuals: Any, d_losses: Tensor, d_correct: Any = None) -> Any:
+    del d_correct  # whole numbers: nothing to differentiate
+    hidden, own, labels, lse, *kept = residuals
+    how = plan.words
+    kernel = gather(own, how.columns)
+    d_losses = ops.where(labels == IGNORE, 0.0, d_losses)
+
+    def d_logits(logits, words):
+        hits = ops.cast(words + how.first(kernel.shape[1]) == labels[:, None], "float32")
+        chances = ops.exp(ops.cast(logits, "float32") - lse[:, None])
+        return ops.cast(d_losses[:, None] * (chances - hits), kernel.dtype)
+
+    if kept:
+        slopes = d_logits(kept[0], ops.arange(kernel.shape[1], dtype="int32"))
+        d_hidden, d_kernel = slopes @ ops.transpose(kernel), ops.transpose(hidden) @ slopes
+    else:
+        d_hidden, d_kernel = _by_words(plan, hidden, kernel, d_logits)
+    d_kernel = sum_rows(d_kernel, how.rows, how.columns, 0)
+    return all_sum(d_hidden, how.words), d_kernel, None
+
+
+def _by_words(
+    plan: Plan, hidden: Tensor, kernel: Tensor, d_logits: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both from the logits of some words at a time."""
+    count = kernel.shape[1]
+    size = _chunk_words(plan.chunk_rows, count, hidden.shape[0])
+
+    def step(i, carry):
+        d_hidden, d_kernel = carry
+        start = ops.minimum(i * size, count - size)
+        columns = get_rows(kernel, start, size, axis=1)
+        words = start + ops.arange(size, dtype="int32")
+        slopes = d_logits(hidden @ columns, words)
+        d_kernel = set_rows(d_kernel, start, ops.transpose(hidden) @ slopes, axis=1)
+        # Where words are left over, the last chunk begins among those of the one before.
+        slopes = ops.where(words >= i * size, slopes, ops.zeros_like(slopes))
+        return d_hidden + ops.cast(slopes @ ops.transpose(columns), "float32"), d_kernel
+
+    carry = ops.zeros_like(hidden, "float32"), ops.zeros_like(kernel)
+    d_hidden, d_kernel = ops.fori_loop(0, -(-count // size), step, carry)
+    return ops.cast(d_hidden, hidden.dtype), d_kernel
+
+
+def _shards(plan: Plan) -> Shards | None:
+    how = plan.words
     if how.devices is None:
         return None
     rows, kernel = spec(how.rows), spec(how.columns, how.words)
-    outputs = (rows, rows) if return_correct else rows
+    outputs = (rows, rows) if plan.return_correct else rows
     inputs = rows, kernel, rows
-    return Shards(how.devices.mesh, inputs, outputs, (*inputs, rows), (rows, kernel, None))
+    kept = (spec(how.rows, how.words),) if plan.keeps else ()
+    return Shards(how.devices.mesh, inputs, outputs, (*inputs, rows, *kept), (rows, kernel, None))
 
 
 def _chunk_words(chunk_rows: int, words: int, rows: int | None) -> int:

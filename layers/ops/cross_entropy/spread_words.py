@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from keras import ops
 
 from ..backend.sharding import Axes, Devices, all_max, all_sum, part_number
+from ..sums import row_sums
 from ..tensor_types import Tensor
 
 
@@ -40,12 +41,11 @@ class Words(NamedTuple):
         return own * part_number(self.words)
 
 
-def log_sum_exp(logits: Annotated[Tensor, "R V"], how: Words) -> Annotated[Tensor, "R"]:
-    part = ops.logsumexp(logits, axis=-1)
-    if not how.words:
-        return part
-    largest = all_max(part, how.words)
-    return largest + ops.log(all_sum(ops.exp(part - largest), how.words))
+def log_sum_exp(logits: Annotated[Tensor, "... V"], how: Words) -> Annotated[Tensor, "..."]:
+    largest = all_max(ops.max(ops.stop_gradient(logits), axis=-1), how.words)
+    largest = ops.where(ops.isfinite(largest), largest, 0.0)  # inf - inf is no number
+    sums = row_sums(ops.exp(logits - ops.expand_dims(largest, -1)))
+    return largest + ops.log(all_sum(sums, how.words))
 
 
 def logit_of(

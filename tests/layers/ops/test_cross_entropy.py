@@ -43,7 +43,8 @@ def test_every_mode_matches_the_oracle(compiled):
     assert_slopes(as_oracle, arrays, COTANGENT, grads)
 
 
-# Backward all words at once, one by one, and 9 of them, which does not divide 50.
+# Logits that are kept; backward all words at once, one by one, and 9 of them, which does not
+# divide 50.
 @pytest.mark.parametrize("chunk_rows", [None, 1, 7, 37, 64])
 def test_any_chunk_gives_the_same(chunk_rows):
     arrays = inputs()
@@ -117,21 +118,33 @@ def test_half_precision_logits_give_a_float32_loss():
         assert_close(to_numpy(losses), as_oracle(*to_numpy(half), labels), 1e-2)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
-@pytest.mark.parametrize("backward", [False, True])
-def test_the_logits_are_never_held_whole(backward):
+def compiled_loss(rows, dim, vocab, chunk_rows, backward):
     import jax
 
-    rows, dim, vocab = 4096, 16, 20000
     shapes = [((rows, dim), "float32"), ((dim, vocab), "float32"), ((rows,), "int32")]
     shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
     def loss(hidden, kernel, labels):
-        return ops.sum(linear(256)(hidden, kernel, labels))
+        return ops.sum(linear(chunk_rows)(hidden, kernel, labels))
 
     function = jax.grad(loss, argnums=(0, 1)) if backward else loss
-    memory = jax.jit(function).lower(*shapes).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < rows * vocab * 4 / 3
+    return jax.jit(function).lower(*shapes).compile()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
+@pytest.mark.parametrize("rows, chunk_rows", [(4096, 256), (8192, None)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_many_logits_are_never_held_whole(rows, chunk_rows, backward):
+    memory = compiled_loss(rows, 16, 20000, chunk_rows, backward).memory_analysis()
+    assert memory.temp_size_in_bytes < rows * 20000 * 4 / 3
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="reads what XLA counts")
+def test_few_logits_are_computed_once():
+    rows, dim, vocab = 64, 256, 1000
+    count = compiled_loss(rows, dim, vocab, None, backward=True).cost_analysis()["flops"]
+    product = 2 * rows * dim * vocab
+    assert 3 * product <= count < 3.5 * product
 
 
 @pytest.mark.parametrize("place", [0, 1])
