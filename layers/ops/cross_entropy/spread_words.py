@@ -16,6 +16,8 @@ from ..backend.sharding import Axes, Devices, all_max, all_sum, part_number
 from ..sums import row_sums
 from ..tensor_types import Tensor
 
+MANY_WORDS = 2048
+
 
 class Words(NamedTuple):
     """How rows and words are spread.
@@ -44,8 +46,18 @@ class Words(NamedTuple):
 def log_sum_exp(logits: Annotated[Tensor, "... V"], how: Words) -> Annotated[Tensor, "..."]:
     largest = all_max(ops.max(ops.stop_gradient(logits), axis=-1), how.words)
     largest = ops.where(ops.isfinite(largest), largest, 0.0)  # inf - inf is no number
-    sums = row_sums(ops.exp(logits - ops.expand_dims(largest, -1)))
-    return largest + ops.log(all_sum(sums, how.words))
+    shifts = ops.expand_dims(largest, -1)
+    # One expression over all parts: exponentials of all words are never held.
+    exponentials = sum(ops.exp(part - shifts) for part in _parts(logits))
+    return largest + ops.log(all_sum(row_sums(exponentials), how.words))
+
+
+def _parts(logits: Tensor) -> list[Tensor]:
+    """At most 16 equal parts of many words."""
+    words = logits.shape[-1]
+    most = 16 if words >= MANY_WORDS else 1
+    count = next(n for n in range(most, 0, -1) if words % n == 0)
+    return ops.split(logits, count, axis=-1)
 
 
 def logit_of(

@@ -63,6 +63,16 @@ def test_loss_of_logits_matches_the_oracle():
     assert_slopes(oracles.cross_entropy, (logits, labels), COTANGENT, grads)
 
 
+@pytest.mark.parametrize("words", [2048, 2053, 2058])  # in 16 parts, in one, in 14
+def test_loss_of_many_words_matches_the_oracle(words, compiled):
+    rng = np.random.default_rng(words)
+    logits = (5 * rng.normal(size=(5, words))).astype("float32")
+    logits[1, 7], logits[2] = -np.inf, 1000 + logits[2]
+    labels = rng.integers(8, words, 5).astype("int32")
+    losses = run(cross_entropy, logits, labels, mode=compiled)
+    assert_close(losses, oracles.cross_entropy(logits, labels), TOLERANCE)
+
+
 def test_loss_of_logits_takes_any_leading_axes():
     hidden, kernel, labels = inputs(36)
     logits = hidden @ kernel
