@@ -76,7 +76,7 @@ def pairs_of(wanted, done, args):
     """Rows and contenders that are still to be measured, KerasHub last."""
     pairs = [(row, who) for row in wanted for who in row.contenders if args.by.search(who)]
     pairs = [pair for pair in pairs if (pair[0].name, pair[1]) not in done]
-    if find_spec(LLAMA) is None:
+    if find_spec(LLAMA) is None and any(pair[1] == LLAMA for pair in pairs):
         print("llama.cpp is not installed and left out: `make bench LLAMA=1` installs it")
         pairs = [pair for pair in pairs if pair[1] != LLAMA]
     if args.quick:  # compiling KerasHub's alone would take minutes

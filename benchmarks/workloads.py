@@ -126,7 +126,14 @@ def rows():
     # KerasHub unrolls its chunks: at 4096 tokens its program takes minutes to compile.
     few = WITHOUT_KERAS_HUB
     yield Row("prefill 1 x 4096", "prefill", {"batch": 1, "length": 4096}, (*few, LLAMA))
+    for lengths in ((1024,) * 4, (1024, 256, 256, 256)):
+        name = f"prompts of {', '.join(map(str, lengths))} tokens"
+        yield Row(name, "read_prompts", {"lengths": lengths}, few)
     yield Row("train step 1 x 1024", "train", {"batch": 1, "length": 1024})
+    size = {"batch": 1, "length": 4096}
+    yield Row("train step 1 x 4096", "train", size, few)
+    size = {**size, "gradient_checkpointing": True}
+    yield Row("train step 1 x 4096, gradient checkpointing", "train", size, few)
     size = {"batch": 1, "length": 16, "new": 128}
     yield Row("decode, batch 1", "decode", size, (*EVERYONE, LLAMA))
     yield Row("decode, batch 8", "decode", {"batch": 8, "length": 16, "new": 64}, ON_JAX)

@@ -2,6 +2,7 @@
 
     prefill(config, batch, length)        all logits of a forward pass
     train(config, batch, length)          loss, gradients and an AdamW step
+    read_prompts(config, lengths)         prompts of several lengths, one new token behind each
     decode(config, batch, length, new)    greedy generation behind a short prompt
     first_predict(config, batch, length)  `predict`, `fit` for a step and `generate`, as a user
     first_fit(config, batch, length)      calls them: what counts is the first call

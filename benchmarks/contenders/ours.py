@@ -17,11 +17,11 @@ from tests.support import oracles
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
-def build(config, think_iterations=None, dtype=None):
+def build(config, think_iterations=None, dtype=None, **options):
     config = dict(config)
     if think_iterations is not None:
         config["etd"] = {**config["etd"], "max_think_iterations": think_iterations}
-    return Qwen3Next(Qwen3NextConfig.from_dict(config), dtype=dtype)
+    return Qwen3Next(Qwen3NextConfig.from_dict(config), dtype=dtype, **options)
 
 
 def prefill(config, batch, length, think_iterations=None):
@@ -45,8 +45,8 @@ def read(config, batch, length, asks=False, route=None):
     return forward(call, model.variables, ids)
 
 
-def train(config, batch, length, think_iterations=None):
-    model = build(config, think_iterations)
+def train(config, batch, length, think_iterations=None, gradient_checkpointing=False):
+    model = build(config, think_iterations, gradient_checkpointing=gradient_checkpointing)
     # On TensorFlow Keras leaves XLA out on a CPU unless it is asked. For KerasHub it is not: there
     # a step takes longer with XLA.
     model.compile(keras.optimizers.AdamW(1e-4), jit_compile=True)
@@ -81,6 +81,11 @@ def decode(
         return {"mean_iterations": found[0].stats["think_iterations"]}
 
     return Work(run, units=batch * new, notes=notes if prompts is not None else None)
+
+
+def read_prompts(config, lengths):
+    model, prompts = build(config), [token_ids(config, 1, length)[0] for length in lengths]
+    return Work(lambda: model.generate(prompts, 1))
 
 
 def halt_by_vocabulary(model):

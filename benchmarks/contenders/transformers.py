@@ -33,10 +33,12 @@ def prefill(config, batch, length):
     return Work(run)
 
 
-def train(config, batch, length):
+def train(config, batch, length, gradient_checkpointing=False):
     import torch
 
     model = build(config).train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     ids = torch.from_numpy(token_ids(config, batch, length)).long()
 
@@ -60,6 +62,20 @@ def decode(config, batch, length, new):
             model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
     return Work(run, units=batch * new)
+
+
+def read_prompts(config, lengths):
+    import torch
+
+    model, longest = build(config).eval(), max(lengths)
+    ids = torch.from_numpy(token_ids(config, len(lengths), longest)).long()
+    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+
+    def run():
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=1)
+
+    return Work(run)
 
 
 def _rule(*inputs):

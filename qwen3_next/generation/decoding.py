@@ -12,14 +12,15 @@ A carry is a named tuple with the fields `finished` `(B,)` bool, `new_tokens` `(
 
 from typing import Annotated, Any, NamedTuple, Protocol
 
-from keras import ops
+from keras import ops, tree
 
 from qwen3_next.generation.drafting import PendingPairs, extend_modules
 from qwen3_next.generation.prompts import PrefillChunk
 from qwen3_next.generation.sampling import Mode, Sampling, is_stop, sample
+from qwen3_next.layers.ops.backend.loops import scatter_rows
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.cache import Cache
+from qwen3_next.models.cache import Cache, set_rows, take_rows
 from qwen3_next.models.inputs import last_hidden
 
 
@@ -84,6 +85,10 @@ def prefill(
     model: Any, caches: Caches, newest: Newest, chunk: PrefillChunk
 ) -> tuple[Caches, Newest]:
     """Reads one chunk of the prompts, with the MTP modules where `newest` has their input."""
+    if not isinstance(chunk.rows, tuple):
+        own, own_newest = _taken(caches, newest, chunk.rows)
+        own, own_newest = prefill(model, own, own_newest, chunk._replace(rows=()))
+        return _set(caches, newest, chunk.rows, own, own_newest)
     inputs = {"token_ids": chunk.token_ids, "padding_mask": chunk.mask, **dict(chunk.decisions)}
     output = model.backbone(inputs, cache=caches.model)
     any_new = valid_lengths(chunk.mask)[:, None] > 0
@@ -96,6 +101,24 @@ def prefill(
     extended = extend_modules(model, caches.modules, caches.model.lengths, pairs)
     mtp_input = ops.where(any_new, last_hidden(mtp_input, chunk.mask), newest.mtp_input)
     return Caches(output.cache, extended.caches), Newest(hidden, mtp_input)
+
+
+def _taken(caches, newest, rows):
+    def take(x):
+        return None if x is None else ops.take(x, rows, axis=0)
+
+    modules, newest = tree.map_structure(take, (caches.modules, newest))
+    return Caches(take_rows(caches.model, rows), modules), newest
+
+
+def _set(caches, newest, rows, own_caches, own_newest):
+    model = set_rows(caches.model, rows, own_caches.model)
+    modules, newest = tree.map_structure(
+        lambda x, own: None if x is None else scatter_rows(x, rows, own),
+        (caches.modules, newest),
+        (own_caches.modules, own_newest),
+    )
+    return Caches(model, modules), newest
 
 
 def first_token(

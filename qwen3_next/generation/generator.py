@@ -25,9 +25,16 @@ from qwen3_next.generation.decoding import (
 from qwen3_next.generation.drafting import Drafting, init_module_caches
 from qwen3_next.generation.lookahead_choice import LookaheadChoice
 from qwen3_next.generation.plain import PlainDecoding
-from qwen3_next.generation.prompts import Prompts, bucket, prefill_chunks, read_prompts
+from qwen3_next.generation.prompts import (
+    Prompts,
+    bucket,
+    chunk_size,
+    prefill_chunks,
+    read_prompts,
+)
 from qwen3_next.generation.sampling import GREEDY, Sampling, make_sampling
 from qwen3_next.generation.speculation_options import Candidate, SpeculationOptions
+from qwen3_next.layers.ops.backend.sharding import devices
 from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.decisions import (
     check_decisions,
@@ -178,9 +185,12 @@ class Generator:
             if value is not None
         }
         reads = reads_prompts(config) and not decides_all(config, decisions)
+        longest = config.max_position_embeddings
         if reads:
             size = max(size, bucket(prompts.token_ids.shape[1], SMALLEST_WIDTH))
-        for chunk in prefill_chunks(prompts, size, config.max_position_embeddings):
+        elif devices() is None:
+            size = chunk_size(prompts.lengths, size, longest)
+        for chunk in prefill_chunks(prompts, size, longest):
             prompt = {"prompt_mask": chunk.mask} if reads else {}
             yield chunk._replace(decisions={**decisions, **prompt} or ())
             decisions = {}

@@ -6,10 +6,12 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from qwen3_next.layers.ops.backend.sharding import devices
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.inputs import check_token_ids, host_array, token_rows
 
 SMALLEST_CHUNK = 16
+PASS = 64  # tokens: what one more pass costs, whatever it reads (118 M parameters, two CPU cores)
 
 
 class Prompts(NamedTuple):
@@ -29,13 +31,14 @@ class Prompts(NamedTuple):
 
 
 class PrefillChunk(NamedTuple):
-    """Some tokens of every prompt, and beside each the token that follows it.
+    """Some tokens of R prompts, and beside each the token that follows it.
 
     Attributes:
-        token_ids: `(B, C)` int32.
-        mask: `(B, C)` bool, true at real tokens.
-        next_ids: `(B, C)` int32.
-        next_mask: `(B, C)` bool, true where the following token is real.
+        token_ids: `(R, C)` int32.
+        mask: `(R, C)` bool, true at real tokens.
+        next_ids: `(R, C)` int32.
+        next_mask: `(R, C)` bool, true where the following token is real.
+        rows: `(R,)` int32, which prompts they are; an empty tuple for all.
         decisions: What goes with the first tokens of a prompt: `"prompt_mask"`, `"route"` and
             `"branch"`, as a model takes them; an empty tuple for nothing.
     """
@@ -44,6 +47,7 @@ class PrefillChunk(NamedTuple):
     mask: Tensor
     next_ids: Tensor
     next_mask: Tensor
+    rows: Any = ()
     decisions: Any = ()
 
 
@@ -62,17 +66,43 @@ def read_prompts(prompts: Iterable | dict | np.ndarray, vocab_size: int) -> Prom
 def prefill_chunks(prompts: Prompts, size: int, longest: int) -> Iterator[PrefillChunk]:
     """Cuts the prompts into chunks of `size` tokens, the last one of a bucketed width.
 
-    No chunk reaches beyond `longest` tokens, the most that the model takes.
+    No chunk reaches beyond `longest` tokens, the most that the model takes. Prompts that have ended
+    are left out of those that follow, but for as many as make their number a power of two.
     """
-    length = prompts.token_ids.shape[1]
-    for start in range(0, length, size):
-        width = min(bucket(min(length - start, size), SMALLEST_CHUNK), size, longest - start)
+    for start, width in _spans(prompts.lengths.max(), size, longest):
         ids = np.zeros((len(prompts.lengths), width + 1), "int32")
         here = prompts.token_ids[:, start : start + width + 1]
         ids[:, : here.shape[1]] = here
         mask = start + np.arange(width + 1) < prompts.lengths[:, None]
         arrays = ids[:, :-1], mask[:, :-1], ids[:, 1:], mask[:, 1:]
+        rows = _unfinished(prompts.lengths, start)
+        if len(rows) < len(mask) and devices() is None:
+            arrays = *(array[rows] for array in arrays), rows
         yield PrefillChunk(*(ops.convert_to_tensor(array) for array in arrays))
+
+
+def chunk_size(lengths: np.ndarray, most: int, longest: int) -> int:
+    """Tokens of a chunk: `most`, or half as many where ragged prompts are read sooner so."""
+    if len(set(lengths)) == 1:
+        return most
+
+    def cost(size):
+        spans = _spans(lengths.max(), size, longest)
+        return sum(PASS + width * len(_unfinished(lengths, start)) for start, width in spans)
+
+    return min(most, max(most // 2, 1), key=cost)
+
+
+def _spans(length: int, size: int, longest: int) -> Iterator[tuple[int, int]]:
+    """Where chunks begin, and how many tokens they have."""
+    for start in range(0, length, size):
+        yield start, min(bucket(min(length - start, size), SMALLEST_CHUNK), size, longest - start)
+
+
+def _unfinished(lengths: np.ndarray, start: int) -> np.ndarray:
+    """The prompts that go on at `start`, and the longest others up to a power of two."""
+    count = 1 << int(np.sum(lengths > start) - 1).bit_length()
+    return np.sort(np.argsort(-lengths, kind="stable")[:count]).astype("int32")
 
 
 def bucket(size: int, smallest: int) -> int:

@@ -1,11 +1,12 @@
 """What a model keeps of the tokens it has read, so that the next ones need not read them again."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from keras import ops
+from keras import ops, tree
 
 from qwen3_next.config.validation import Rule, require
 from qwen3_next.layers import AttentionCache, ThinkLoopCache
+from qwen3_next.layers.ops.backend.loops import scatter_rows
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
 
@@ -58,6 +59,32 @@ class Cache(NamedTuple):
 
 
 _CACHE = Rule("a `Cache` from `init_cache`", lambda value: isinstance(value, Cache))
+
+
+def take_rows(cache: Cache, rows: Annotated[Tensor, "R"]) -> Cache:
+    """The cache of some rows alone."""
+    return _by_axis(lambda axis, x: ops.take(x, rows, axis), cache)
+
+
+def set_rows(cache: Cache, rows: Annotated[Tensor, "R"], part: Cache) -> Cache:
+    """The cache with `part` in some of its rows, each of which is named once."""
+
+    def put(axis, x, own):
+        moved = scatter_rows(ops.moveaxis(x, axis, 0), rows, ops.moveaxis(own, axis, 0))
+        return ops.moveaxis(moved, 0, axis)
+
+    return _by_axis(put, cache, part)
+
+
+def _by_axis(function, *caches):
+    """Applies `function(axis of the rows, *buffers)`; buffers of a loop begin with iterations."""
+
+    def apply(axis, *parts):
+        return tree.map_structure(lambda *x: function(axis, *x), *parts)
+
+    lengths = apply(0, *(cache.lengths for cache in caches))
+    blocks = zip(*(cache.blocks for cache in caches))
+    return Cache(lengths, tuple(apply(int(isinstance(b[0], ThinkLoopCache)), *b) for b in blocks))
 
 
 class CacheUpdate(NamedTuple):
