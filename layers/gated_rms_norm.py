@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .ops.activations import silu
+from .ops.sums import scaled
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
@@ -55,9 +56,8 @@ class GatedRMSNorm(keras.layers.Layer):
     def call(
         self, x: Annotated[Tensor, "... V"], gate: Annotated[Tensor, "... V"]
     ) -> Annotated[Tensor, "... V"]:
-        normed = ops.rms_normalization(
-            ops.cast(x, "float32"), ops.cast(self.weight, "float32"), epsilon=self.epsilon
-        )
+        normed = ops.rms_normalization(ops.cast(x, "float32"), epsilon=self.epsilon)
+        normed = scaled(normed, ops.cast(self.weight, "float32"))
         return ops.cast(normed * silu(ops.cast(gate, "float32")), self.compute_dtype)
 
     def compute_output_shape(self, x_shape: Shape, gate_shape: Shape | None = None) -> Shape:

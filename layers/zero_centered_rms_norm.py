@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from .ops.sums import scaled
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
@@ -50,8 +51,8 @@ class ZeroCenteredRMSNorm(keras.layers.Layer):
         )
 
     def call(self, x: Annotated[Tensor, "... D"]) -> Annotated[Tensor, "... D"]:
-        scale = 1.0 + ops.cast(self.weight, "float32")
-        return ops.rms_normalization(x, scale, axis=-1, epsilon=self.epsilon)
+        normed = ops.rms_normalization(ops.cast(x, "float32"), axis=-1, epsilon=self.epsilon)
+        return ops.cast(scaled(normed, 1.0 + ops.cast(self.weight, "float32")), x.dtype)
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape

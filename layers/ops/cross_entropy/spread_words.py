@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
-from ..backend.sharding import Axes, Devices, all_max, all_sum, part_number
+from ..backend.sharding import Axes, Devices, all_max, all_sum, devices, part_number
 from ..sums import row_sums
 from ..tensor_types import Tensor
 
@@ -48,14 +48,15 @@ def log_sum_exp(logits: Annotated[Tensor, "... V"], how: Words) -> Annotated[Ten
     largest = ops.where(ops.isfinite(largest), largest, 0.0)  # inf - inf is no number
     shifts = ops.expand_dims(largest, -1)
     # One expression over all parts: exponentials of all words are never held.
-    exponentials = sum(ops.exp(part - shifts) for part in _parts(logits))
+    exponentials = sum(ops.exp(part - shifts) for part in _parts(logits, how))
     return largest + ops.log(all_sum(row_sums(exponentials), how.words))
 
 
-def _parts(logits: Tensor) -> list[Tensor]:
-    """At most 16 equal parts of many words."""
+def _parts(logits: Tensor, how: Words) -> list[Tensor]:
+    """At most 16 equal parts of many words; one where it is the compiler that spreads them."""
     words = logits.shape[-1]
-    most = 16 if words >= MANY_WORDS else 1
+    own = how.devices is not None or devices() is None
+    most = 16 if own and words >= MANY_WORDS else 1
     count = next(n for n in range(most, 0, -1) if words % n == 0)
     return ops.split(logits, count, axis=-1)
 
