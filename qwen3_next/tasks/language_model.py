@@ -61,8 +61,9 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
     `fit(x, y)` trains on labels that line up with the logits; `fit(x)` alone trains on the next
     token of x. Labels of -100 and labels at padding are ignored. The cross-entropy is fused with
     the head and holds the logits of a batch only where they fit in 512 MiB (float32), unless a
-    metric or a loss of one's own asks for logits. `evaluate` and `train_on_batch` return the loss, or a list with the compiled
-    metrics behind it; the load of the experts and what MTP steps reach come with `return_dict`.
+    metric or a loss of one's own asks for logits. `evaluate` and `train_on_batch` return the loss,
+    or a list with the compiled metrics behind it; the load of the experts and what MTP steps reach
+    come with `return_dict`.
 
     A training loop of one's own finds the load-balancing loss and the ponder loss of a think loop,
     times their coefficients, in `model.losses` after a call with `training=True`, as every loss
