@@ -40,8 +40,10 @@ def fused_losses(
     labels: Annotated[Tensor, "B T"],
 ) -> tuple[Annotated[Tensor, "B T"], Annotated[Tensor, "B T"]]:
     """Cross-entropies and hits (1 where the largest logit is the label's), without all logits."""
-    flat = ops.reshape(hidden, (-1, hidden.shape[-1]))
-    found = linear_cross_entropy(flat, kernel, ops.reshape(labels, (-1,)), return_correct=True)
+    flat, labels_of_rows = ops.reshape(hidden, (-1, hidden.shape[-1])), ops.reshape(labels, (-1,))
+    found = linear_cross_entropy(
+        flat, kernel, labels_of_rows, keep_logits=False, return_correct=True
+    )
     losses, hits = (ops.reshape(x, ops.shape(labels)) for x in found)
     return losses, hits
 

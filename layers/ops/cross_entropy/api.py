@@ -66,6 +66,7 @@ def linear_cross_entropy(
     labels: Annotated[Tensor, "N"],
     *,
     chunk_rows: int | None = None,
+    keep_logits: bool | None = None,
     return_correct: bool = False,
 ) -> Any:
     """Loss of every row from its hidden state and the kernel of the language-model head.
@@ -75,8 +76,10 @@ def linear_cross_entropy(
         kernel: `(D, V)`.
         labels: `(N,)` integers; `IGNORE` (-100) is ignored.
         chunk_rows: rows whose logits are held at a time; backward as many logits, of all rows.
-            By default what 64 MiB hold, and where all logits of a device fit in 512 MiB (float32)
-            they are kept for the backward pass, which else computes them once more.
+            Defaults to what 64 MiB hold.
+        keep_logits: whether the backward pass finds all logits kept instead of computing them once
+            more. By default where those of a device fit in 512 MiB (float32), unless `chunk_rows`
+            says how many to hold.
         return_correct: whether to say as well where the largest logit is the label's.
 
     Returns:
@@ -94,11 +97,12 @@ def linear_cross_entropy(
     if found is not None:
         rows, words = found.rows(hidden.shape[0]), found.heads(kernel.shape[1])
         how = Words(found, rows, words, found.columns(kernel.shape[0], words, rows))
-    keeps = chunk_rows is None and _few_logits(hidden.shape[0], kernel.shape[1], how)
+    if keep_logits is None:
+        keep_logits = chunk_rows is None and _few_logits(hidden.shape[0], kernel.shape[1], how)
     if chunk_rows is None:
         chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
     kernel = ops.cast(kernel, hidden.dtype)
-    plan = Plan(chunk_rows, keeps, return_correct, how)
+    plan = Plan(chunk_rows, keep_logits, return_correct, how)
     return _differentiable(plan)(hidden, kernel, to_int32(labels))
 
 

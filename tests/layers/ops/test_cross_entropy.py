@@ -128,31 +128,32 @@ def test_half_precision_logits_give_a_float32_loss():
         assert_close(to_numpy(losses), as_oracle(*to_numpy(half), labels), 1e-2)
 
 
-def compiled_loss(rows, dim, vocab, chunk_rows, backward):
+def compiled_loss(rows, dim, vocab, backward, **options):
     import jax
 
     shapes = [((rows, dim), "float32"), ((dim, vocab), "float32"), ((rows,), "int32")]
     shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
 
     def loss(hidden, kernel, labels):
-        return ops.sum(linear(chunk_rows)(hidden, kernel, labels))
+        return ops.sum(linear_cross_entropy(hidden, kernel, labels, **options))
 
     function = jax.grad(loss, argnums=(0, 1)) if backward else loss
     return jax.jit(function).lower(*shapes).compile()
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")
-@pytest.mark.parametrize("rows, chunk_rows", [(4096, 256), (8192, None)])
+@pytest.mark.parametrize("rows, options", [(4096, {"chunk_rows": 256}), (8192, {})])
 @pytest.mark.parametrize("backward", [False, True])
-def test_many_logits_are_never_held_whole(rows, chunk_rows, backward):
-    memory = compiled_loss(rows, 16, 20000, chunk_rows, backward).memory_analysis()
+def test_many_logits_are_never_held_whole(rows, options, backward):
+    memory = compiled_loss(rows, 16, 20000, backward, **options).memory_analysis()
     assert memory.temp_size_in_bytes < rows * 20000 * 4 / 3
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="reads what XLA counts")
-def test_few_logits_are_computed_once():
+@pytest.mark.parametrize("options", [{}, {"chunk_rows": 16, "keep_logits": True}])
+def test_few_logits_are_computed_once(options):
     rows, dim, vocab = 64, 256, 1000
-    count = compiled_loss(rows, dim, vocab, None, backward=True).cost_analysis()["flops"]
+    count = compiled_loss(rows, dim, vocab, True, **options).cost_analysis()["flops"]
     product = 2 * rows * dim * vocab
     assert 3 * product <= count < 3.5 * product
 
