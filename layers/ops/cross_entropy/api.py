@@ -78,8 +78,8 @@ def linear_cross_entropy(
         chunk_rows: rows whose logits are held at a time; backward as many logits, of all rows.
             Defaults to what 64 MiB hold.
         keep_logits: whether the backward pass finds all logits kept instead of computing them once
-            more. By default where those of a device fit in 512 MiB (float32), unless `chunk_rows`
-            says how many to hold.
+            more. By default where N is known and those of a device fit in 512 MiB (float32), unless
+            `chunk_rows` says how many to hold.
         return_correct: whether to say as well where the largest logit is the label's.
 
     Returns:

@@ -16,7 +16,7 @@ from ..backend.sharding import Axes, Devices, all_max, all_sum, devices, part_nu
 from ..sums import row_sums
 from ..tensor_types import Tensor
 
-MANY_WORDS = 2048
+MANY_WORDS = 2048  # fewer stay one part
 
 
 class Words(NamedTuple):
