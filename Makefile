@@ -3,7 +3,7 @@ PYTHON ?= python3
 BACKEND ?= jax
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-# One for each core, two to four: a worker may need 4 GB.
+# One for each core, two to four: a part of the suite may need 4 GB.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(4, max(2, os.cpu_count())))")
 export TF_CPP_MIN_LOG_LEVEL := 3
 
@@ -19,12 +19,18 @@ demo: $(VENV)/.demo
 bench: $(VENV)/.bench $(if $(LLAMA),$(VENV)/.llama)
 	$(VENV)/bin/python -m benchmarks.run $(BENCH)
 
-test: lint types test-jax test-tensorflow test-torch
+test: lint types
+	$(PARALLEL) $(foreach part,$(PARTS),jax/$(part) tensorflow/$(part)) test-torch
+
+test-jax test-tensorflow: test-%:
+	$(PARALLEL) $(addprefix $*/,$(PARTS))
+
+test-torch: $(VENV)/.test
+	KERAS_BACKEND=torch $(PYTEST) -m portable
 
 # The inner loop: everything but whole models, on JAX.
 quick: lint types
-	KERAS_BACKEND=jax $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile tests/test_rooms.py tests/config tests/layers \
-	  tests/models/test_refusals.py tests/models/test_weight_table.py tests/checkpoints/test_staging.py
+	$(PARALLEL) $(addprefix jax/,$(QUICK))
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
@@ -33,21 +39,51 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(VENV)/bin/mypy
 
-# In the order of tests/conftest.py, which knows the files that take longest.
-PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Parts of the suite, as many at a time as there are workers: all of them, whatever fails, and what one
+# prints in one piece, where make can do that.
+SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+PARALLEL = +$(MAKE) --no-print-directory --keep-going --jobs=$(WORKERS) $(SYNC)
+PYTEST := $(VENV)/bin/python -m pytest -q
 
-# Part by part: TensorFlow keeps what XLA has compiled for as long as a process lives, and only
-# `tests/scale` runs on several simulated devices.
-PARTS := "tests/layers tests/config" "tests/transfer tests/cli" "tests/models tests/think tests/training" \
-  "tests/tasks" "tests/generation" "tests/scale" "tests/checkpoints $(wildcard tests/test_*.py)"
+# Every part is a process of its own: TensorFlow keeps what XLA has compiled for as long as a process
+# lives. A part is a file, or all files of a folder that are not parts themselves; those that take
+# longest come first, so that no worker is left alone with one at the end.
+PARTS := \
+  tests/test_notebooks.py \
+  tests/models/test_routing.py \
+  tests/generation/test_speculation.py \
+  tests/models \
+  tests/scale \
+  tests/models/test_thinking.py \
+  tests/training \
+  tests/layers \
+  tests/tasks \
+  tests/tasks/test_routed_tasks.py \
+  tests/generation \
+  tests/test_readme.py \
+  tests/checkpoints \
+  tests/transfer/conversion \
+  tests/transfer/growth \
+  tests/layers/ops \
+  tests/transfer/distill \
+  tests/think \
+  tests \
+  tests/transfer/merge \
+  tests/config \
+  tests/cli
+QUICK := tests/layers tests/layers/ops tests/config tests/test_rooms.py tests/models/test_refusals.py \
+  tests/models/test_weight_table.py tests/checkpoints/test_staging.py
+files = $(if $(filter %.py,$1),$1,$(filter-out $(PARTS),$(wildcard $1/test_*.py)))
 
-test-jax test-tensorflow: test-%: $(VENV)/.test
-	for part in $(PARTS); do \
-	  KERAS_BACKEND=$* $(PYTEST) $$part || exit 1; \
-	done
+JAX := $(addprefix jax/,$(sort $(PARTS) $(QUICK)))
+TENSORFLOW := $(addprefix tensorflow/,$(PARTS))
+.PHONY: $(JAX) $(TENSORFLOW)
 
-test-torch: $(VENV)/.test
-	KERAS_BACKEND=torch $(VENV)/bin/python -m pytest -q -m portable
+$(JAX): jax/%: $(VENV)/.test
+	KERAS_BACKEND=jax $(PYTEST) $(call files,$*)
+
+$(TENSORFLOW): tensorflow/%: $(VENV)/.test
+	KERAS_BACKEND=tensorflow $(PYTEST) $(call files,$*)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,6 +5,7 @@ emitters that take half as long, and in one piece, for the workers have all core
 passes, on which memory and the order of operations depend, are those of any program.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -18,20 +19,36 @@ FIRST_PROGRAM = {
 }
 
 
-def set_xla_flags(devices: int = 1) -> None:
+def set_xla_flags(devices: int, cache) -> None:
     """Sets the flags that the backend's XLA knows, unless there are any.
 
     Args:
         devices: How many devices the CPU is to stand for.
+        cache: pytest's, or `None`: to ask the backend takes seconds, and all processes ask it.
     """
-    if "XLA_FLAGS" not in os.environ:  # workers have those of the process that began them
-        flags = FASTER if known(FASTER) else LEVEL
-        os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}={devices}" if devices > 1 else flags
+    if "XLA_FLAGS" in os.environ:
+        return
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    key = f"xla_flags/{installed(backend)}"
+    found = cache.get(key, None) if cache else None
+    if found is None:
+        found = known(FASTER, backend)
+        if cache:
+            cache.set(key, found)
+    flags = FASTER if found else LEVEL
+    os.environ["XLA_FLAGS"] = f"{flags} {DEVICES}={devices}" if devices > 1 else flags
 
 
-def known(flags: str) -> bool:
+def installed(backend: str) -> str:
+    """The backend as it is installed here, without importing it: what another one is not."""
+    spec = importlib.util.find_spec({"jax": "jaxlib"}.get(backend, backend))
+    assert spec and spec.origin, f"KERAS_BACKEND={backend} is not installed"
+    return f"{backend}-{os.stat(spec.origin).st_mtime_ns}"
+
+
+def known(flags: str, backend: str) -> bool:
     """Whether the backend's XLA has these flags: it ends a process that names others."""
-    code = FIRST_PROGRAM.get(os.environ.get("KERAS_BACKEND", "tensorflow"), "")
+    code = FIRST_PROGRAM.get(backend, "")
     environment = {**os.environ, "XLA_FLAGS": flags}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     return found.returncode == 0
