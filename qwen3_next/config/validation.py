@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
+
 
 class Rule(NamedTuple):
     """What a value must be.
@@ -83,9 +85,12 @@ class Config:
     RULES: ClassVar[dict[str, Rule]]
 
     def check_fields(self) -> None:
-        """Raises `ValueError` for the first field whose value breaks its rule."""
+        """Raises `ValueError` for the first field whose value breaks its rule; NumPy's numbers
+        become Python's, which JSON knows."""
         for name, value in self._fields().items():
             require(self.RULES[name], name, value)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
@@ -124,8 +129,9 @@ def _jsonable(value):
 
 
 def _is_integer(value):
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    numbers = int | float | np.integer | np.floating
+    return isinstance(value, numbers) and not isinstance(value, bool)

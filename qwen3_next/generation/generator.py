@@ -105,7 +105,7 @@ class Generator:
                 "`measure_baseline` compares speculative decoding with plain decoding. "
                 f"Received: {measure_baseline=}, {use_speculative=}"
             )
-        arrays = self._read(prompts, max_new_tokens, route, branch)
+        arrays = self._read(prompts, max_new_tokens, think_iterations, route, branch)
         if len(candidates) > 1:
             return self._run_fastest(arrays, max_new_tokens, candidates, sample_options)
         method, drafting = candidates[0]
@@ -136,7 +136,7 @@ class Generator:
         self.model.backbone.schedule.check_iterations(think_iterations)
         # Not a generator itself, so that bad arguments raise here and not at the first token.
         mode, sample_options = make_sampling(self.model.config.vocab_size, **sampling)
-        arrays = self._read(prompts, max_new_tokens, route, branch)
+        arrays = self._read(prompts, max_new_tokens, think_iterations, route, branch)
         method = PlainDecoding(mode, think_iterations)
         request = _request(max_new_tokens, sample_options)
         carry = self.prefill(arrays, max_new_tokens, method, request)
@@ -204,7 +204,9 @@ class Generator:
         """Decodes until every row has finished: the carry at the end. The first one is consumed."""
         return self._compiled(decode, method)(carry, request)
 
-    def _read(self, prompts, max_new_tokens, route=None, branch=None) -> Prompts:
+    def _read(
+        self, prompts, max_new_tokens, think_iterations=None, route=None, branch=None
+    ) -> Prompts:
         config = self.model.config
         require(integer(1), "max_new_tokens", max_new_tokens)
         arrays = read_prompts(prompts, config.vocab_size)
@@ -216,7 +218,7 @@ class Generator:
                 f"{max_new_tokens=}"
             )
         decided = with_decisions(config, {"token_ids": arrays.token_ids}, route, branch)
-        check_decisions(config, unpack(decided))
+        check_decisions(config, unpack(decided), think_iterations)
         return arrays._replace(route=decided.get("route"), branch=decided.get("branch"))
 
     def _run_fastest(

@@ -6,9 +6,10 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from keras import ops
 
+from qwen3_next.config.validation import shown
 from qwen3_next.layers.ops.backend.sharding import devices
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.inputs import check_token_ids, host_array, token_rows
+from qwen3_next.models.inputs import check_token_ids, host_array, host_mask, token_rows
 
 SMALLEST_CHUNK = 16
 PASS = 64  # tokens: what one more pass costs, whatever it reads (118 M parameters, two CPU cores)
@@ -117,9 +118,9 @@ def bucket(size: int, smallest: int) -> int:
 def _rows_of(prompts) -> Iterable[Annotated[np.ndarray, "T"]]:
     if isinstance(prompts, dict):
         return _unpadded_rows(prompts)
-    if isinstance(prompts, list | tuple):
+    if not ops.is_tensor(prompts) and not hasattr(prompts, "__array__"):
         return prompts
-    array = ops.convert_to_numpy(prompts)
+    array = host_array("prompts", prompts)
     if array.ndim != 2:
         raise ValueError(
             "`prompts` must be a list of token-id sequences or have shape (batch, tokens). "
@@ -129,18 +130,18 @@ def _rows_of(prompts) -> Iterable[Annotated[np.ndarray, "T"]]:
 
 
 def _unpadded_rows(prompts):
-    unknown = sorted(set(prompts) - {"token_ids", "padding_mask"})
+    unknown = set(prompts) - {"token_ids", "padding_mask"}
     if unknown or "token_ids" not in prompts:
         raise ValueError(
             "Prompts must be a dict with 'token_ids' and optionally 'padding_mask'. "
-            f"Received keys: {sorted(prompts)}"
+            f"Received keys: {shown([*prompts])}"
         )
     token_ids = host_array("token_ids", prompts["token_ids"])
     mask = prompts.get("padding_mask")
-    mask = np.ones(token_ids.shape, bool) if mask is None else host_array("padding_mask", mask)
+    mask = np.ones(token_ids.shape, bool) if mask is None else host_mask("padding_mask", mask)
     if token_ids.ndim != 2 or mask.shape != token_ids.shape:
         raise ValueError(
             "`token_ids` must have shape (batch, tokens) and `padding_mask` the same. "
             f"Received: token_ids.shape={token_ids.shape}, padding_mask.shape={mask.shape}"
         )
-    return [row[real] for row, real in zip(token_ids, mask.astype(bool))]
+    return [row[real] for row, real in zip(token_ids, mask)]

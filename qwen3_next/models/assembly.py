@@ -184,6 +184,16 @@ def _make_moe(config, policy):
     )
 
 
+def check_head(name: str, head: Any, shape: tuple[int, int]) -> None:
+    """Raises `ValueError` for a head that is shared but has no kernel of this shape."""
+    found = tuple(getattr(getattr(head, "kernel", None), "shape", ()))
+    if found != shape:
+        raise ValueError(
+            f"`{name}` must be None or a built Dense with a kernel of shape {shape}. "
+            f"Received: {name}={head}, with a kernel of shape {found or None}"
+        )
+
+
 def make_head(config: Qwen3NextConfig, units: int, name: str, dtype: Any) -> keras.layers.Dense:
     """A built head on the hidden states."""
     # Keras files the layers of a model by their class: files know this one as a `Dense`.

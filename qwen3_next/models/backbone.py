@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.validation import BOOLEAN, integer, require
+from qwen3_next.config.validation import BOOLEAN, integer, require, shown
 from qwen3_next.layers import (
     Routing,
     Thinking,
@@ -152,10 +152,11 @@ class Qwen3NextBackbone(ConfiguredModel):
         self.norm = make_norm(config.normalization_type, config.rms_norm_eps, "norm", policy)
 
     def _share_layers(self, base):
-        if base.config.replace(etd=None) != self.config.replace(etd=None):
+        config = getattr(base, "config", None)
+        if config is None or config.replace(etd=None) != self.config.replace(etd=None):
             raise ValueError(
-                "`base` must have the configuration of the backbone, but for `etd`. "
-                f"Received: base.config={base.config}, config={self.config}"
+                "`base` must be a backbone with the configuration of this one, but for `etd`. "
+                f"Received: base={base}, base.config={config}, config={self.config}"
             )
         # In the order of `_make_layers`: an optimizer files its state in the order of variables.
         self.embed_tokens = base.embed_tokens
@@ -260,7 +261,7 @@ class Qwen3NextBackbone(ConfiguredModel):
 
     def _check(self, inputs, cache, replayable, think_iterations):
         self.schedule.check_iterations(think_iterations)
-        check_decisions(self.config, inputs)
+        check_decisions(self.config, inputs, think_iterations)
         length, longest = inputs.token_ids.shape[1], self.config.max_position_embeddings
         if length is not None and length > longest:
             raise ValueError(
@@ -294,11 +295,21 @@ class Qwen3NextBackbone(ConfiguredModel):
         Args:
             cache: `Cache` the pass began with.
             update: `CacheUpdate` that it returned.
-            counts: `(B,)` int32, tokens of every row that stay.
+            counts: `(B,)` integers, tokens of every row that stay.
 
         Returns:
             `Cache`.
+
+        Raises:
+            ValueError: counts of another shape, or negative ones.
         """
+        values = host_values("counts", counts)
+        if values is not None and (values.shape != cache.lengths.shape or (values < 0).any()):
+            raise ValueError(
+                f"`counts` must be {cache.lengths.shape[0]} integers of at least 0. "
+                f"Received: counts={shown(counts)}"
+            )
+        counts = ops.convert_to_tensor(counts, "int32")
         parts = zip(self._blocks(), cache.blocks, update.blocks, strict=True)
         committed = tuple(block.commit(old, new, counts) for block, old, new in parts)
         return Cache(cache.lengths + counts, committed)

@@ -54,10 +54,17 @@ def route_of_rows(config: Qwen3NextConfig, route: Any, rows: int) -> np.ndarray:
     return array.astype("int32")
 
 
-def check_decisions(config: Qwen3NextConfig, inputs: Inputs) -> None:
+def check_decisions(
+    config: Qwen3NextConfig, inputs: Inputs, think_iterations: int | None = None
+) -> None:
     """Raises `ValueError` for decisions that the model cannot follow.
 
     Looks at values where there are some; inside a compiled function there are none.
+
+    Args:
+        config: The model's.
+        inputs: `Inputs`.
+        think_iterations: Iterations of the call, `None` for the configuration's.
     """
     etd = config.etd
     if inputs.route is not None:
@@ -73,6 +80,13 @@ def check_decisions(config: Qwen3NextConfig, inputs: Inputs) -> None:
         if values is not None and not ((values >= -1) & (values <= most)).all():
             raise ValueError(
                 f"`branch` must be -1 (none) to {most}. Received: branch={shown(values)}"
+            )
+        shape = tuple(inputs.branch.shape)
+        iterations = think_iterations or etd.max_think_iterations
+        if shape[1:] not in ((), (iterations,)):
+            raise ValueError(
+                "`branch` must have one expert for each row, or one for each row and each of the "
+                f"{iterations} iterations. Received: branch.shape={shape}"
             )
     if inputs.prompt_mask is None:
         return

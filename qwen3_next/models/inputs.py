@@ -236,6 +236,14 @@ def host_array(name: str, x: Any) -> np.ndarray:
         raise ValueError(f"`{name}` must be an array. Received: {name}={shown(x)}") from error
 
 
+def host_mask(name: str, x: Any) -> np.ndarray:
+    """A mask as a NumPy array of bools; `ValueError` for what is no array of numbers."""
+    mask = host_array(name, x)
+    if mask.dtype.kind not in "buif" or not np.isfinite(mask).all():
+        raise ValueError(f"`{name}` must be an array of numbers. Received: {name}={shown(x)}")
+    return mask.astype(bool)
+
+
 def _tensor(name, x, kinds):
     """`x` as a tensor; `ValueError` for an array of another kind than NumPy's `kinds`."""
     if not ops.is_tensor(x) and not isinstance(x, keras.KerasTensor | keras.Variable):

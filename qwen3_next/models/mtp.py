@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.model_config import FULL
+from qwen3_next.config.validation import Rule, is_list_of, require
 from qwen3_next.layers import DecoderLayer, MultiTokenPrediction, SwiGLU
 from qwen3_next.models.assembly import make_decoder_layer, make_feed_forward
 from qwen3_next.models.weight_table import mtp_name
@@ -30,6 +31,24 @@ def make_mtp_modules(
         module.build((None, None, config.hidden_size))
         modules.append(module)
     return modules
+
+
+def check_mtp_modules(config: Qwen3NextConfig, modules: Any) -> None:
+    """Raises `ValueError` for shared modules that are not those of a configuration."""
+    count = 0 if config.mtp is None else config.mtp.num_modules
+    shape = (2 * config.hidden_size, config.hidden_size)
+    what = f"None or a list of {count} built modules with an `fc` of shape {shape}"
+
+    def fits(module):
+        if not isinstance(module, MultiTokenPrediction) or not module.built:
+            return False
+        return tuple(module.fc.kernel.shape) == shape
+
+    require(
+        Rule(what, lambda given: is_list_of(given, fits) and len(given) == count),
+        "mtp_modules",
+        modules,
+    )
 
 
 def _make_body(config, gradient_checkpointing, dtype) -> DecoderLayer | SwiGLU | None:

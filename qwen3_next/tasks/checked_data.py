@@ -14,19 +14,30 @@ from typing import Any
 import keras
 import numpy as np
 
+from qwen3_next.config.validation import shown
 from qwen3_next.models.values import without_values
 
 Check = Callable[[Any, Any], None]
 
 
-def checked(check: Check, x: Any, y: Any = None) -> Any:
-    """`x` with `check(x, y)` done, or to be done for every batch as it comes."""
+def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
+    """`x` with `check(x, y)` done, or to be done for every batch as it comes.
+
+    Raises:
+        ValueError: `weights` of arrays without labels, by the name of the argument: Keras drops
+            them.
+    """
     if isinstance(x, keras.utils.PyDataset):
         return _CheckedDataset(check, x)
     if isinstance(x, types.GeneratorType):
         return _checked_batches(check, x)
     if _is_tensorflow_dataset(x):
         return _checked_dataset(check, x)
+    for name, weight in weights.items():
+        if y is None and weight is not None:
+            raise ValueError(
+                f"`{name}` needs labels, `y`. Received: y=None, {name}={shown(weight)}"
+            )
     check(x, y)
     return x
 

@@ -10,7 +10,7 @@ from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.layers import Routing, Thinking
 from qwen3_next.layers.ops.backend.replicas import share_of_replica, sum_over_replicas
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.assembly import make_head
+from qwen3_next.models.assembly import check_head, make_head
 from qwen3_next.models.backbone import Qwen3NextBackbone, balance
 from qwen3_next.models.decisions import with_prompts
 from qwen3_next.models.inputs import check_labels, last_hidden, unpack
@@ -122,7 +122,10 @@ class Qwen3NextClassifier(Task):
             )
         self.backbone = backbone
         self.pooled_dropout = keras.layers.Dropout(self.config.dropout, dtype=self.dtype_policy)
-        self.score = score or make_head(self.config, num_labels, "score", "float32")
+        if score is None:
+            score = make_head(self.config, num_labels, "score", "float32")
+        check_head("score", score, (self.config.hidden_size, num_labels))
+        self.score = score
         self.thinking_metrics = make_thinking_metrics(self.config)
         self.built = True
 
@@ -151,7 +154,7 @@ class Qwen3NextClassifier(Task):
         output = self.backbone(
             inputs.given(),
             full_output=True,
-            think_iterations=think_iterations or self.iterations_of_run,
+            think_iterations=self.iterations_of(think_iterations),
             training=training,
         )
         pooled = last_hidden(output.hidden, inputs.padding_mask)

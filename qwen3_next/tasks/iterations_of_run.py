@@ -42,6 +42,10 @@ class IterationsOfRun:
         """Drops the compiled functions, as `compile` does with Keras' own."""
         self._functions_by_iterations = Functions()
 
+    def iterations_of(self, think_iterations: int | None) -> int | None:
+        """Those that a call asks for, else those of the step at hand."""
+        return self.iterations_of_run if think_iterations is None else think_iterations
+
     @contextlib.contextmanager
     def iterating(self, name: str, think_iterations: int | None) -> Iterator[None]:
         """Within it the compiled function of this name is that of so many iterations.

@@ -11,13 +11,13 @@ from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.generation.generator import Generator
 from qwen3_next.layers import MultiTokenPrediction, Thinking
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.assembly import make_head
+from qwen3_next.models.assembly import check_head, make_head
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache, check_capacity
 from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.decisions import reads_prompts, with_prompts
 from qwen3_next.models.inputs import check_labels, check_token_ids, next_token_labels, unpack
-from qwen3_next.models.mtp import make_mtp_modules
+from qwen3_next.models.mtp import check_mtp_modules, make_mtp_modules
 from qwen3_next.models.token_counts import TokenCounts
 from qwen3_next.tasks.task import Task
 from qwen3_next.tasks.text_generation import TextGeneration
@@ -180,13 +180,11 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         if lm_head is None and not tied:
             lm_head = make_head(self.config, self.config.vocab_size, "lm_head", self.dtype_policy)
         if lm_head is not None:
-            shape = (self.config.hidden_size, self.config.vocab_size)
-            if tied or tuple(lm_head.kernel.shape) != shape:
+            if tied:
                 raise ValueError(
-                    "`lm_head` must be None with tied embeddings, else have a kernel of shape "
-                    f"{shape}. Received: lm_head.kernel.shape={tuple(lm_head.kernel.shape)}, "
-                    f"tie_word_embeddings={tied}"
+                    f"`lm_head` must be None with tied embeddings. Received: lm_head={lm_head}"
                 )
+            check_head("lm_head", lm_head, (self.config.hidden_size, self.config.vocab_size))
             if self.freeze_backbone:
                 lm_head.trainable = False
         self.lm_head = lm_head
@@ -195,11 +193,15 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         mtp = self.config.mtp
         self.mtp_modules: list[MultiTokenPrediction] = []
         self.mtp_steps, self.token_counts = None, None
+        if shared is not None:
+            check_mtp_modules(self.config, shared)
+            self.mtp_modules = list(shared)
         if mtp is None:
             return
-        self.mtp_modules = list(shared or ()) or make_mtp_modules(
-            self.config, self.gradient_checkpointing, self.dtype_policy
-        )
+        if shared is None:
+            self.mtp_modules = make_mtp_modules(
+                self.config, self.gradient_checkpointing, self.dtype_policy
+            )
         if mtp.warmup_steps:
             self.mtp_steps = self.add_weight(
                 name="mtp_steps", shape=(), dtype="int32", initializer="zeros", trainable=False
@@ -289,7 +291,7 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         return self.backbone(
             inputs,
             full_output=True,
-            think_iterations=think_iterations or self.iterations_of_run,
+            think_iterations=self.iterations_of(think_iterations),
             training=training,
         )
 

@@ -57,7 +57,8 @@ def rows_by_device(nest: Any) -> Any:
 
 
 def check_batch_size(x: Any, batch_size: int | None = None, steps: int | None = None) -> None:
-    """Raises `ValueError` for arrays that make batches which the devices cannot share evenly.
+    """Raises `ValueError` for arrays without rows, and for those that make batches which the
+    devices cannot share evenly.
 
     A last batch that is smaller may have any number of rows in a single process. Batches that come
     one by one, as from a generator, are not known here.
@@ -69,6 +70,8 @@ def check_batch_size(x: Any, batch_size: int | None = None, steps: int | None = 
     """
     distribution = keras.distribution.distribution()
     rows = _rows(x)
+    if rows == 0:
+        raise ValueError("`x` must hold at least one row. Received: 0 rows")
     if distribution is None or rows is None:
         return
     processes, replicas = distribution.num_processes, distribution.num_model_replicas

@@ -251,30 +251,41 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
         validates = isinstance(validation_data, list | tuple)
-        validated, labels, _ = keras.utils.unpack_x_y_sample_weight(validation_data)
+        validated, labels, weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         if validates:
             size = kwargs.get("validation_batch_size") or batch_size
             check_batch_size(validated, size, kwargs.get("validation_steps"))
         with refused_by_all():
             if validates:
-                self.check_batch(validated, labels)
+                checked(self.check_batch, validated, labels, sample_weight=weight)
             elif validation_data is not None:
                 validation_data = checked(self.check_batch, validation_data)
-            x = checked(self.check_batch, x, y)
+            weights = {name: kwargs.get(name) for name in ("sample_weight", "class_weight")}
+            x = checked(self.check_batch, x, y, **weights)
         build_optimizer(self)
         with self._running_over_data():
             return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
 
-    def evaluate(self, x=None, y=None, batch_size=None, *args, think_iterations=None, **kwargs):
+    def evaluate(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        verbose="auto",
+        sample_weight=None,
+        *args,
+        think_iterations=None,
+        **kwargs,
+    ):
         """As `keras.Model.evaluate`, with so many `think_iterations` if it says so."""
         require_strategy_of(self, "evaluate")
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps"))
         with refused_by_all():
-            x = checked(self.check_batch, x, y)
+            x = checked(self.check_batch, x, y, sample_weight=sample_weight)
         iterating = self.iterating("test_function", think_iterations)
         with iterating, self._running_over_data():
-            return super().evaluate(x, y, batch_size, *args, **kwargs)
+            return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
 
     def predict(self, x, batch_size=None, *args, think_iterations=None, **kwargs):
         """As `keras.Model.predict`, with so many `think_iterations` if it says so.

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from qwen3_next.config.validation import Rule, integer, one_of, require
+from qwen3_next.config.validation import LARGEST, Rule, integer, one_of, require
 from qwen3_next.models.inputs import token_rows
 
 Batch = dict[str, np.ndarray]
@@ -25,7 +25,8 @@ def pad(sequences: Iterable, length: int | None = None, side: str = "right") -> 
         Dict with `"token_ids"` `(B, length)` int32 and `"padding_mask"`, true at real tokens.
 
     Raises:
-        ValueError: an empty or too long sequence, or an unknown side.
+        ValueError: an empty or too long sequence, an id that is negative or too large for int32,
+            or an unknown side.
 
     Example:
 
@@ -60,7 +61,7 @@ def pack(sequences: Iterable, length: int) -> Batch:
         are numbered from 1 in each row, 0 is padding.
 
     Raises:
-        ValueError: an empty or too long sequence.
+        ValueError: an empty or too long sequence, or an id that is negative or too large for int32.
 
     Example:
 
@@ -147,5 +148,10 @@ def _rows(sequences, length):
             raise ValueError(
                 f"Sequences must have at most `length`={length} tokens. "
                 f"Received: sequence {number} with {row.size} tokens"
+            )
+        if not 0 <= int(row.min()) <= int(row.max()) <= LARGEST:
+            raise ValueError(
+                f"Token ids must be in [0, {LARGEST}]. "
+                f"Received: sequence {number} with ids from {row.min()} to {row.max()}"
             )
     return rows

@@ -140,6 +140,14 @@ def test_a_config_survives_its_dict():
     assert config.replace(num_layers=8).layer_types.count("full_attention") == 4
 
 
+def test_numbers_of_numpy_are_numbers():
+    config = Qwen3NextConfig(hidden_size=np.int64(64), rms_norm_eps=np.float32(0.5))
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert config == Qwen3NextConfig(hidden_size=64, rms_norm_eps=0.5)
+    with pytest.raises(ValueError, match="hidden_size"):
+        Qwen3NextConfig(hidden_size=np.bool_(True))
+
+
 def test_variants_have_their_published_shapes():
     assert variants.names() == ["80b", "80b_a3b", "small", "tiny"]
     tiny = Qwen3NextConfig.from_variant("tiny")

@@ -43,7 +43,31 @@ def test_a_draft_vocabulary_holds_integers(vocabulary):
 
 def test_numbers_of_numpy_are_numbers():
     options = {"temperature": np.float32(0.5), "stop_token_ids": np.array([3])}
-    assert len(shared().generate([[1, 2]], 2, seed=1, **options).tokens) == 1
+    whole = {"seed": np.int64(1), "top_k": np.int32(5)}
+    found = shared().generate([[1, 2]], np.int64(2), **whole, **options).tokens
+    expected = shared().generate([[1, 2]], 2, seed=1, top_k=5, **options).tokens
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+def test_prompts_may_come_from_a_generator():
+    expected = shared().generate([[1, 2], [3]], 2).tokens
+    found = shared().generate((prompt for prompt in ([1, 2], [3])), 2).tokens
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {1: 2, "a": 3},
+        {"token_ids": [[1, 2]], "padding_mask": [["a", ""]]},
+        {"token_ids": [[1, 2]], "padding_mask": [[0.5, np.nan]]},
+        5,
+        "ab",
+    ],
+)
+def test_what_is_no_prompt_is_named(prompts):
+    with pytest.raises(ValueError, match="Received"):
+        shared().generate(prompts, 2)
 
 
 @pytest.mark.parametrize("longest, prompt", [(100, 97), (8, 5), (20, 17)])

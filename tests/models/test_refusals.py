@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import Qwen3Next, Qwen3NextBackbone
+from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextBackbone, Qwen3NextClassifier
 from tests.support.small_models import ONE_LAYER, SMALL, random_ids, shared, small
 
 IDS = random_ids(2, 8)
@@ -40,6 +40,40 @@ def test_a_backbone_of_other_sizes_is_refused():
     head.build((None, SMALL["hidden_size"]))
     with pytest.raises(ValueError, match=r"lm_head.*Received"):
         Qwen3Next(backbone.config, backbone=backbone, lm_head=head)
+
+
+def test_parts_to_share_are_those_of_the_configuration():
+    config = small(Qwen3NextBackbone, **ONE_LAYER).config
+    mtp = MTPConfig(num_predict_tokens=2, speculation_lookahead=1, mtp_head_type="shared_lm_head")
+    wide = config.replace(hidden_size=16, mtp=mtp)
+    with pytest.raises(ValueError, match=r"`base` must be.*Received"):
+        Qwen3NextBackbone(config, base="a")
+    with pytest.raises(ValueError, match=r"`lm_head` must be.*Received"):
+        Qwen3Next(config, lm_head="a")
+    for score in ("a", keras.layers.Dense(2), Qwen3NextClassifier(config, num_labels=3).score):
+        with pytest.raises(ValueError, match=r"`score` must be.*Received"):
+            Qwen3NextClassifier(config, num_labels=2, score=score)
+    for modules in (["a"], [], Qwen3Next(wide).mtp_modules):
+        with pytest.raises(ValueError, match=r"`mtp_modules` must be.*Received"):
+            Qwen3Next(config.replace(mtp=mtp), mtp_modules=modules)
+    with pytest.raises(ValueError, match=r"`mtp_modules` must be.*Received"):
+        Qwen3Next(config, mtp_modules=["a"])
+    shared_modules = Qwen3Next(wide).mtp_modules
+    assert Qwen3Next(wide, mtp_modules=shared_modules).mtp_modules[0] is shared_modules[0]
+
+
+@pytest.mark.parametrize("iterations", [0, False, 2])
+def test_iterations_need_a_think_loop(iterations):
+    with pytest.raises(ValueError, match=f"think_iterations={iterations}"):
+        shared()(IDS, think_iterations=iterations)
+
+
+@pytest.mark.parametrize("counts", [[1], [-1, 1], [[1, 1]]])
+def test_a_commit_takes_a_number_of_tokens_for_every_row(counts):
+    backbone = shared().backbone
+    cache = backbone.init_cache(2, 16)
+    with pytest.raises(ValueError, match=r"`counts` must be.*Received"):
+        backbone.commit(cache, None, counts)
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "rope_theta", "num_experts", "norm_topk_prob"])

@@ -178,6 +178,8 @@ def test_new_parts_change_nothing_to_the_bit(kind):
         ({"route": "skip"}, "route"),
         ({"branch": 3}, "-1 .none. to 2"),
         ({"branch": [0, 1]}, "branch"),
+        ({"branch": [[0, 0]] * 4}, "each of the 3 iterations"),
+        ({"branch": [[0, 0]] * 4, "think_iterations": 1}, "each of the 1 iterations"),
     ],
 )
 def test_decisions_that_cannot_be_followed_are_refused(inputs, match):

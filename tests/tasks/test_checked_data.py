@@ -95,6 +95,25 @@ def test_labels_are_token_ids_or_ignored(labels):
         model()(IDS, labels=labels)
 
 
+@pytest.mark.parametrize("method", ["fit", "evaluate"])
+def test_weights_need_labels(method):
+    run = getattr(model(), method)
+    with pytest.raises(ValueError, match=r"`sample_weight` needs labels.*Received"):
+        run(IDS, sample_weight=np.ones(6), verbose=0)
+    run((batch for batch in [(IDS, None, np.ones(6))]), verbose=0)
+    with pytest.raises(ValueError, match=r"`class_weight` needs labels.*Received"):
+        model().fit(IDS, class_weight={1: 2.0}, verbose=0)
+    with pytest.raises(ValueError, match=r"`sample_weight` needs labels.*Received"):
+        model().fit(IDS, validation_data=(IDS, None, np.ones(6)), verbose=0)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_no_rows_are_refused(method):
+    for x in (IDS[:0], {"token_ids": IDS[:0]}):
+        with pytest.raises(ValueError, match=r"at least one row.*Received"):
+            getattr(model(), method)(x, verbose=0)
+
+
 @pytest.mark.parametrize("label", [3, -1, -100])
 def test_labels_of_a_classifier_are_classes(label):
     classifier = small(Qwen3NextClassifier, num_labels=3, **ONE_LAYER)

@@ -29,7 +29,14 @@ def test_packing_keeps_every_sequence_whole():
 @pytest.mark.parametrize("make", [pad, pack])
 @pytest.mark.parametrize(
     ("sequences", "message"),
-    [([], "at least one"), ([[]], "non-empty"), ([[0.5]], "integer"), ([[1] * 9], "`length`=8")],
+    [
+        ([], "at least one"),
+        ([[]], "non-empty"),
+        ([[0.5]], "integer"),
+        ([[1] * 9], "`length`=8"),
+        ([[3], [2**40 + 7, 3]], "sequence 1 with ids from 3 to 1099511627783"),
+        ([[1, -1]], "sequence 0 with ids from -1 to 1"),
+    ],
 )
 def test_sequences_that_cannot_be_rows_are_named(make, sequences, message):
     with pytest.raises(ValueError, match=message):
