@@ -2,9 +2,10 @@
 
 A compiler for the CPU copies a matrix out of a stack before it multiplies, and then reads the
 copy; TensorFlow's runs a product of one row with a reshaped kernel column by column, at a tenth of
-the speed. What they find written as one elementwise expression they read in place, in the order in
-which it lies there, with all cores. So the product is such an expression, in which S rows of a
-block of the kernel are multiplied and added up, and a sum over blocks:
+the speed; of bfloat16 they take slices from a float32 copy of the whole. What they find written as
+one elementwise expression they read in place, in the order in which it lies there, with all cores.
+So the product is such an expression, in which S rows of a block of the kernel are multiplied and
+added up, and a sum over blocks:
 
     partial_bo = sum_s x[bS + s] W[bS + s, o]        S terms, read once
     y_o        = sum_b partial_bo                    1/S of the kernel's size
@@ -32,18 +33,17 @@ from .tensor_types import Tensor
 
 # Fewer leave more blocks to be written and read again; more were no faster (of 8, 16, 32, 64).
 ROWS = 16
+# What leads to an expression XLA computes anew for each of up to 15 terms, but for more of them
+# once, for all kernels of a stack.
+ROWS_OF_HALVES = 8
 # Where a kernel is smaller, there is nothing to gain, and expressions take time to compile.
 SMALLEST_KERNEL = 2**16
 
 
 def pays(rows: tuple[int | None, ...], kernel: Annotated[Tensor, "..."]) -> bool:
-    """Whether `multiply_row` is the faster way for `rows` rows, in any shape, on what runs here.
-
-    In bfloat16 JAX's own product is.
-    """
+    """Whether `multiply_row` is the faster way for `rows` rows, in any shape, on what runs here."""
     one = all(size == 1 for size in rows)
-    dtype = standardize_dtype(kernel.dtype)
-    here = BACKEND == "tensorflow" or (BACKEND == "jax" and dtype == "float32")
+    here = BACKEND in ("tensorflow", "jax")
     large = math.prod(kernel.shape) >= SMALLEST_KERNEL
     return one and here and large and platform() == "cpu" and devices() is None
 
@@ -66,14 +66,22 @@ def partial_products(
         index: `(P,)` integers from 0 to E - 1, or `None` for 0 to P - 1.
     """
     (count, inner), outer = rows.shape, kernels.shape[2]
-    size = math.gcd(inner, ROWS)
+    stored, dtype = standardize_dtype(kernels.dtype), standardize_dtype(rows.dtype)
+    bits = BACKEND != "torch" and stored == "bfloat16"
+    size = math.gcd(inner, ROWS_OF_HALVES if bits else ROWS)
+    # Integers are sliced as they are.
+    kernels = ops.view(kernels, "uint16") if bits else kernels
     kernels = ops.reshape(kernels, (kernels.shape[0], inner // size, size, outer))
-    factors = ops.reshape(rows, (count, inner // size, size, 1))
+    factors = ops.reshape(ops.cast(rows, "float32"), (count, inner // size, size, 1))
 
     def term(i):
         block = kernels[:, :, i] if index is None else get_at(kernels[:, :, i], index)
-        block = ops.cast(ops.cast(block, rows.dtype), "float32")
-        return ops.cast(factors[:, :, i], "float32") * block
+        if bits:  # the first half of a float32
+            block = ops.view(ops.left_shift(ops.cast(block, "uint32"), 16), "float32")
+        if dtype != stored:
+            block = ops.cast(block, dtype)
+        block = ops.cast(block, "float32")
+        return factors[:, :, i] * block
 
     return functools.reduce(ops.add, map(term, range(size)))
 

@@ -10,6 +10,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.generation.generator import Generator
 from qwen3_next.layers import MultiTokenPrediction, Thinking
+from qwen3_next.layers.ops import row_product
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import check_head, make_head
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
@@ -304,9 +305,14 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `(..., D)` -> logits `(..., vocab)`."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return ops.matmul(hidden, ops.cast(self.head_kernel(), hidden.dtype))
+        if self.lm_head is None:
+            return ops.matmul(hidden, ops.cast(self.head_kernel(), hidden.dtype))
+        halves = self.lm_head.compute_dtype == "bfloat16"  # XLA:CPU would copy them as float32
+        if halves and row_product.pays(hidden.shape[:-1], self.lm_head.kernel):
+            row = ops.reshape(ops.cast(hidden, "bfloat16"), (1, -1))
+            product = row_product.multiply_row(row, self.head_kernel())
+            return ops.reshape(product, (*hidden.shape[:-1], -1))
+        return self.lm_head(hidden)
 
     def head_kernel(self) -> Annotated[Tensor, "D V"]:
         """Kernel `(D, vocab)` of the head."""

@@ -104,6 +104,8 @@ def set_rows(buffer: Tensor, start: Tensor, rows: Tensor, axis: int = 0) -> Tens
 
 def get_row(buffer: Tensor, index: Tensor) -> Tensor:
     """`buffer[index]` for a scalar integer tensor `index`."""
+    if keras.backend.standardize_dtype(buffer.dtype) == "bfloat16" and BACKEND != "torch":
+        return ops.view(get_row(ops.view(buffer, "uint16"), index), "bfloat16")
     if BACKEND == "tensorflow":
         # Indexing and `tf.slice` make XLA take the index for a constant, down to the arguments it
         # was computed from: every new value of those would compile the whole program again.
