@@ -13,13 +13,15 @@ import qwen3_next
 from tests.support.paths import ROOT
 
 # A module may import from its own room and from those named here, all of them further down.
-BELOW_MODELS = {"config", "variants", "layers", "layers.ops"}
+BELOW_MODELS = {"config", "config.validation", "variants", "layers", "layers.ops"}
 BELOW_TASKS = {*BELOW_MODELS, "models", "training", "generation", "checkpoints"}
 ARROWS = {
     "variants": set(),
-    "layers.ops": set(),
-    "layers": {"layers.ops"},
-    "config": {"variants"},
+    # The rules of arguments stand below all that has arguments.
+    "config.validation": set(),
+    "layers.ops": {"config.validation"},
+    "layers": {"layers.ops", "config.validation"},
+    "config": {"variants", "config.validation"},
     "models": BELOW_MODELS,
     "training": {*BELOW_MODELS, "models"},
     "generation": {*BELOW_MODELS, "models"},
@@ -36,6 +38,7 @@ PYTHON = sys.stdlib_module_names
 OUTSIDE = {
     "variants": PYTHON,
     "config": PYTHON,
+    "config.validation": PYTHON,
     "layers": PYTHON | {"keras", "numpy"},
     # The maths is Keras; the bindings of the backends are all here.
     "layers.ops": PYTHON | {"keras", "numpy", "jax", "tensorflow", "torch"},
@@ -114,6 +117,8 @@ def test_imports_point_down():
     [
         ("qwen3_next/layers/ops/attention/api.py", "from ...swiglu import SwiGLU"),
         ("qwen3_next/layers/swiglu.py", "from qwen3_next.config import Qwen3NextConfig"),
+        ("qwen3_next/layers/swiglu.py", "from ..config.model_config import FFN_TYPES"),
+        ("qwen3_next/config/validation.py", "from qwen3_next.config.mtp_config import HEAD_TYPES"),
         ("qwen3_next/layers/swiglu.py", "def f():\n    import jax"),
         ("qwen3_next/layers/swiglu.py", "from layers.norms import norm"),
         ("qwen3_next/config/model_config.py", "import keras"),
@@ -139,6 +144,7 @@ def test_an_import_that_points_up_is_found(path, text):
 @pytest.mark.parametrize(
     ("path", "text"),
     [
+        ("qwen3_next/layers/swiglu.py", "from qwen3_next.config.validation import require"),
         ("qwen3_next/layers/swiglu.py", "from .ops import expert_mlp\nimport keras, numpy, math"),
         ("qwen3_next/layers/ops/attention/api.py", "from ..backend import autodiff\nimport jax"),
         ("qwen3_next/config/model_config.py", "from qwen3_next import variants"),

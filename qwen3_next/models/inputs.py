@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.config.validation import Rule, require, shown
-from qwen3_next.layers.ops.checks import to_int32
+from qwen3_next.layers.ops.checks import to_integers
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.sequence import token_ranks
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -254,10 +254,7 @@ def _tensor(name, x, kinds):
 
 
 def _integers(name, x):
-    x = _tensor(name, x, "buif")
-    if "int" not in keras.backend.standardize_dtype(x.dtype):
-        raise ValueError(f"`{name}` must be integers. Received: {name}.dtype={x.dtype}")
-    return to_int32(x)
+    return to_integers(name, _tensor(name, x, "buif"))
 
 
 def _is_traced(x):

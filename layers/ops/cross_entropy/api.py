@@ -19,10 +19,12 @@ from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
+from qwen3_next.config.validation import BOOLEAN, Rule, optional_integer, require
+
 from ..backend.autodiff import Shards, custom_gradient
 from ..backend.loops import get_rows, scan, set_rows
 from ..backend.sharding import all_sum, devices, gather, spec, sum_rows
-from ..checks import require_shape, to_int32
+from ..checks import require_shape, to_integers
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
 from .spread_words import Words, argmax, log_sum_exp, logit_of
@@ -32,6 +34,8 @@ CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
 KEPT_LOGITS = 1 << 27  # 512 MiB of float32
 UNKNOWN_ROWS = 4096  # how many there may be where only the run tells
 WORDS_OF_VECTORS = 128
+CHUNK_ROWS = optional_integer(1)
+KEEP_LOGITS = Rule("None or a bool", lambda value: value is None or BOOLEAN.fits(value))
 
 
 def cross_entropy(
@@ -46,8 +50,13 @@ def cross_entropy(
     Returns:
         `(...)` float32, 0 at ignored labels, NaN at any other label that is no class: a program
         cannot refuse a value, and a finite number would hide it.
+
+    Raises:
+        ValueError: labels that are no integers, or not one per row.
     """
-    return _losses(logits, to_int32(labels), Words())[0]
+    logits, labels = ops.convert_to_tensor(logits), to_integers("labels", labels)
+    require_shape("labels", labels, logits.shape[:-1])
+    return _losses(logits, labels, Words())[0]
 
 
 def _losses(logits: Tensor, labels: Tensor, how: Words) -> tuple[Tensor, Tensor]:
@@ -87,8 +96,13 @@ def linear_cross_entropy(
         1 where the label was predicted.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, labels that are no integers, or an option out
+            of range.
     """
+    require(CHUNK_ROWS, "chunk_rows", chunk_rows)
+    require(KEEP_LOGITS, "keep_logits", keep_logits)
+    require(BOOLEAN, "return_correct", return_correct)
+    labels = to_integers("labels", labels)
     require_shape("hidden", hidden, (None, None))
     require_shape("kernel", kernel, (hidden.shape[1], None))
     require_shape("labels", labels, (hidden.shape[0],))
@@ -103,7 +117,7 @@ def linear_cross_entropy(
         chunk_rows = max(16, CHUNK_LOGITS // kernel.shape[1])
     kernel = ops.cast(kernel, hidden.dtype)
     plan = Plan(chunk_rows, keep_logits, return_correct, how)
-    return _differentiable(plan)(hidden, kernel, to_int32(labels))
+    return _differentiable(plan)(hidden, kernel, labels)
 
 
 class Plan(NamedTuple):

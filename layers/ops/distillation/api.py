@@ -16,15 +16,24 @@ factor t^2 keeps the size of the gradient the same at every temperature. The tea
 
 from typing import Annotated
 
+import numpy as np
 from keras import ops
 
+from qwen3_next.config.validation import integer, number, require
+
 from ..backend.loops import scan
-from ..checks import require_shape, to_int32
-from ..cross_entropy.api import CHUNK_LOGITS
+from ..checks import require_shape, to_integers
+from ..cross_entropy.api import CHUNK_LOGITS, CHUNK_ROWS
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
 from .divergences import LINEAR, TOP, differentiable
 
+FLOAT32 = np.finfo("float32")
+# Its square is a factor of the loss.
+TEMPERATURE = number(
+    "above 0, with a square that float32 holds",
+    lambda value: value > 0 and float(FLOAT32.tiny) <= float(value) ** 2 <= float(FLOAT32.max),
+)
 CHUNK_OF_UNKNOWN = 512  # rows of a chunk at most where their number is not known in advance
 
 
@@ -53,7 +62,7 @@ def linear_kl_divergence(
         `(N,)` float32, 0 at rows that do not count, whatever they hold.
 
     Raises:
-        ValueError: shapes that do not fit together, or a temperature that is not above 0.
+        ValueError: shapes that do not fit together, or a temperature or `chunk_rows` out of range.
 
     Reference: Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
     """
@@ -94,15 +103,19 @@ def linear_top_kl_divergence(
         chunk_rows: rows whose logits are held at a time. Defaults to what 64 MiB hold.
 
     Returns:
-        `(N,)` float32, 0 at rows that do not count, whatever they hold.
+        `(N,)` float32, 0 at rows that do not count, whatever they hold; NaN at others with an id
+        that is no token, as a program cannot refuse a value.
 
     Raises:
-        ValueError: shapes that do not fit together, or a temperature that is not above 0.
+        ValueError: shapes that do not fit together, ids that are no integers, or a temperature or
+            `chunk_rows` out of range.
     """
+    teacher_ids = to_integers("teacher_ids", teacher_ids)
     require_shape("teacher_ids", teacher_ids, (hidden.shape[0], None))
     require_shape("teacher_log_probs", teacher_log_probs, tuple(teacher_ids.shape))
-    log_probs = ops.cast(teacher_log_probs, "float32")
-    teacher = TOP, (to_int32(teacher_ids), log_probs), ()
+    known = (teacher_ids >= 0) & (teacher_ids < kernel.shape[-1])
+    log_probs = ops.where(known, ops.cast(teacher_log_probs, "float32"), float("nan"))
+    teacher = TOP, (ops.where(known, teacher_ids, 0), log_probs), ()
     return _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows)
 
 
@@ -127,11 +140,11 @@ def linear_top_log_probs(
         Token ids `(N, n)` int32 and log-probabilities `(N, n)` float32, the largest first.
 
     Raises:
-        ValueError: shapes that do not fit together, a count or a temperature out of range.
+        ValueError: shapes that do not fit together, or a count, a temperature or `chunk_rows` out
+            of range.
     """
-    _check(hidden, kernel, temperature)
-    if not isinstance(count, int) or not 1 <= count <= kernel.shape[1]:
-        raise ValueError(f"`count` must be 1 to {kernel.shape[1]}. Received: {count=}")
+    _check(hidden, kernel, temperature, chunk_rows)
+    require(integer(1, kernel.shape[1]), "count", count)
     rows, (xs,) = _chunks(kernel, chunk_rows, (hidden,))
     kernel = ops.cast(kernel, hidden.dtype)
 
@@ -150,7 +163,7 @@ def linear_top_log_probs(
 
 
 def _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows):
-    _check(hidden, kernel, temperature)
+    _check(hidden, kernel, temperature, chunk_rows)
     require_shape("mask", mask, (hidden.shape[0],))
     kind, by_row, shared = teacher
     mask = ops.ones_like(hidden[:, 0], "bool") if mask is None else ops.cast(mask, "bool")
@@ -160,11 +173,11 @@ def _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows):
     return ops.reshape(losses, (-1,))[:count]
 
 
-def _check(hidden, kernel, temperature):
+def _check(hidden, kernel, temperature, chunk_rows):
     require_shape("hidden", hidden, (None, None))
     require_shape("kernel", kernel, (hidden.shape[1], None))
-    if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise ValueError(f"`temperature` must be above 0. Received: {temperature=}")
+    require(TEMPERATURE, "temperature", temperature)
+    require(CHUNK_ROWS, "chunk_rows", chunk_rows)
 
 
 def _chunks(kernel, chunk_rows, xs):

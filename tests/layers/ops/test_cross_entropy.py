@@ -176,3 +176,29 @@ def test_an_error_names_the_argument(name, place, shape):
     arrays[place] = np.zeros(shape, arrays[place].dtype)
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         linear_cross_entropy(*arrays)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("chunk_rows", [0, -3, True, 2.5, float("nan")]),
+        ("keep_logits", ["no", 1, []]),
+        ("return_correct", ["no", 1, None]),
+    ],
+)
+def test_an_option_out_of_range_is_refused(name, wrong):
+    arrays = inputs()
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"`{name}` must be .*{name}="):
+            linear_cross_entropy(*arrays, **{name: value})
+
+
+def test_labels_are_integers_and_one_per_row():
+    hidden, kernel, labels = inputs()
+    for wrong in (labels + 0.5, labels > 0):
+        with pytest.raises(ValueError, match=r"`labels` must be integers.*Received"):
+            linear_cross_entropy(hidden, kernel, wrong)
+        with pytest.raises(ValueError, match=r"`labels` must be integers.*Received"):
+            cross_entropy(hidden @ kernel, wrong)
+    with pytest.raises(ValueError, match=r"`labels` must have shape \(37\)"):
+        cross_entropy(hidden @ kernel, labels[:1])

@@ -257,7 +257,41 @@ def test_an_error_names_the_argument_of_the_top():
     ):
         with pytest.raises(ValueError, match=f"`{name}`.*Received"):
             linear_top_kl_divergence(hidden, kernel, *teacher, 2.0, mask)
-    with pytest.raises(ValueError, match=r"`count`.*Received"):
-        linear_top_log_probs(hidden, kernel, VOCAB + 1)
-    with pytest.raises(ValueError, match=r"`temperature`.*Received"):
-        linear_top_kl_divergence(hidden, kernel, ids, log_probs, 0.0, mask)
+    with pytest.raises(ValueError, match=r"`teacher_ids` must be integers.*Received"):
+        linear_top_kl_divergence(hidden, kernel, ids + 0.5, log_probs, 2.0, mask)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("temperature", [0.0, -1, True, "a", None, float("nan"), 10**400, 1e-45, 1e30]),
+        ("chunk_rows", [0, -1, 2.5, True, "a"]),
+    ],
+)
+def test_an_option_out_of_range_is_refused(name, wrong):
+    hidden, kernel, ids, log_probs, _ = top_inputs()
+    for value in wrong:
+        for function, arguments in (
+            (linear_kl_divergence, (hidden, kernel, hidden, kernel)),
+            (linear_top_kl_divergence, (hidden, kernel, ids, log_probs)),
+            (linear_top_log_probs, (hidden, kernel, 2)),
+        ):
+            with pytest.raises(ValueError, match=f"`{name}` must be .*{name}="):
+                function(*arguments, **{name: value})
+
+
+@pytest.mark.parametrize("count", [0, True, 2.0, "a", VOCAB + 1])
+def test_a_count_out_of_range_is_refused(count):
+    hidden, kernel, *_ = top_inputs()
+    with pytest.raises(ValueError, match=r"`count` must be .*count="):
+        linear_top_log_probs(hidden, kernel, count)
+
+
+@pytest.mark.parametrize("unknown", [-1, VOCAB, 2**32 + 1])
+def test_an_id_that_is_no_token_gives_nan_where_the_row_counts(unknown):
+    hidden, kernel, ids, log_probs, _ = top_inputs()
+    rows = np.arange(len(ids))
+    arrays = hidden, kernel, np.where(rows[:, None] < 2, np.int64(unknown), ids), log_probs
+    found = to_numpy(linear_top_kl_divergence(*arrays, mask=rows > 0))
+    assert np.array_equal(np.isnan(found), rows == 1)
+    assert found[0] == 0
