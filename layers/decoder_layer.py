@@ -7,12 +7,14 @@ import keras
 from keras import ops
 
 from .adapters import BLOCK_OUTPUT, Adapters
+from .arguments import check_arguments
 from .gated_attention import AttentionCache, AttentionUpdate
 from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
 from .mixer_context import MixerContext
 from .norms import make_norm
 from .ops.backend.remat import remat
 from .ops.backend.seeds import DrawnSeed
+from .ops.checks import as_mask
 from .ops.tensor_types import Tensor
 from .shapes import Shape, spec_like
 from .sparse_moe import Routing, SparseMoE
@@ -114,6 +116,7 @@ class DecoderLayer(keras.layers.Layer):
         gradient_checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
         self.mixer = mixer
         self.mlp = mlp
@@ -197,7 +200,7 @@ class DecoderLayer(keras.layers.Layer):
         training: bool | None = None,
         adapters: Adapters | None = None,
     ) -> Annotated[Tensor, "B T D"] | DecoderLayerOutput:
-        x = ops.cast(x, self.compute_dtype)
+        x, updates = ops.cast(x, self.compute_dtype), as_mask(updates)
         # Drawn here, because a rematerialised function must not assign the generator.
         seeds = dropout_seeds or self.draw_dropout_seeds(training)
         context = MixerContext(
@@ -285,4 +288,5 @@ class DecoderLayer(keras.layers.Layer):
 
 def both_masks(mask: Tensor | None, other: Tensor | None) -> Tensor | None:
     """Where both hold; `None` for a mask that always does."""
+    mask, other = as_mask(mask), as_mask(other)
     return other if mask is None else mask if other is None else mask & other

@@ -6,11 +6,13 @@ import keras
 from keras import ops
 
 from .adapters import Adapters, project
+from .arguments import check_arguments
 from .mixer_context import MixerContext, check_context
 from .norms import make_norm
 from .ops import attention
 from .ops.backend.loops import scatter_rows
 from .ops.backend.sharding import devices, on_shards, spec, zeros
+from .ops.checks import as_mask
 from .ops.sequence import segment_index, segment_positions
 from .ops.tensor_types import Tensor
 from .partial_rotary_embedding import PartialRotaryEmbedding, rotary_dim
@@ -118,6 +120,7 @@ class GatedAttention(keras.layers.Layer):
         gate_bias: float | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         # Inputs are cast by hand: Keras would cast the float tensors of a cache as well.
         super().__init__(autocast=False, **kwargs)
         if num_attention_heads % num_key_value_heads:
@@ -212,7 +215,7 @@ class GatedAttention(keras.layers.Layer):
             padding_mask, segment_ids, cache, lengths, replayable, dropout_seed, training, adapters
         )
         check_context(context, needs_lengths=True)
-        x = ops.cast(x, self.compute_dtype)
+        x, padding_mask = ops.cast(x, self.compute_dtype), as_mask(padding_mask)
         segment = None if segment_ids is None else segment_index(segment_ids, padding_mask)
         positions = _positions(x, segment, padding_mask)
         if cache is not None:
@@ -247,7 +250,7 @@ class GatedAttention(keras.layers.Layer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries `(B, T, H, D)`, rotated keys and values `(B, T, G, D)` of rows."""
         x = ops.cast(x, self.compute_dtype)
-        return self._read(x, _positions(x, None, padding_mask), None)[:3]
+        return self._read(x, _positions(x, None, as_mask(padding_mask)), None)[:3]
 
     def _read(
         self, x: Tensor, positions: Tensor, adapters: Adapters | None

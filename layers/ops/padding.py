@@ -32,13 +32,13 @@ def to_blocks(
 ) -> Annotated[Tensor, "N B size ..."]:
     """Cuts the tokens into blocks of `size`, the last one filled up with `fill`."""
     x = pad_to_multiple(x, size, axis=1, fill=fill)
-    batch, _, *rest = ops.shape(x)
-    return ops.moveaxis(ops.reshape(x, (batch, -1, size, *rest)), 1, 0)
+    batch, length, *rest = ops.shape(x)
+    return ops.moveaxis(ops.reshape(x, (batch, length // size, size, *rest)), 1, 0)
 
 
 def from_blocks(
     x: Annotated[Tensor, "N B size ..."], length: int | Tensor
 ) -> Annotated[Tensor, "B T ..."]:
     """The inverse of `to_blocks`: the first `length` tokens of all blocks in a row."""
-    batch, rest = ops.shape(x)[1], ops.shape(x)[3:]
-    return ops.reshape(ops.moveaxis(x, 0, 1), (batch, -1, *rest))[:, :length]
+    blocks, batch, size, *rest = ops.shape(x)
+    return ops.reshape(ops.moveaxis(x, 0, 1), (batch, blocks * size, *rest))[:, :length]

@@ -14,7 +14,7 @@ from keras import ops
 from ..backend.autodiff import Shards, custom_gradient
 from ..backend.platform import choose, platform
 from ..backend.sharding import Devices, devices, spec
-from ..checks import require_shape
+from ..checks import as_mask, require_shape, require_tokens
 from ..padding import from_blocks, pad_end, to_blocks
 from ..tensor_types import Tensor
 from . import chunked_attention
@@ -66,11 +66,12 @@ def attention(
         `(B, T, H, D)` in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, a dropout rate out of range or without a seed,
-            or an implementation that is unknown or cannot do what is asked.
+        ValueError: shapes that do not fit together, rows without tokens, a dropout rate out of
+            range or without a seed, or an implementation that is unknown or cannot do what is
+            asked.
     """
     queries = Queries(query, limits, query_segments)
-    keys = Keys(key, value, key_mask, key_segments)
+    keys = Keys(key, value, as_mask(key_mask), key_segments)
     _check_shapes(queries, keys)
     _check_dropout(dropout, dropout_seed)
     scale = query.shape[3] ** -0.5 if scale is None else scale
@@ -165,6 +166,8 @@ def _check_shapes(queries: Queries, keys: Keys) -> None:
     require_shape("key", key, (batch, None, None, dim))
     count, groups = key.shape[1:3]
     require_shape("value", value, key.shape)
+    require_tokens("query", query)
+    require_tokens("key", key)
     if heads % groups:
         raise ValueError(
             "The heads of `query` must be a multiple of those of `key`. "

@@ -66,6 +66,8 @@ class Tile(NamedTuple):
 
 def blocks_in_use(queries: Queries, block_kv: int) -> Tensor:
     """Blocks of keys up to the last one that a query of the block sees."""
+    if 0 in queries.limits.shape:  # none of which one is the largest
+        return ops.zeros((), "int32")
     return (ops.max(queries.limits) + block_kv) // block_kv
 
 

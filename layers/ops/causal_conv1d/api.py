@@ -19,7 +19,7 @@ from keras import ops
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
 from ..backend.loops import zero_after
-from ..checks import require_shape
+from ..checks import as_mask, require_shape, require_tokens
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
 from ..sums import column_sums
@@ -64,8 +64,9 @@ def causal_conv1d(
         `CausalConv1DOutput(output, state)`; the state keeps the tokens of the last segment only.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or rows without tokens.
     """
+    padding_mask = as_mask(padding_mask)
     _check(inputs, kernel, state, padding_mask, segment_ids)
     taps, channels = kernel.shape
     kernel = ops.cast(kernel, inputs.dtype)
@@ -176,6 +177,7 @@ def _check(
     segment_ids: Tensor | None,
 ) -> None:
     require_shape("inputs", inputs, (None, None, None))
+    require_tokens("inputs", inputs)
     require_shape("kernel", kernel, (None, inputs.shape[2]))
     taps, channels = kernel.shape
     require_shape("state", state, (inputs.shape[0], taps - 1, channels))

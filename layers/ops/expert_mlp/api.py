@@ -16,7 +16,7 @@ from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
 from ..backend.platform import choose, platform
 from ..backend.sharding import devices
-from ..checks import require_shape
+from ..checks import require_floats, require_shape, to_integers
 from ..grouped_matmul import grouped_matmul
 from ..grouped_matmul.api import IMPLEMENTATIONS as OF_GROUPED_MATMUL
 from ..grouped_matmul.api import pick
@@ -53,7 +53,7 @@ def expert_mlp(
         x: `(N, D)`.
         gate_up: `(E, D, 2F)`, the gate's half first.
         down: `(E, F, D)`.
-        experts: `(N, K)` integers; E means no expert at all.
+        experts: `(N, K)` integers, K at least 1; what is not in [0, E) means no expert at all.
         weights: `(N, K)`; 0 where there is no expert.
         activation: `"silu"` or `"gelu"` (exact), on the gate.
         implementation: `"tiled"` (one loop over tiles of pairs), `"in_place"` (every pair reads its
@@ -65,34 +65,42 @@ def expert_mlp(
         `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown activation or implementation, or
+        ValueError: shapes or dtypes that do not fit, an unknown activation or implementation, or
             one that cannot run on these devices or without a known number of tokens.
     """
     require_shape("x", x, (None, None))
+    require_floats("x", x)
     require_shape("gate_up", gate_up, (None, x.shape[1], None))
     require_shape("down", down, (gate_up.shape[0], gate_up.shape[2] // 2, x.shape[1]))
+    require_shape("gate_up", gate_up, (None, None, 2 * down.shape[1]))
+    experts = to_integers("experts", experts)
     require_shape("experts", experts, (x.shape[0], None))
+    if experts.shape[1] == 0:
+        raise ValueError(
+            "`experts` must hold at least one expert per token. "
+            f"Received: experts.shape={tuple(experts.shape)}"
+        )
     require_shape("weights", weights, experts.shape)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"`activation` must be one of {sorted(ACTIVATIONS)}. Received: {activation=}"
         )
-    found, count = devices(), gate_up.shape[0]
+    found, count, rows = devices(), gate_up.shape[0], ops.shape(x)[0]
+    if not isinstance(rows, int) or rows == 0:
+        # There may be none, of which XLA cannot gather: one more, which is sent nowhere.
+        x, weights = pad_end(x, 1), pad_end(weights, 1)
+        experts = pad_end(experts, 1, fill=count)
     implementation = _pick(implementation, experts.shape, found is not None)
-    experts = ops.cast(experts, "int32")
+    experts = ops.where(experts < 0, count, experts)  # sorted, those of no expert come last
     if implementation == "in_place":
         output = _in_place(activation)(x, gate_up, down, weights, experts)
-        return output, _tokens_per_expert(experts, count)
+        return output[:rows], _tokens_per_expert(experts, count)
     gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
     if found is not None:
         axes = found.rows(x.shape[0]), found.experts(count)
         how = Spread(found, *axes, found.columns(x.shape[1], axes[1], axes[0]))
-        return spread_experts.run(x, gate_up, down, experts, weights, activation, how)
-    rows = ops.shape(x)[0]
-    if not isinstance(rows, int):
-        # There may be none, of which XLA cannot gather: one more, which is sent nowhere.
-        x, weights = pad_end(x, 1), pad_end(weights, 1)
-        experts = pad_end(experts, 1, fill=count)
+        output, tokens = spread_experts.run(x, gate_up, down, experts, weights, activation, how)
+        return output[:rows], tokens
     inputs = ExpertInputs(x, gate_up, down, weights, *sort_by_expert(experts, count))
     if implementation == "tiled":
         sizes = tile_sizes(inputs.sort_indices.shape[0], count)

@@ -18,6 +18,7 @@ from keras import ops
 from ..backend.autodiff import Shards, custom_gradient, full_precision
 from ..backend.platform import choose, platform
 from ..backend.sharding import devices, spec
+from ..checks import as_mask
 from ..padding import from_blocks
 from ..sequence import segment_index
 from ..tensor_types import Tensor
@@ -91,10 +92,11 @@ def gated_delta_rule(
         `GatedDeltaRuleOutput(output, state)`.
 
     Raises:
-        ValueError: shapes that do not fit together, a chunk size that is no power of two, or an
-            unknown implementation.
+        ValueError: shapes that do not fit together, rows without tokens, a chunk size that is no
+            power of two, or an unknown implementation.
     """
     given = DeltaInputs(query, key, value, log_decay, beta, segment_ids)
+    padding_mask = as_mask(padding_mask)
     check_shapes(given, state, padding_mask)
     if chunk_size is None:
         chunk_size = CPU_CHUNK if platform() == "cpu" else CHUNK

@@ -26,7 +26,7 @@ from typing import Annotated, NamedTuple
 
 from keras import ops
 
-from ..checks import require_shape
+from ..checks import require_shape, require_tokens
 from ..padding import to_blocks
 from ..tensor_types import Tensor
 
@@ -59,6 +59,7 @@ def check_shapes(
     """Raises `ValueError` unless the inputs, as they were given, fit together."""
     query, key, value, log_decay, beta, segment_ids = given
     require_shape("value", value, (None, None, None, None))
+    require_tokens("value", value)
     batch, length, heads, value_dim = value.shape
     require_shape("key", key, (batch, length, None, None))
     groups, key_dim = key.shape[2:]

@@ -18,7 +18,8 @@ def run(
     """`step` over the tokens of inputs by group, unrolled: T is static and small."""
 
     def tokens(x):
-        x = ops.reshape(x, (*ops.shape(x)[:2], -1, *x.shape[4:]))  # (B, T, H, ...)
+        batch, length, groups, repeats, *dims = ops.shape(x)
+        x = ops.reshape(x, (batch, length, groups * repeats, *dims))  # (B, T, H, ...)
         return ops.unstack(ops.moveaxis(x, 1, 0), axis=0)
 
     # One query and key per value head: shared ones would make XLA transpose the state to share it.

@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 from keras import ops
 
 from ..backend.autodiff import full_precision
-from ..checks import require_shape
+from ..checks import as_mask, require_shape
 from ..tensor_types import Tensor
 from . import chunked
 from .delta_inputs import (
@@ -71,9 +71,10 @@ def gated_delta_rule_with_replay(
         `(output, Replay)`, the output `(B, T, H, V)` in the dtype of value.
 
     Raises:
-        ValueError: shapes that do not fit together, or too many tokens.
+        ValueError: shapes that do not fit together, or no or too many tokens.
     """
     given = DeltaInputs(query, key, value, log_decay, beta)
+    padding_mask = as_mask(padding_mask)
     check_shapes(given, state, padding_mask)
     length = value.shape[1]
     if length is None or length > MOST_TOKENS:

@@ -9,6 +9,7 @@ from tests.support.running import BACKEND, assert_close, gradients, run
 
 TOLERANCE = 2e-6
 TOKENS, EXPERTS, CHOSEN, DIM, WIDTH = 40, 6, 2, 12, 5
+ALL = ["tiled", "in_place", *(["ragged_dot"] if BACKEND == "jax" else [])]
 
 
 def inputs(tokens=TOKENS, experts=EXPERTS, chosen=CHOSEN, seed=0):
@@ -34,7 +35,7 @@ def oracle(x, gate_up, down, routes, weights, activation="silu"):
     output = np.zeros(x.shape)
     for n, k in np.ndindex(routes.shape):
         expert = routes[n, k]
-        if expert < len(gate_up):
+        if 0 <= expert < len(gate_up):
             gate, up = np.split(np.asarray(x[n], np.float64) @ gate_up[expert], 2)
             output[n] += weights[n, k] * ((activate(gate, activation) * up) @ down[expert])
     return output
@@ -43,6 +44,11 @@ def oracle(x, gate_up, down, routes, weights, activation="silu"):
 @functools.cache
 def program(**options):
     return lambda *arrays: expert_mlp(*arrays, **options)[0]
+
+
+@functools.cache
+def counted(implementation):
+    return lambda *arrays: tuple(expert_mlp(*arrays, implementation=implementation))
 
 
 def gradients_by_autodiff(arrays, cotangent):
@@ -99,16 +105,30 @@ def test_gelu_has_its_own_derivative():
     assert abs((found * direction).sum() - (ends[0] - ends[1]) / (2 * step)) < 1e-4
 
 
-def test_the_tokens_of_every_expert_are_counted():
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("nowhere", [EXPERTS, -1])
+def test_the_tokens_of_every_expert_are_counted(nowhere, implementation):
     arrays = inputs()
-    arrays[3][5] = EXPERTS  # goes nowhere
-    arrays[4][5] = 0.0
-    output, tokens_per_expert = run(lambda *xs: tuple(expert_mlp(*xs)), *arrays)
-    assert np.array_equal(
-        tokens_per_expert, np.bincount(arrays[3].ravel(), minlength=EXPERTS + 1)[:EXPERTS]
-    )
+    arrays[3][5] = nowhere
+    output, tokens_per_expert = run(counted(implementation), *arrays)
+    numbers = np.arange(EXPERTS)
+    assert np.array_equal(tokens_per_expert, (arrays[3][..., None] == numbers).sum(axis=(0, 1)))
     assert not output[5].any()
     assert_close(output, oracle(*arrays), TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_there_may_be_no_tokens(implementation):
+    x, gate_up, down, routes, weights = inputs()
+    arrays = x[:0], gate_up, down, routes[:0], weights[:0]
+    output, tokens_per_expert = run(counted(implementation), *arrays)
+    assert output.shape == (0, DIM)
+    assert not tokens_per_expert.any()
+    found = gradients(program(implementation=implementation), arrays, x[:0])
+    assert [grad.shape for grad in found if grad is not None] == [
+        array.shape for array in arrays if array.dtype == "float32"
+    ]
+    assert not found[1].any()
 
 
 @pytest.mark.parametrize("pairs, chosen", [(128, "in_place"), (130, "tiled")])
@@ -181,6 +201,11 @@ def test_a_one_percent_error_in_one_expert_is_seen():
         ("down", 2, np.zeros((6, 4, 12), "float32")),
         ("experts", 3, np.zeros((7, 2), "int32")),
         ("weights", 4, np.zeros((40, 3), "float32")),
+        ("x", 0, np.zeros((40, 12), "int32")),
+        ("gate_up", 1, np.zeros((6, 12, 11), "float32")),
+        ("experts", 3, np.zeros((40, 2), "float32")),
+        ("experts", 3, np.zeros((40, 2), "bool")),
+        ("experts", 3, np.zeros((40, 0), "int32")),
     ],
 )
 def test_an_error_names_the_argument(name, place, value):
@@ -188,6 +213,14 @@ def test_an_error_names_the_argument(name, place, value):
     arrays[place] = value
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         expert_mlp(*arrays)
+
+
+def test_an_expert_beyond_int32_is_none():
+    x, gate_up, down, _, weights = inputs(tokens=2)
+    far = np.array([[1, 2**32 + 1], [2, -(2**32)]])
+    output, _ = expert_mlp(x, gate_up, down, far, weights)
+    near = np.array([[1, EXPERTS], [2, EXPERTS]])
+    assert_close(output, oracle(x, gate_up, down, near, weights), TOLERANCE)
 
 
 @pytest.mark.parametrize("option", ["activation", "implementation"])
