@@ -5,9 +5,13 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from qwen3_next.config.validation import require
+
+from .arguments import RULES, check_arguments
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.backend.replicas import sum_over_replicas
+from .ops.checks import as_mask
 from .ops.tensor_types import Tensor
 from .projection import RowDense
 from .shapes import Shape
@@ -65,13 +69,8 @@ class ExpertRouter(keras.layers.Layer):
         bias_update_rate: float = 0.001,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
-        if num_experts < 1:
-            raise ValueError(f"`num_experts` must be at least 1. Received: {num_experts=}")
-        if granularity not in ("sequence", "token"):
-            raise ValueError(
-                f"`granularity` must be 'sequence' or 'token'. Received: {granularity=}"
-            )
         self.num_experts = num_experts
         self.granularity = granularity
         self.bias_update_rate = bias_update_rate
@@ -103,7 +102,8 @@ class ExpertRouter(keras.layers.Layer):
         both = ops.concatenate([_normed(encoded), _normed(hidden)], axis=-1)
         with full_precision():
             if self.granularity == "sequence":
-                weight = ops.ones_like(both[..., :1]) if prompt is None else prompt[..., None]
+                real = as_mask(prompt)
+                weight = ops.ones_like(both[..., :1]) if real is None else real[..., None]
                 weight = ops.cast(weight, "float32")
                 count = ops.maximum(ops.sum(weight, axis=1, keepdims=True), 1.0)
                 both = ops.sum(both * weight, axis=1, keepdims=True) / count
@@ -131,8 +131,9 @@ class ExpertRouter(keras.layers.Layer):
 
     def update_bias(self, rate: float | None = None) -> None:
         """`b_n += rate * sign(mean of the counts - count_n)`, over what was noted since the last
-        time; `rate` defaults to `bias_update_rate`."""
+        time; `rate` defaults to `bias_update_rate` and must be at least 0 as well."""
         rate = self.bias_update_rate if rate is None else rate
+        require(RULES["bias_update_rate"], "rate", rate)
         counts = sum_over_replicas(ops.convert_to_tensor(self.selected))
         self.selection_bias.assign_add(rate * ops.sign(ops.mean(counts) - counts))
         self.selected.assign(ops.zeros_like(counts))

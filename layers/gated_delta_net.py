@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .adapters import Adapters, project
+from .arguments import check_arguments
 from .gated_rms_norm import GatedRMSNorm
 from .initializers import LogUniform, Normal
 from .mixer_context import MixerContext, check_context
@@ -133,6 +134,7 @@ class GatedDeltaNet(keras.layers.Layer):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         # Inputs are cast by hand: Keras would cast the float32 state of a cache as well.
         super().__init__(autocast=False, **kwargs)
         if linear_num_value_heads % linear_num_key_heads:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from .arguments import check_arguments
 from .ops.activations import silu
 from .ops.sums import scaled
 from .ops.tensor_types import Tensor
@@ -45,6 +46,7 @@ class GatedRMSNorm(keras.layers.Layer):
     """
 
     def __init__(self, epsilon: float = 1e-6, **kwargs: Any) -> None:
+        check_arguments(locals())
         super().__init__(**kwargs)
         self.epsilon = epsilon
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple
 import keras
 from keras import ops
 
+from .arguments import check_arguments
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
@@ -65,11 +66,8 @@ class HaltingUnit(keras.layers.Layer):
     def __init__(
         self, confidence_threshold: float = 0.9, initializer_range: float = 0.02, **kwargs: Any
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
-        if not 0 < confidence_threshold <= 1:
-            raise ValueError(
-                f"`confidence_threshold` must be in (0, 1]. Received: {confidence_threshold=}"
-            )
         self.confidence_threshold = confidence_threshold
         self.initializer_range = initializer_range
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from .arguments import check_arguments
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
@@ -64,17 +65,8 @@ class LayerRouter(keras.layers.Layer):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
-        for name, count in (
-            ("hidden_size", hidden_size),
-            ("window_size", window_size),
-            ("num_windows", num_windows),
-        ):
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={count!r}")
-        for name, value in (("temperature", temperature), ("execute_bias", execute_bias)):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be above 0. Received: {name}={value!r}")
         self.hidden_size = hidden_size
         self.window_size = window_size
         self.num_windows = num_windows

@@ -5,6 +5,9 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from qwen3_next.config.validation import integer, require
+
+from .arguments import check_arguments
 from .initializers import Normal
 from .ops.backend.seeds import DrawnSeed
 from .ops.tensor_types import Tensor
@@ -60,12 +63,8 @@ class LoRAExperts(keras.layers.Layer):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
-        for name, count in (("num_experts", num_experts), ("rank", rank)):
-            if count < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={count!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1). Received: {dropout=}")
         self.num_experts = num_experts
         self.rank = rank
         self.dims = tuple(output_shape)
@@ -115,6 +114,7 @@ class LoRAExperts(keras.layers.Layer):
 
     def merged(self, expert: int) -> Annotated[Tensor, "D O"]:
         """`(alpha / rank) A_n B_n`, what to add to a kernel to build an expert in."""
+        require(integer(0, self.num_experts - 1), "expert", expert)
         kernel = ops.matmul(self.lora_a[:, expert], self.lora_b[expert])
         return kernel * (self.alpha / self.rank)
 

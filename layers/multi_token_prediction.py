@@ -5,6 +5,7 @@ from typing import Annotated, Any, NamedTuple, Self
 import keras
 from keras import ops
 
+from .arguments import check_arguments
 from .decoder_layer import DecoderLayer, LayerCache
 from .norms import make_norm
 from .ops.tensor_types import Tensor
@@ -76,6 +77,7 @@ class MultiTokenPrediction(keras.layers.Layer):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
         self.body = body
         self.normalization_type = normalization_type

@@ -2,6 +2,8 @@
 
 import keras
 
+from qwen3_next.config.validation import one_of, require
+
 from .zero_centered_rms_norm import ZeroCenteredRMSNorm
 
 NORMALIZATIONS = {
@@ -14,9 +16,5 @@ def make_norm(
     normalization_type: str, epsilon: float, name: str, dtype: object
 ) -> keras.layers.Layer:
     """Creates the norm called `normalization_type` in a config."""
-    if normalization_type not in NORMALIZATIONS:
-        raise ValueError(
-            f"`normalization_type` must be one of {sorted(NORMALIZATIONS)}. "
-            f"Received: {normalization_type=}"
-        )
+    require(one_of(sorted(NORMALIZATIONS)), "normalization_type", normalization_type)
     return NORMALIZATIONS[normalization_type](epsilon=epsilon, name=name, dtype=dtype)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from .arguments import check_arguments
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
@@ -48,6 +49,7 @@ class PartialRotaryEmbedding(keras.layers.Layer):
     def __init__(
         self, rope_theta: float = 10000.0, partial_rotary_factor: float = 1.0, **kwargs: Any
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
         self.rope_theta = rope_theta
         self.partial_rotary_factor = partial_rotary_factor

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import keras
 from keras import ops
 
+from .arguments import check_arguments
 from .initializers import Normal
 from .ops import expert_mlp
 from .ops.tensor_types import Tensor
@@ -56,6 +57,7 @@ class RoutedExperts(keras.layers.Layer):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
         self.num_experts = num_experts
         self.moe_intermediate_size = moe_intermediate_size

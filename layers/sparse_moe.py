@@ -1,13 +1,17 @@
 """Sparse mixture of experts (MoE) with a shared expert."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
 import keras
 from keras import ops
 
+from qwen3_next.config.validation import Rule, is_list_of, require
+
+from .arguments import check_arguments
 from .ops.backend.autodiff import full_precision
 from .ops.backend.sharding import devices, on_shards, spec
+from .ops.checks import as_mask
 from .ops.tensor_types import Tensor
 from .projection import dense
 from .routed_experts import RoutedExperts
@@ -29,7 +33,13 @@ class Routing(NamedTuple):
     tokens: Tensor
 
 
-def load_balancing_loss(routings: Sequence[Routing], by_layer: bool = False) -> Tensor:
+ROUTINGS = Rule(
+    "one or more Routing statistics",
+    lambda value: bool(value) and is_list_of(value, lambda one: isinstance(one, Routing)),
+)
+
+
+def load_balancing_loss(routings: Iterable[Routing], by_layer: bool = False) -> Tensor:
     """The load-balancing loss, as published pooled over layers, or the mean of their own.
 
         loss = E * sum_e f_e P_e
@@ -46,7 +56,12 @@ def load_balancing_loss(routings: Sequence[Routing], by_layer: bool = False) -> 
 
     Returns:
         `()` float32.
+
+    Raises:
+        ValueError: no `Routing` statistics, or something else among them.
     """
+    routings = list(routings)  # a generator could be read only once
+    require(ROUTINGS, "routings", routings)
     if by_layer:
         return sum(load_balancing_loss([one]) for one in routings) / len(routings)
     tokens_per_expert = sum(routing.tokens_per_expert for routing in routings)
@@ -109,11 +124,12 @@ class SparseMoE(keras.layers.Layer):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         # Inputs are cast by hand: an autocast scope would reach the router's float32 weights.
         super().__init__(autocast=False, **kwargs)
-        if not 1 <= num_experts_per_tok <= num_experts:
+        if num_experts_per_tok > num_experts:
             raise ValueError(
-                "`num_experts_per_tok` must be between 1 and `num_experts`. "
+                "`num_experts_per_tok` must be at most `num_experts`. "
                 f"Received: {num_experts_per_tok=}, {num_experts=}"
             )
         self.num_experts = num_experts
@@ -157,7 +173,8 @@ class SparseMoE(keras.layers.Layer):
         return_routing: bool = False,
     ) -> Annotated[Tensor, "B T D"] | tuple[Annotated[Tensor, "B T D"], Routing]:
         rows = ops.reshape(ops.cast(x, self.compute_dtype), (-1, x.shape[-1]))  # (N, D)
-        real = None if padding_mask is None else ops.reshape(padding_mask, (-1, 1))  # (N, 1)
+        real = as_mask(padding_mask)
+        real = None if real is None else ops.reshape(real, (-1, 1))  # (N, 1)
         with full_precision():
             scores = self.gate(rows)
         probabilities = ops.softmax(scores, axis=-1)  # (N, E) float32

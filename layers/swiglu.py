@@ -4,6 +4,9 @@ from typing import Annotated, Any
 
 import keras
 
+from qwen3_next.config.validation import one_of, require
+
+from .arguments import check_arguments
 from .ops.activations import ACTIVATIONS
 from .ops.tensor_types import Tensor
 from .projection import dense
@@ -14,10 +17,7 @@ GATED_ACTIVATIONS = {"swiglu": "silu", "geglu": "gelu"}
 
 def gate_activation(ffn_type: str) -> str:
     """The name in `ACTIVATIONS` of the gate's activation; `ValueError` for an unknown type."""
-    if ffn_type not in GATED_ACTIVATIONS:
-        raise ValueError(
-            f"`ffn_type` must be one of {sorted(GATED_ACTIVATIONS)}. Received: {ffn_type=}"
-        )
+    require(one_of(sorted(GATED_ACTIVATIONS)), "ffn_type", ffn_type)
     return GATED_ACTIVATIONS[ffn_type]
 
 
@@ -55,6 +55,7 @@ class SwiGLU(keras.layers.Layer):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(**kwargs)
         self.intermediate_size = intermediate_size
         self.ffn_type = ffn_type

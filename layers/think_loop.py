@@ -19,12 +19,14 @@ import keras
 from keras import ops
 
 from .adapters import build_experts
+from .arguments import check_arguments
 from .decoder_layer import DecoderLayer, both_masks
 from .expert_router import NO_EXPERT, ExpertRouter
 from .halting_unit import HaltingUnit
 from .layer_router import LayerRouter
 from .lora_experts import LoRAExperts
 from .ops.backend.layer_programs import layer_program
+from .ops.checks import as_mask
 from .ops.tensor_types import Tensor
 from .projection import dense
 from .shapes import Shape
@@ -122,22 +124,11 @@ class ThinkLoop(keras.layers.Layer):
         expert_warmup_steps: int = 0,
         **kwargs: Any,
     ) -> None:
+        check_arguments(locals())
         super().__init__(autocast=False, **kwargs)
         layers = list(layers)
         if not layers or not all(isinstance(layer, DecoderLayer) for layer in layers):
             raise ValueError(f"`layers` must be one or more DecoderLayers. Received: {layers=}")
-        for name, value, known in (
-            ("granularity", granularity, ("token", "sequence")),
-            ("inference_state", inference_state, ("mean", "final")),
-        ):
-            if value not in known:
-                raise ValueError(f"`{name}` must be one of {known}. Received: {name}={value!r}")
-        for name, count in (
-            ("max_think_iterations", max_think_iterations),
-            ("backprop_iterations", backprop_iterations),
-        ):
-            if count is not None and count < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={count!r}")
         for name, parts, wanted in (
             ("routers", routers, bool(routers)),
             ("experts", experts, expert_router is not None),
@@ -260,7 +251,7 @@ class ThinkLoop(keras.layers.Layer):
         prompt = both_masks(padding_mask, prompt_mask) if prompt_mask is not None else None
         given = Given(
             ops.cast(x, self.compute_dtype),
-            padding_mask,
+            as_mask(padding_mask),
             segment_ids,
             lengths,
             prompt=prompt,

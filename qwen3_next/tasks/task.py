@@ -230,6 +230,9 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
         Args:
             rate: Step, by default the configuration's `bias_update_rate`.
+
+        Raises:
+            ValueError: a rate that is no number of at least 0.
         """
         self.backbone.update_expert_bias(rate)
 

@@ -141,7 +141,7 @@ def test_load_balancing_loss_matches_the_oracle():
         )
         for p, c in zip(probabilities, chosen, strict=True)
     ]
-    loss = run(lambda *r: layers.load_balancing_loss(r), *routings)
+    loss = run(lambda *r: layers.load_balancing_loss(iter(r)), *routings)
     assert_close(loss, oracles.load_balancing_loss(probabilities, chosen, MASK), 1e-6)
     by_layer = run(lambda *r: layers.load_balancing_loss(r, by_layer=True), *routings)
     each = [oracles.load_balancing_loss([p], [c], MASK) for p, c in zip(probabilities, chosen)]
