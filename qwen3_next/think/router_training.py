@@ -16,9 +16,11 @@ from qwen3_next.config.validation import (
     number,
     require,
 )
+from qwen3_next.layers.ops.checks import require_shape
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.inputs import check_token_ids, unpack
+from qwen3_next.models.inputs import check_token_ids, host_array, unpack
 from qwen3_next.models.strategies import require_no_strategy
+from qwen3_next.tasks.checked_trainer import CheckedTrainer
 from qwen3_next.tasks.task import Task
 
 ACTIONS = 3
@@ -51,7 +53,8 @@ def effective_number_weights(counts: Sequence[int], beta: float = 0.999) -> list
     assert abs(sum(weights) - 3) < 1e-9 and weights[2] > weights[0] > weights[1]
     ```
     """
-    require(COUNTS, "counts", list(counts))
+    counts = host_array("counts", counts).tolist()
+    require(COUNTS, "counts", counts)
     require(SHARE, "beta", beta)
     alphas = [(1 - beta) / (1 - beta ** max(count, 1)) for count in counts]
     return [ACTIONS * alpha / sum(alphas) for alpha in alphas]
@@ -62,6 +65,8 @@ class FocalLoss(keras.losses.Loss):
     """Focal cross-entropy of actions.
 
         loss = -alpha_a (1 - p_a)^gamma log p_a,   p = softmax(logits), a the label
+
+    NaN at a label that is no action.
 
     Args:
         class_weights: alpha, one per action.
@@ -88,7 +93,8 @@ class FocalLoss(keras.losses.Loss):
         **kwargs: Any,
     ) -> None:
         super().__init__(name=name, **kwargs)
-        require(WEIGHTS, "class_weights", list(class_weights))
+        class_weights = host_array("class_weights", class_weights).tolist()
+        require(WEIGHTS, "class_weights", class_weights)
         require(NOT_NEGATIVE, "gamma", gamma)
         self.class_weights = [float(weight) for weight in class_weights]
         self.gamma = gamma
@@ -96,10 +102,13 @@ class FocalLoss(keras.losses.Loss):
     def call(
         self, y_true: Annotated[Tensor, "B L"], y_pred: Annotated[Tensor, "B L 3"]
     ) -> Annotated[Tensor, "B L"]:
+        require_shape("y_pred", y_pred, (None, None, ACTIONS))
+        require_shape("y_true", y_true, y_pred.shape[:-1])
         logs = ops.log_softmax(ops.cast(y_pred, "float32"))
-        labels = ops.cast(y_true, "int32")[..., None]
-        hit = ops.cast(labels == ops.arange(ACTIONS, dtype="int32"), "float32")
-        log = ops.sum(hit * logs, axis=-1)
+        labels = ops.cast(y_true, "float32")[..., None]
+        hit = ops.cast(labels == ops.arange(ACTIONS, dtype="float32"), "float32")
+        # A program cannot refuse a label that is no action, and a finite loss would hide it.
+        log = ops.where(ops.any(hit > 0, axis=-1), ops.sum(hit * logs, axis=-1), float("nan"))
         alpha = ops.sum(hit * ops.convert_to_tensor(self.class_weights, "float32"), axis=-1)
         # Not 0, where a power below 1 has no slope.
         missing = ops.maximum(1.0 - ops.exp(log), 1e-7)
@@ -109,7 +118,7 @@ class FocalLoss(keras.losses.Loss):
         return {**super().get_config(), "class_weights": self.class_weights, "gamma": self.gamma}
 
 
-class RouterTrainer(keras.Model):
+class RouterTrainer(CheckedTrainer):
     """Trains the layer routers of a model, and nothing else, on labels.
 
         x = {"token_ids", "padding_mask"}        prompts        -> logits (B, L, 3)
@@ -124,7 +133,8 @@ class RouterTrainer(keras.Model):
             their routers say.
 
     Raises:
-        ValueError: a model without layer routers; and from `fit`, labels that are no actions.
+        ValueError: a model without layer routers; and from `fit` and the others, token ids that
+            the model has no row for, no labels, or labels that are no actions.
 
     Example:
 
@@ -180,20 +190,20 @@ class RouterTrainer(keras.Model):
         if self.teacher_forcing:
             *state, data = args
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-            if y is None:
-                raise ValueError("Routers learn from labels: `fit` needs y. Received: y=None")
             x = unpack(x)._replace(route=ops.cast(y, "int32")).given()
             args = *state, (x, y, sample_weight)
         return super().train_step(*args)
 
-    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if y is not None:
-            self._check(y)
-            check_token_ids(x, self.model.config.vocab_size)
-        return super().fit(x, y, *args, **kwargs)
+    def check_inputs(self, x: Any, y: Any = None) -> None:
+        """Raises `ValueError` for token ids that the model has no row for."""
+        check_token_ids(x, self.model.config.vocab_size)
 
-    def _check(self, y):
-        labels = np.asarray(y)
+    def check_batch(self, x: Any, y: Any) -> None:
+        """Raises `ValueError` also for labels that are no actions."""
+        self.check_inputs(x)
+        if y is None:
+            raise ValueError("Routers learn from labels, `y`. Received: y=None")
+        labels = host_array("y", y)
         if labels.ndim != 2 or labels.shape[1] != self.num_layers:
             raise ValueError(
                 f"Labels must have shape (rows, {self.num_layers}), an action for every think "

@@ -79,6 +79,8 @@ def test_an_action_that_never_occurs_counts_as_one_that_occurs_once():
         (lambda: FocalLoss(class_weights=(1.0, 1.0)), "class_weights"),
         (lambda: FocalLoss(class_weights=(1.0, -1.0, 1.0)), "class_weights"),
         (lambda: FocalLoss(gamma=-0.1), "gamma"),
+        (lambda: FocalLoss(class_weights=5), "class_weights"),
+        (lambda: effective_number_weights(5), "counts"),
         (lambda: effective_number_weights([1, 2]), "counts"),
         (lambda: effective_number_weights([1, -2, 3]), "counts"),
         (lambda: effective_number_weights([1, 2, 3], 1.0), "beta"),
@@ -176,25 +178,88 @@ def test_the_routers_of_a_classifier_are_what_trains():
     assert {v.path for v in trainer.trainable_variables} == own
 
 
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return self.x, self.y
+
+
+ROWS = random_ids(2, 3)
+TWO_LABELS = np.array([[1, 0], [2, 1]])
+DOORS = {
+    "fit": lambda trainer, x, y: trainer.fit(x, y, verbose=0),
+    "fit on a data set": lambda trainer, x, y: trainer.fit(Batches(x, y), verbose=0),
+    "validation": lambda trainer, x, y: trainer.fit(
+        ROWS, TWO_LABELS, validation_data=(x, y), verbose=0
+    ),
+    "validation on a data set": lambda trainer, x, y: trainer.fit(
+        ROWS, TWO_LABELS, validation_data=Batches(x, y), verbose=0
+    ),
+    "evaluate": lambda trainer, x, y: trainer.evaluate(x, y, verbose=0),
+    "evaluate on a data set": lambda trainer, x, y: trainer.evaluate(Batches(x, y), verbose=0),
+    "train_on_batch": lambda trainer, x, y: trainer.train_on_batch(x, y),
+    "test_on_batch": lambda trainer, x, y: trainer.test_on_batch(x, y),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
-    ("labels", "message"),
+    ("x", "y", "message"),
     [
-        (LABELS[:, :1], r"shape \(rows, 2\).*\(24, 1\)"),
-        (LABELS[:, 0], r"shape \(rows, 2\).*\(24,\)"),
-        (LABELS + 1, r"actions, 0 \(skip\).*\[1 2 3\]"),
-        (LABELS - 1, r"actions, 0 \(skip\).*\[-1"),
-        (LABELS.astype("float32"), r"actions, 0 \(skip\)"),
+        (ROWS, None, r"labels, `y`.*Received: y=None"),
+        (ROWS, TWO_LABELS[:, :1], r"shape \(rows, 2\).*\(2, 1\)"),
+        (ROWS, TWO_LABELS[:, 0], r"shape \(rows, 2\).*\(2,\)"),
+        (ROWS, [[1], [1, 0]], "`y` must be an array"),
+        (ROWS, TWO_LABELS + 1, r"actions, 0 \(skip\).*\[1 2 3\]"),
+        (ROWS, TWO_LABELS - 1, r"actions, 0 \(skip\).*\[-1"),
+        (ROWS, TWO_LABELS.astype("float32"), r"actions, 0 \(skip\)"),
+        (ROWS + 61, TWO_LABELS, "vocab_size=61"),
     ],
 )
-def test_labels_that_are_no_actions_are_refused(labels, message):
-    trainer = trainer_of(routable())
-    with pytest.raises(ValueError, match=message):
-        trainer.fit(pad(PROMPTS), labels, verbose=0)
+def test_what_cannot_be_learned_is_refused_and_costs_no_weight(door, x, y, message):
+    trainer = refusing()
+    # Within a data set TensorFlow raises its own.
+    with pytest.raises(Exception, match=message):
+        DOORS[door](trainer, x, y)
+    assert all(np.isfinite(weight).all() for weight in trainer.get_weights())
 
 
-def test_token_ids_without_a_row_are_refused():
-    with pytest.raises(ValueError, match="vocab_size=61"):
-        trainer_of(routable()).fit(np.full((24, 3), 61), LABELS, verbose=0)
+@functools.cache
+def refusing():
+    return trainer_of(routable())
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: refusing().predict(ROWS + 61, verbose=0), "vocab_size=61"),
+        (lambda: refusing().predict_on_batch(ROWS + 61), "vocab_size=61"),
+        (lambda: refusing().predict(ROWS[:0], verbose=0), "`x` must hold at least one row"),
+        (lambda: refusing().fit(ROWS[:0], TWO_LABELS[:0]), "`x` must hold at least one row"),
+        (lambda: refusing().fit(ROWS, TWO_LABELS, validation_data=[]), "`validation_data` must be"),
+    ],
+)
+def test_other_data_is_refused_by_name(call, name):
+    with pytest.raises(ValueError, match=f"{name}.*Received"):
+        call()
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1.5])
+def test_the_loss_of_a_label_that_is_no_action_is_not_a_number(label):
+    losses = to_numpy(FocalLoss().call(np.array([[label, 1]]), LOGITS[:1]))
+    np.testing.assert_array_equal(np.isnan(losses), [[True, False]])
+
+
+@pytest.mark.parametrize(("labels", "logits"), [((1, 1), (1, 2, 3)), ((1, 2), (1, 2, 4))])
+def test_the_loss_takes_one_label_for_each_prediction(labels, logits):
+    with pytest.raises(ValueError, match=r"must have shape .*Received"):
+        FocalLoss().call(np.ones(labels, "int32"), np.zeros(logits, "float32"))
 
 
 def test_what_has_no_routers_cannot_be_trained():

@@ -9,12 +9,12 @@ import keras
 from keras import ops
 
 from qwen3_next.checkpoints.staging import replaced
+from qwen3_next.config.validation import shown
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.inputs import check_token_ids, next_token_labels, unpack
 from qwen3_next.models.strategies import require_no_strategy
-from qwen3_next.tasks.checked_data import checked, values_kept
+from qwen3_next.tasks.checked_trainer import CheckedTrainer
 from qwen3_next.tasks.language_model import Qwen3Next
-from qwen3_next.tasks.task import build_optimizer
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
 from qwen3_next.training.thinking_metrics import names_of
 from qwen3_next.transfer.distill.distillation_options import stage_of
@@ -29,7 +29,7 @@ from qwen3_next.transfer.distill.stored_batches import StoredLogitsDataset, spli
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class DistillationTrainer(keras.Model):
+class DistillationTrainer(CheckedTrainer):
     """Trains a student on what a frozen teacher does, one stage after the other.
 
     `stage="alignment"`: every converted mixer reads what its layer reads in the teacher, and learns
@@ -75,7 +75,8 @@ class DistillationTrainer(keras.Model):
         train_input_norms: Whether alignment trains the norms before the mixers, too.
 
     Raises:
-        ValueError: models that do not fit together, an argument out of range or of another stage.
+        ValueError: models that do not fit together, an argument out of range or of another stage;
+            and from `fit` and the others, data that the student cannot learn from.
 
     Example:
 
@@ -247,7 +248,7 @@ class DistillationTrainer(keras.Model):
         if labels is not None and y is not None:
             raise ValueError("Give the labels once. Received: `y` and `labels`")
         y = y if labels is None else labels
-        self._check_batch(x, y)
+        self.check_batch(x, y)
         if y is not None:
             y = next_token_labels(unpack(split_stored(x)[0]), y)
         step = StepInputs(x, y)
@@ -268,39 +269,6 @@ class DistillationTrainer(keras.Model):
             mean.update_state(values[mean.name], sample_weight=losses.count)
         self._stage.note(self.student, output, losses, training)
 
-    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
-        if isinstance(validation_data, list | tuple):
-            self._check_batch(*validation_data[:2])
-        elif validation_data is not None:
-            validation_data = self._checked(validation_data)
-        x = self._checked(x, y)
-        build_optimizer(self)
-        with values_kept(self, self._stepped_variables()):
-            return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
-
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        x = self._checked(x, y)
-        with values_kept(self, self._stepped_variables()):
-            return super().evaluate(x, y, *args, **kwargs)
-
-    def predict(self, x, *args, **kwargs):
-        x = checked(self._check_inputs, x)
-        with values_kept(self, self._stepped_variables()):
-            return super().predict(x, *args, **kwargs)
-
-    def train_on_batch(self, x, y=None, *args, **kwargs):
-        self._check_batch(x, y)
-        build_optimizer(self)
-        return super().train_on_batch(x, y, *args, **kwargs)
-
-    def test_on_batch(self, x, y=None, *args, **kwargs):
-        self._check_batch(x, y)
-        return super().test_on_batch(x, y, *args, **kwargs)
-
-    def predict_on_batch(self, x):
-        self._check_inputs(x)
-        return super().predict_on_batch(x)
-
     def save(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save`, without the teacher; a `.keras` file is replaced at the end."""
         path = Path(filepath)
@@ -310,10 +278,10 @@ class DistillationTrainer(keras.Model):
         with replaced(path) as temporary:
             super().save(temporary)
 
-    def _checked(self, x, y=None):
+    def check_data(self, x: Any, y: Any = None, **weights: Any) -> Any:
         if isinstance(x, StoredLogitsDataset):
             self._check_stored(x.stored)
-        return checked(self._check_batch, x, y)
+        return super().check_data(x, y, **weights)
 
     def _check_stored(self, stored):
         wanted: dict[str, Any] = {"vocab_size": self.student.config.vocab_size}
@@ -326,25 +294,21 @@ class DistillationTrainer(keras.Model):
                     f"{value}. Received: {name}={getattr(stored, name)} in {stored.directory}"
                 )
 
-    def _check_inputs(self, x, y=None):
+    def check_inputs(self, x: Any, y: Any = None) -> None:
+        """Raises `ValueError` for token ids that the student has no row for."""
         check_token_ids(split_stored(x)[0], self.student.config.vocab_size)
 
-    def _check_batch(self, x, y=None):
-        self._check_inputs(x)
+    def check_batch(self, x: Any, y: Any) -> None:
+        """Raises `ValueError` also for labels that are no class, or that a stage has no use for."""
+        self.check_inputs(x)
         if y is None:
             return
         if isinstance(self._stage, Alignment):
             raise ValueError(
                 "Alignment compares hidden states and has no use for labels: `y` must be None. "
-                f"Received: y of shape {tuple(y.shape)}"
+                f"Received: y={shown(y)}"
             )
         self.student.check_labels(y)
-
-    def _stepped_variables(self):
-        optimizer = getattr(self, "optimizer", None)
-        own = optimizer.variables if optimizer is not None else []
-        model = [*self.trainable_variables, *self.non_trainable_variables]
-        return [*model, *own, *self.metrics_variables]
 
     def _flatten_metrics_in_order(self, logs):
         # As the student does: what it adds by itself comes with `return_dict`.

@@ -12,6 +12,7 @@ from qwen3_next.config.validation import (
     number,
     one_of,
     require,
+    shown,
 )
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.transfer.distill.distillation_stages import Alignment, Logits
@@ -19,6 +20,8 @@ from qwen3_next.transfer.distill.frozen_teacher import require_same_layers
 
 SHARE = number("0 to 1", lambda value: 0 <= value <= 1)
 BY_CONFIG = ("temperature", "alpha")
+# Those whose default says no, and not that nothing was given.
+RULES = {"layer_weight": NOT_NEGATIVE, "train_input_norms": BOOLEAN}
 OPTIONS = {
     "logits": (*BY_CONFIG, "layer_weight"),
     "alignment": ("layers", "train_input_norms"),
@@ -38,18 +41,20 @@ def stage_of(
         ValueError: an option out of range, of another stage, or given twice.
     """
     require(one_of(OPTIONS), "stage", stage)
+    for name, rule in RULES.items():
+        require(rule, name, options[name])
     shared = _of_config(config, {name: options[name] for name in BY_CONFIG})
     for name in sum((names for other, names in OPTIONS.items() if other != stage), ()):
-        if options[name]:
+        value = options[name]
+        if value if name in RULES else value is not None:
             raise ValueError(
-                f"`{name}` is not for stage={stage!r}. Received: {name}={options[name]}"
+                f"`{name}` is not for stage={stage!r}. Received: {name}={shown(value)}"
             )
     if stage == "alignment":
         layers = options["layers"]
         return _alignment(teacher, student, layers, options["train_input_norms"])
     require(POSITIVE, "temperature", shared["temperature"])
     require(SHARE, "alpha", shared["alpha"])
-    require(NOT_NEGATIVE, "layer_weight", options["layer_weight"])
     if options["layer_weight"] and student.config.etd is not None:
         raise ValueError(
             "`layer_weight` must be 0 for a student with a think loop, which runs layers more than "
@@ -75,7 +80,6 @@ def _of_config(config, given):
 
 
 def _alignment(teacher, student, layers, train_input_norms):
-    require(BOOLEAN, "train_input_norms", train_input_norms)
     count = student.config.num_layers
     if layers is None and teacher is not None:
         require_same_layers(teacher, student)

@@ -14,6 +14,8 @@ from tests.support.distillation_models import (
     values,
 )
 
+ROWS = np.ones(len(IDS), "float32")
+
 
 def shares_a_head():
     teacher = linear_student()
@@ -49,6 +51,11 @@ def test_models_that_do_not_fit_are_refused(make, name):
         ({"stage": "alignment"}, "hidden_size"),
         ({"stage": "long_context"}, "stage"),
         ({"layers": [0]}, "layers"),
+        ({"layers": 0}, "layers"),
+        ({"layers": np.array([0, 1])}, "layers"),
+        ({"layer_weight": ""}, "layer_weight"),
+        ({"train_input_norms": 0}, "train_input_norms"),
+        ({"stage": "alignment", "temperature": 0, "layers": [0]}, "temperature"),
         ({"train_input_norms": True}, "train_input_norms"),
         ({"stage": "alignment", "alpha": 0.5, "layers": [0]}, "alpha"),
         ({"stage": "alignment", "layers": [1]}, "layers"),
@@ -91,3 +98,27 @@ def test_what_cannot_be_learned_from_is_refused():
         with pytest.raises(ValueError, match=f"`{name}`.*Received"):
             without.compile("sgd", **{name: ["accuracy"]})
     assert all(np.isfinite(value).all() for value in values(student).values())
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda trainer: trainer.fit(IDS, IDS.tolist()), "`y` must be None"),
+        (lambda trainer: trainer.fit(IDS, validation_data=[]), "`validation_data` must be"),
+        (lambda trainer: trainer.fit(IDS, validation_data=(IDS[:0],)), "`x` must hold at least"),
+        (lambda trainer: trainer.fit(IDS[:0]), "`x` must hold at least one row"),
+        (lambda trainer: trainer.predict({"token_ids": IDS[:0]}), "`x` must hold at least one row"),
+        (lambda trainer: trainer.fit(IDS, sample_weight=ROWS), "`sample_weight` needs labels"),
+        (lambda trainer: trainer.evaluate(IDS, sample_weight=ROWS), "`sample_weight` needs labels"),
+        (
+            lambda trainer: trainer.fit(IDS, validation_data=(IDS, None, ROWS)),
+            "`sample_weight` needs labels",
+        ),
+        (lambda trainer: trainer.fit(IDS, class_weight={1: 2.0}), "`class_weight` needs labels"),
+    ],
+)
+def test_data_that_would_be_dropped_or_holds_nothing_is_refused(call, name):
+    trainer = DistillationTrainer(*two_layers(), stage="alignment")
+    trainer.compile("sgd")
+    with pytest.raises(ValueError, match=f"{name}.*Received"):
+        call(trainer)

@@ -1,0 +1,96 @@
+"""A model that trains another one: what it takes is checked, and no error costs a weight."""
+
+from typing import Any
+
+import keras
+
+from qwen3_next.config.validation import Rule, require, shown
+from qwen3_next.tasks.checked_data import checked, values_kept
+from qwen3_next.tasks.task import build_optimizer
+
+_VALIDATION = Rule(
+    "(x,), (x, y) or (x, y, sample_weight), or a data set",
+    lambda data: not isinstance(data, list | tuple) or 1 <= len(data) <= 3,
+)
+
+
+class CheckedTrainer(keras.Model):
+    """A trainer whose `fit`, `evaluate`, `predict` and `*_on_batch` methods check their data.
+
+    Arrays are checked at once, data sets and generators batch by batch.
+    """
+
+    def check_inputs(self, x: Any, y: Any = None) -> None:
+        """Raises `ValueError` for inputs that the trained model does not take."""
+        raise NotImplementedError
+
+    def check_batch(self, x: Any, y: Any) -> None:
+        """Raises `ValueError` for inputs or labels that cannot be learned from."""
+        raise NotImplementedError
+
+    def fit(self, x=None, y=None, *args, validation_data=None, **kwargs):
+        require(_VALIDATION, "validation_data", validation_data)
+        if isinstance(validation_data, list | tuple):
+            held_out, labels, weight = keras.utils.unpack_x_y_sample_weight(validation_data)
+            self.check_data(held_out, labels, sample_weight=weight)
+        elif validation_data is not None:
+            validation_data = self.check_data(validation_data)
+        weights = {name: kwargs.get(name) for name in ("sample_weight", "class_weight")}
+        x = self.check_data(x, y, **weights)
+        build_optimizer(self)
+        with values_kept(self, self._stepped_variables()):
+            return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
+
+    def evaluate(
+        self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, *args, **kwargs
+    ):
+        x = self.check_data(x, y, sample_weight=sample_weight)
+        with values_kept(self, self._stepped_variables()):
+            return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        _require_rows(x)
+        x = checked(self.check_inputs, x)
+        with values_kept(self, self._stepped_variables()):
+            return super().predict(x, *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, *args, **kwargs):
+        self.check_batch(x, y)
+        build_optimizer(self)
+        return super().train_on_batch(x, y, *args, **kwargs)
+
+    def test_on_batch(self, x, y=None, *args, **kwargs):
+        self.check_batch(x, y)
+        return super().test_on_batch(x, y, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        self.check_inputs(x)
+        return super().predict_on_batch(x)
+
+    def check_data(self, x: Any, y: Any = None, **weights: Any) -> Any:
+        """`x` with its batches checked, or to be checked as they come.
+
+        Raises:
+            ValueError: arrays without rows, and `weights` of arrays without labels: Keras would
+                drop them.
+        """
+        for name, weight in weights.items():
+            if y is None and weight is not None:
+                raise ValueError(
+                    f"`{name}` needs labels, `y`: Keras drops it without. A data set of "
+                    f"(x, None, sample_weight) keeps it. Received: y=None, {name}={shown(weight)}"
+                )
+        _require_rows(x)
+        return checked(self.check_batch, x, y)
+
+    def _stepped_variables(self):
+        optimizer = getattr(self, "optimizer", None)
+        own = optimizer.variables if optimizer is not None else []
+        model = [*self.trainable_variables, *self.non_trainable_variables]
+        return [*model, *own, *self.metrics_variables]
+
+
+def _require_rows(x):
+    shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(x)]
+    if any(shape[:1] == (0,) for shape in shapes):
+        raise ValueError(f"`x` must hold at least one row. Received: arrays of shapes {shapes}")
