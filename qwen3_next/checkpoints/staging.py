@@ -21,7 +21,12 @@ from qwen3_next.config.validation import Rule, is_list_of, require
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 WRITING, COMMITTED, LIST = ".writing-", ".committed", ".files.json"
-PATH = Rule("a path", lambda value: isinstance(value, str | os.PathLike))
+# `""` is where the program runs, which nobody means by it.
+PATH = Rule("a path", lambda value: isinstance(value, str | os.PathLike) and value != "")
+FILE = Rule(
+    "a path to a file in a folder that exists",
+    lambda value: PATH.fits(value) and not Path(value).is_dir() and Path(value).parent.is_dir(),
+)
 _NAMES = Rule("a list of file names", lambda names: is_list_of(names, is_file_name))
 
 
@@ -36,24 +41,25 @@ def staged(directory: str | Path) -> Iterator[Path]:
         ValueError: `directory` is a file.
         OSError: what went wrong with the disk, and where.
     """
-    require(PATH, "directory", directory)
-    directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"`directory` must not be a file. Received: {directory}")
-    existed = directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with _errors_name(directory):
-            _tidy(directory)
-            folder = Path(tempfile.mkdtemp(prefix=WRITING, dir=directory))
-            try:
-                yield folder
-                _commit(folder, directory)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        if not existed and not any(directory.iterdir()):
-            directory.rmdir()
+    with _made(directory) as directory, _errors_name(directory):
+        _tidy(directory)
+        folder = Path(tempfile.mkdtemp(prefix=WRITING, dir=directory))
+        try:
+            yield folder
+            _commit(folder, directory)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_writable(directory: str | Path) -> None:
+    """Raises what `staged` would raise for a directory, before there is something to write.
+
+    Raises:
+        ValueError: `directory` is a file.
+        OSError: it cannot be made or written to.
+    """
+    with _made(directory) as directory, tempfile.TemporaryDirectory(prefix=WRITING, dir=directory):
+        pass
 
 
 @contextlib.contextmanager
@@ -110,6 +116,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def _made(directory):
+    """A directory, which goes away again where it is new and nothing was written."""
+    require(PATH, "directory", directory)
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`directory` must not be a file. Received: {directory}")
+    existed = directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield directory
+    finally:
+        if not existed and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 @contextlib.contextmanager

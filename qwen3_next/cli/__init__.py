@@ -20,5 +20,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         given.run(given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_next.checkpoints.staging import read_json, require_regular
+from qwen3_next.cli.targets import check_target
 from qwen3_next.cli.token_files import read_tokens
 from qwen3_next.config import CrossArchTransferConfig
 from qwen3_next.transfer.conversion.hybrid_transfer import transfer_qwen3_to_hybrid
@@ -31,6 +32,7 @@ def add(commands: Any) -> Any:
 
 def run(arguments: Any) -> None:
     """Converts and saves."""
+    check_target(arguments.target, arguments.source)
     config = CrossArchTransferConfig()
     if arguments.config is not None:
         config = CrossArchTransferConfig.from_dict(read_settings(arguments.config))

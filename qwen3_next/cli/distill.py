@@ -5,7 +5,9 @@ from typing import Any
 
 import keras
 
+from qwen3_next.cli.targets import check_target
 from qwen3_next.cli.token_files import read_tokens
+from qwen3_next.config.validation import integer, require
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.optimizers import GroupedAdamW
 from qwen3_next.transfer.distill.distillation import DistillationTrainer
@@ -35,12 +37,10 @@ def add(commands: Any) -> Any:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains and saves."""
+    check_target(arguments.target, arguments.teacher, arguments.student)
     tokens = read_tokens(arguments.tokens)
-    if arguments.epochs < 1 or arguments.batch_size < 1:
-        raise ValueError(
-            "`--epochs` and `--batch-size` must be at least 1. "
-            f"Received: {arguments.epochs} and {arguments.batch_size}"
-        )
+    for name, low in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+        require(integer(low), name, getattr(arguments, name))
     keras.utils.set_random_seed(arguments.seed)
     teacher, student = (
         Qwen3Next.from_preset(name, dtype=arguments.dtype)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from qwen3_next.transfer.merge.merge_config import merge_from_config
+from qwen3_next.cli.targets import check_target
+from qwen3_next.transfer.merge.merge_config import merge_from_config, named_models
+from qwen3_next.transfer.merge.merge_recipes import read_recipe
 
 
 def add(commands: Any) -> Any:
@@ -15,4 +17,6 @@ def add(commands: Any) -> Any:
 
 def run(arguments: Any) -> None:
     """Merges and saves."""
-    merge_from_config(arguments.config).save_to_preset(arguments.target)
+    recipe = read_recipe(arguments.config)
+    check_target(arguments.target, *named_models(recipe))
+    merge_from_config(recipe).save_to_preset(arguments.target)

@@ -17,9 +17,9 @@ def read_tokens(path: str) -> np.ndarray:
         tokens = np.load(path, mmap_mode="r")
     except (ValueError, EOFError, OSError) as error:  # what NumPy says of another file
         raise ValueError(f"Token ids must be in a .npy file. Received: {path}") from error
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+    if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(
-            "Token ids must be integers of shape (rows, tokens). "
+            "Token ids must be integers of shape (rows, tokens), at least one of either. "
             f"Received: {path} with {tokens.dtype} of shape {tokens.shape}"
         )
     return tokens

@@ -17,6 +17,7 @@ IDS = random_ids(4, 12)
 def folder(tmp_path):
     qwen3(num_layers=2).export_to_transformers(tmp_path / "qwen3")
     np.save(tmp_path / "tokens.npy", IDS)
+    np.save(tmp_path / "none.npy", IDS[:0])
     hybrid = {"deltanet_layer_pattern": [0], "pattern_period": 2}
     (tmp_path / "transfer.json").write_text(json.dumps({"hybrid_attention": hybrid}))
     return tmp_path
@@ -54,6 +55,9 @@ def test_models_are_merged_as_a_recipe_says(folder):
         np.testing.assert_allclose(found[path], values, rtol=1e-6)
 
 
+PAIR, TOKENS = ("{}/qwen3", "{}/qwen3"), ("--tokens", "{}/tokens.npy")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +66,13 @@ def test_models_are_merged_as_a_recipe_says(folder):
         (("convert", "{}/qwen3", "{}/out", "--calibration", "{}/transfer.json"), ".npy file"),
         (("distill", "{}/qwen3", "{}/qwen3", "{}/out", "--tokens", "{}/none"), ".npy file"),
         (("merge", "{}/none.json", "{}/out"), "none.json"),
+        (("distill", *PAIR, "{}/out", "--tokens", "{}/none.npy"), "at least one"),
+        (("distill", *PAIR, "{}/out", *TOKENS, "--epochs", "0"), "`epochs` must be"),
+        (("distill", *PAIR, "{}/out", *TOKENS, "--seed", "-1"), "`seed` must be"),
+        (
+            ("distill", *PAIR, "{}/out", *TOKENS, "--stage", "alignment", "--temperature", "0"),
+            "`temperature` is not for",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_written(folder, arguments, message, capsys):
@@ -70,6 +81,38 @@ def test_what_is_wrong_is_named_and_nothing_written(folder, arguments, message, 
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("{}/tokens.npy", "must not be a file"),
+        ("{}/tokens.npy/out", "Not a directory"),
+        ("{}/qwen3", "another directory than the sources"),
+        ("{}/qwen3/../qwen3", "another directory than the sources"),
+        ("", "must be a path"),
+    ],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", "{}/qwen3", "TARGET"),
+        ("distill", *PAIR, "TARGET", *TOKENS),
+        ("merge", "{}/recipe.json", "TARGET"),
+    ],
+)
+def test_a_target_that_cannot_be_one_stops_the_command_before_its_work(
+    folder, arguments, target, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(Qwen3Next, "__init__", None)  # no model is made
+    models = [{"model": f"{folder}/qwen3", "parameters": {"weight": 1}}] * 2
+    (folder / "recipe.json").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as exit:
+        run(*(part.replace("TARGET", target).format(folder) for part in arguments))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_variant_is_described(capsys):

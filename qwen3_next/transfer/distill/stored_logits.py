@@ -22,10 +22,16 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.checkpoints.staging import PATH, files_of, staged
-from qwen3_next.config.validation import BOOLEAN, POSITIVE, integer, require
+from qwen3_next.config.validation import BOOLEAN, POSITIVE, Rule, integer, require, shown
 from qwen3_next.layers.ops import linear_top_log_probs
 from qwen3_next.models.compiled import compile_with_weights
-from qwen3_next.models.inputs import check_token_ids, host_array, require_inputs, unpack
+from qwen3_next.models.inputs import (
+    check_labels,
+    check_token_ids,
+    host_array,
+    require_inputs,
+    unpack,
+)
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.step_inputs import StepInputs
 from qwen3_next.transfer.distill.frozen_teacher import require_language_model
@@ -42,6 +48,9 @@ from qwen3_next.transfer.distill.stored_files import (
     read_description,
     refuse_checkpoints,
 )
+
+_FINITE = Rule("finite numbers", lambda x: x.dtype.kind in "buif" and np.isfinite(x).all())
+_NUMBERS = Rule("numbers of rows (B,)", lambda x: x.ndim == 1 and x.dtype.kind in "iu")
 
 
 def store_teacher_logits(
@@ -188,8 +197,8 @@ class StoredLogits:
             seed: Of these orders.
 
         Raises:
-            ValueError: an `x` that is not what the teacher read, or arrays of another number of
-                rows.
+            ValueError: an `x` that is not what the teacher read, or labels and weights that do not
+                go with it.
         """
         require(integer(1), "batch_size", batch_size)
         require(BOOLEAN, "shuffle", shuffle)
@@ -203,13 +212,12 @@ class StoredLogits:
                 f"`x` must be what the teacher of {self.directory} read. Received: an x with other "
                 f"{', '.join(dict.fromkeys(differing))}"
             )
-        others = {"y": y, "sample_weight": sample_weight}
-        for name, value in others.items():
-            others[name] = None if value is None else host_array(name, value)
-            if value is not None and len(others[name]) != self.rows:
-                raise ValueError(
-                    f"`{name}` must have {self.rows} rows. Received: {len(others[name])} rows"
-                )
+        check_labels(y, self.vocab_size, ignored=True)
+        whole = (self.rows, self.length)
+        others = {
+            "y": _beside("y", y, (whole,)),
+            "sample_weight": _beside("sample_weight", sample_weight, (whole[:1], whole)),
+        }
         order = np.random.default_rng(seed) if shuffle else None
         return StoredLogitsDataset(self, arrays, others, batch_size, order)
 
@@ -220,8 +228,12 @@ class StoredLogits:
             rows: `(B,)` integers.
 
         Raises:
-            ValueError: a damaged file.
+            ValueError: a row that is not there, or a damaged file.
         """
+        rows = host_array("rows", rows)
+        require(_NUMBERS, "rows", rows)
+        if not ((rows >= 0) & (rows < self.rows)).all():
+            raise ValueError(f"`rows` must be in [0, {self.rows}). Received: rows={shown(rows)}")
         found = []
         for column, (name, source) in enumerate(((IDS, self.ids), (LOG_PROBS, self.log_probs))):
             values = np.ascontiguousarray(source[rows])
@@ -279,6 +291,20 @@ def _checked(teacher, x, top_n, temperature, batch_size, dtype, progress):
     require_inputs(x)
     check_token_ids(x, teacher.config.vocab_size)
     return _arrays(x)
+
+
+def _beside(name, value, shapes):
+    """Labels or weights of an array's rows, or of their tokens."""
+    if value is None:
+        return None
+    array = host_array(name, value)
+    if array.shape not in shapes:
+        raise ValueError(
+            f"`{name}` must have shape {' or '.join(map(str, shapes))}. "
+            f"Received: {name}.shape={array.shape}"
+        )
+    require(_FINITE, name, array)
+    return array
 
 
 def _arrays(x):

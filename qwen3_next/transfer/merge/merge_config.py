@@ -143,10 +143,7 @@ def merge_from_config(
     merged.save_to_preset("merged")
     ```
     """
-    fields = dict(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
-    require_keys("recipe", fields, _KEYS, needed=("merge_method", "models"))
-    require(one_of(METHODS), "merge_method", fields["merge_method"])
-    require(_TEXT, "dtype", fields.get("dtype"))
+    fields = _checked_fields(recipe)
     require(_MODELS, "models", models)
     method = METHODS[fields["merge_method"]]
     given = dict(models or {})
@@ -166,6 +163,20 @@ def merge_from_config(
     if method.base:
         return method.merge(loaded[0], loaded[1:], **arguments)
     return method.merge(loaded, **arguments)
+
+
+def named_models(recipe: str | Path | Mapping[str, Any]) -> list[str]:
+    """Names of the models that a recipe merges, the base or first one leading."""
+    fields = _checked_fields(recipe)
+    return _arguments(METHODS[fields["merge_method"]], fields)[0]
+
+
+def _checked_fields(recipe):
+    fields = dict(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
+    require_keys("recipe", fields, _KEYS, needed=("merge_method", "models"))
+    require(one_of(METHODS), "merge_method", fields["merge_method"])
+    require(_TEXT, "dtype", fields.get("dtype"))
+    return fields
 
 
 def _arguments(method, fields):

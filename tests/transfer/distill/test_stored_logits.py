@@ -127,9 +127,30 @@ def test_inputs_that_the_teacher_did_not_read_are_refused(directory):
     ):
         with pytest.raises(ValueError, match=f"`x`.*{name}"):
             stored.dataset(wrong)
-    for options in ({"y": y[:3]}, {"sample_weight": np.ones(3)}, {"batch_size": 0}, {"seed": -1}):
+    for options in (
+        {"y": y[:3]},
+        {"y": y[:, :3]},
+        {"y": y[:, 0]},
+        {"y": 5},
+        {"sample_weight": np.ones(3)},
+        {"sample_weight": np.ones((4, 9))},
+        {"sample_weight": np.full(4, np.nan)},
+        {"sample_weight": ["a"] * 4},
+        {"sample_weight": 5},
+        {"batch_size": 0},
+        {"seed": -1},
+    ):
         with pytest.raises(ValueError, match=f"`{next(iter(options))}`.*Received"):
             stored.dataset(x, **options)
+    for wrong in (y + 61, y * 1.0):
+        with pytest.raises(ValueError, match=r"Labels must be.*Received"):
+            stored.dataset(x, wrong)
+
+
+@pytest.mark.parametrize("rows", [[4], [-1], [0.5], [True], 0, "a", slice(0, 2), [[0]]])
+def test_rows_that_are_not_there_are_refused(directory, rows):
+    with pytest.raises(ValueError, match=r"`rows` must be.*Received"):
+        StoredLogits(directory / "top").read(rows)
 
 
 def test_a_trainer_refuses_what_does_not_fit_it(directory):
