@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from qwen3_next.checkpoints.staging import FILE
 from qwen3_next.config.etd_config import FRACTION
 from qwen3_next.config.validation import (
     BOOLEAN,
@@ -20,6 +21,7 @@ from qwen3_next.config.validation import (
     shown,
 )
 from qwen3_next.generation.prompts import read_prompts
+from qwen3_next.models.inputs import token_id_list
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.think.path_tree import PathTree
 from qwen3_next.training.data import pad
@@ -186,9 +188,13 @@ def search_paths(
     require(FRACTION, "random_moves", random_moves)
     require(BOOLEAN, "early_stop", early_stop)
     require(VERBOSE, "verbose", verbose)
+    stops = token_id_list("stop_token_ids", stop_token_ids, model.config.vocab_size)
+    model.backbone.schedule.check_iterations(think_iterations)
+    if path is not None:
+        require(FILE, "path", path)
     read = read_prompts(prompts, model.config.vocab_size)
     rows = [ids[:length].tolist() for ids, length in zip(read.token_ids, read.lengths)]
-    num_layers, stops = etd.n_think_layers, [int(token) for token in stop_token_ids]
+    num_layers = etd.n_think_layers
     tree = (num_layers, exploration, length_penalty, random_moves)
     answers = {
         "max_new_tokens": max_new_tokens,

@@ -269,12 +269,27 @@ def test_a_checker_must_answer_with_a_bool(answer):
         ({"early_stop": 1}, "`early_stop`"),
         ({"verbose": 3}, "`verbose`"),
         ({"prompts": [[61]]}, "vocab_size=61"),
+        ({"stop_token_ids": [2.7]}, "`stop_token_ids` must be"),
+        ({"stop_token_ids": [True]}, "`stop_token_ids` must be"),
+        ({"stop_token_ids": "12"}, "`stop_token_ids` must be"),
+        ({"stop_token_ids": 5}, "`stop_token_ids` must be"),
+        ({"stop_token_ids": [61]}, "`stop_token_ids` must be"),
+        ({"path": 5}, "`path` must be a path"),
+        ({"path": ""}, "`path` must be a path"),
+        ({"path": "."}, "`path` must be a path"),
+        ({"path": "no/such/paths.jsonl"}, "`path` must be a path .* folder that exists"),
         ({"model": object()}, "`model` must be a `Qwen3Next`.*object"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         search(**changes)
+
+
+def test_a_search_that_is_refused_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="`think_iterations` must be"):
+        search(path=tmp_path / "paths.jsonl", think_iterations=9)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_model_without_routers_is_refused():

@@ -23,9 +23,10 @@ from qwen3_next.config import HybridAttentionConfig, Qwen3NextConfig
 from qwen3_next.config.model_config import FULL, LINEAR
 from qwen3_next.layers import GatedAttention, GatedDeltaNet
 from qwen3_next.layers.ops import attention
-from qwen3_next.models.inputs import check_token_ids, unpack
+from qwen3_next.models.inputs import unpack
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.transfer.conversion.hybrid_conversion import dt_bias_of
+from qwen3_next.transfer.conversion.sample_tokens import check_sample
 
 RIDGE = 1e-3  # of the mean of the squares that it is added to
 GATE_STEPS = 8
@@ -52,15 +53,8 @@ class Replaced(NamedTuple):
 
 def check_calibration(calibration: Any, config: Qwen3NextConfig) -> None:
     """Raises `ValueError` for calibration tokens that a model does not take."""
-    if calibration is None:
-        return
-    check_token_ids(calibration, config.vocab_size)
-    inputs = unpack(calibration)
-    if inputs.segment_ids is not None:
-        raise ValueError(
-            "Calibration takes one sequence per row: `segment_ids` must be None. "
-            f"Received: segment_ids={inputs.segment_ids}"
-        )
+    if calibration is not None:
+        check_sample("calibration", calibration, config, ("padding_mask",))
 
 
 def calibrate_deltanets(
@@ -143,7 +137,7 @@ def attention_distance(
         for head in range(heads):
             scores = query[:, head] @ key[:, head // repeats].T / np.sqrt(query.shape[-1])
             scores = np.where(gaps >= 0, scores, -np.inf)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
             weights /= weights.sum(axis=-1, keepdims=True)
             total[head] += (weights * gaps).sum()
         tokens += length

@@ -65,7 +65,8 @@ def transfer_qwen3_to_hybrid(
 
     Raises:
         ValueError: a source of another family, layers or heads that cannot be mapped, an option
-            that needs calibration tokens and has none.
+            that needs calibration tokens and has none, calibration tokens that are all padding or
+            more in a row than the source takes.
 
     Example:
 

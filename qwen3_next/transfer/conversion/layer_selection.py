@@ -19,17 +19,24 @@ import keras
 import numpy as np
 from keras import ops
 
-from qwen3_next.checkpoints.staging import read_json, replaced
+from qwen3_next.checkpoints.staging import FILE, read_json, replaced
 from qwen3_next.config import HybridAttentionConfig
 from qwen3_next.config.model_config import FULL, LINEAR
-from qwen3_next.config.validation import integer, require
+from qwen3_next.config.validation import Rule, integer, is_list_of, number, require
 from qwen3_next.layers import SparseMoE
 from qwen3_next.layers.ops import linear_kl_divergence
 from qwen3_next.models.compiled import compile_with_weights
-from qwen3_next.models.inputs import check_token_ids, unpack
+from qwen3_next.models.inputs import unpack
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.think.figures import axes_for
+from qwen3_next.transfer.conversion.sample_tokens import check_sample
 from qwen3_next.transfer.distill.layer_streams import mixer_output
+
+_FINITE = number("a finite number", lambda value: True)
+_BY_LAYER = Rule(
+    "a tuple of finite numbers, one for each layer",
+    lambda values: is_list_of(values, _FINITE.fits) and len(values) > 0,
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +64,9 @@ class LayerSelection:
     keep: int
 
     def __post_init__(self) -> None:
+        require(_FINITE, "baseline", self.baseline)
+        require(_BY_LAYER, "divergences", self.divergences)
         require(integer(1, max(len(self.divergences) - 1, 1)), "keep", self.keep)
-        if not np.isfinite([self.baseline, *self.divergences]).all():
-            raise ValueError(
-                "`baseline` and `divergences` must be finite numbers. "
-                f"Received: baseline={self.baseline}, divergences={self.divergences}"
-            )
 
     @property
     def falls(self) -> tuple[float, ...]:
@@ -173,18 +177,20 @@ def select_attention_layers(
     ```
     """
     _check(teacher, student)
-    check_token_ids(token_ids, teacher.config.vocab_size)
+    check_sample("token_ids", token_ids, teacher.config, ("padding_mask", "segment_ids"))
+    if path is not None:
+        require(FILE, "path", path)
     layers = student.config.num_layers
     require(integer(1, layers - 1), "keep", keep)
     require(integer(1), "batch_size", batch_size)
     known = _Known(path, _fingerprint(teacher, student, token_ids), layers)
     divergence = _divergence(teacher, student, token_ids, batch_size)
     bar = keras.utils.Progbar(layers + 1, unit_name="pass") if progress else None
-    for number in range(-1, layers):
-        if number not in known.found:
-            known.add(number, divergence(np.arange(layers) == number))
+    for restored in range(-1, layers):
+        if restored not in known.found:
+            known.add(restored, divergence(np.arange(layers) == restored))
         if bar is not None:
-            bar.update(number + 2)
+            bar.update(restored + 2)
     found = known.found
     return LayerSelection(found[-1], tuple(found[layer] for layer in range(layers)), keep)
 
@@ -250,7 +256,7 @@ def _divergence(teacher, student, token_ids, batch_size):
             part = {name: value[start : start + batch_size] for name, value in given.items()}
             losses, tokens = run(keras.tree.map_structure(ops.convert_to_tensor, part), restored)
             total, count = total + float(losses), count + int(tokens)
-        return total / max(count, 1)
+        return total / count
 
     return mean
 
@@ -293,13 +299,17 @@ class _Known:
         if self.path is None or not self.path.exists():
             return
         saved = read_json(self.path)
-        kinds = isinstance(saved, dict) and isinstance(saved.get("divergences"), dict)
-        if not kinds or saved.get("fingerprint") != fingerprint:
+        numbers = {str(number): number for number in range(-1, layers)}
+        is_known = isinstance(saved, dict) and isinstance(saved.get("divergences"), dict)
+        is_known = is_known and all(
+            key in numbers and isinstance(value, int | float)
+            for key, value in saved["divergences"].items()
+        )
+        if not is_known or saved.get("fingerprint") != fingerprint:
             raise ValueError(
                 "`path` must be a file of the same models and tokens, or none. "
                 f"Received: path={str(path)!r}"
             )
-        numbers = {str(number): number for number in range(-1, layers)}
         self.found = {numbers[key]: float(v) for key, v in saved["divergences"].items()}
 
     def add(self, number, divergence):

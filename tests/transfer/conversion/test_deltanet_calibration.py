@@ -87,6 +87,7 @@ def test_padding_changes_no_fit(teacher, side):
     parts = (padding, IDS) if side == "left" else (IDS, padding)
     mask = [np.full(part.shape, part is IDS) for part in parts]
     given = {"token_ids": np.concatenate(parts, 1), "padding_mask": np.concatenate(mask, 1)}
+    given = {name: np.pad(value, ((0, 1), (0, 0))) for name, value in given.items()}
     found = weights_of(fitted(teacher, given, output_projection_init="least_squares"))
     for path, values in expected.items():
         np.testing.assert_allclose(found[path], values, atol=2e-3, rtol=2e-3, err_msg=path)
@@ -107,7 +108,17 @@ def test_the_report_says_what_was_fitted(teacher, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_packed_calibration_is_refused(teacher):
-    packed = {"token_ids": IDS, "segment_ids": np.zeros_like(IDS)}
-    with pytest.raises(ValueError, match="`segment_ids` must be None"):
-        fitted(teacher, packed)
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ({"token_ids": IDS, "segment_ids": np.ones_like(IDS)}, "`segment_ids` must be None"),
+        ({"token_ids": IDS, "prompt_mask": np.ones_like(IDS)}, "`prompt_mask` must be None"),
+        ({"token_ids": IDS, "padding_mask": np.zeros_like(IDS)}, "`calibration` .* real token"),
+        (IDS[:0], "`calibration` .* real token"),
+        (np.zeros((1, 65), "int32"), "`max_position_embeddings`=64 .*65"),
+        (IDS + 61, "vocab_size=61"),
+    ],
+)
+def test_what_nothing_can_be_fitted_to_is_refused(teacher, calibration, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(teacher, calibration)

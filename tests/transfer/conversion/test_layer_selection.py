@@ -13,6 +13,7 @@ from tests.support.teachers import qwen3
 
 IDS = random_ids(4, 12)
 EVERYWHERE = HybridAttentionConfig((0,), pattern_period=1, allow_no_attention=True)
+PADDING = {"token_ids": IDS, "padding_mask": np.zeros_like(IDS)}
 SELECTION = LayerSelection(baseline=2.0, divergences=(1.9, 1.2, 1.8, 1.5), keep=2)
 
 
@@ -63,6 +64,10 @@ def test_a_run_that_was_stopped_goes_on(pair, tmp_path):
     assert again.divergences == (7.0, *whole.divergences[1:])
     with pytest.raises(ValueError, match="`path` must be a file of the same models and tokens"):
         select_attention_layers(*pair, IDS + 1, 1, path=path, progress=False)
+    for key, value in (("99", 1.0), ("0", None), ("0", "x"), ("0", [1])):
+        path.write_text(json.dumps({**saved, "divergences": {key: value}}))
+        with pytest.raises(ValueError, match="`path` must be a file of the same models and tokens"):
+            select_attention_layers(*pair, IDS, 1, path=path, progress=False)
 
 
 def test_the_largest_falls_are_kept():
@@ -87,7 +92,17 @@ def test_falls_are_drawn(tmp_path):
         (lambda t, s: select_attention_layers(t, s, IDS, 3), "`keep` must be an integer, 1 to 2"),
         (lambda t, s: select_attention_layers(t, s, IDS, 1, batch_size=0), "`batch_size` must"),
         (lambda t, s: select_attention_layers(t, s, [[99]], 1), "Token ids must be"),
-        (lambda t, s: LayerSelection(np.nan, (1.0, 2.0), 1), "must be finite"),
+        (lambda t, s: select_attention_layers(t, s, IDS[:0], 1), "`token_ids` .* real token"),
+        (lambda t, s: select_attention_layers(t, s, PADDING, 1), "`token_ids` .* real token"),
+        (lambda t, s: select_attention_layers(t, s, "a", 1), "must be an array.*Received"),
+        (lambda t, s: select_attention_layers(t, s, IDS, 1, path=5), "`path` must be a path"),
+        (lambda t, s: select_attention_layers(t, s, IDS, 1, path=""), "`path` must be a path"),
+        (lambda t, s: select_attention_layers(t, s, IDS, 1, path="no/a.json"), "`path` must be"),
+        (lambda t, s: LayerSelection(np.nan, (1.0, 2.0), 1), "`baseline` must be a finite"),
+        (lambda t, s: LayerSelection("a", (1.0, 2.0), 1), "`baseline` must be a finite"),
+        (lambda t, s: LayerSelection(1.0, (1.0, "a"), 1), "`divergences` must be .* finite"),
+        (lambda t, s: LayerSelection(1.0, 5, 1), "`divergences` must be .* finite"),
+        (lambda t, s: LayerSelection(1.0, (), 1), "`divergences` must be .* finite"),
     ],
 )
 def test_what_cannot_be_compared_is_named(pair, call, message):
