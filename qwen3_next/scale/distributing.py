@@ -6,12 +6,16 @@ from typing import Any
 
 import keras
 
-from qwen3_next.config.validation import BOOLEAN, Rule, require, shown
+from qwen3_next.config.validation import BOOLEAN, Rule, is_list_of, require, shown
 from qwen3_next.scale.layouts import MeshLayout, require_jax, sharding_at
 from qwen3_next.scale.mesh_sizes import MESH_AXES, devices_in, sizes_of
 from qwen3_next.scale.sharding_rules import Axes
 
 _TEXT = Rule('text such as "data=2,expert=4"', lambda value: isinstance(value, str))
+_LAYOUTS = Rule(
+    "None or a dict from regular expressions to axes",
+    lambda value: value is None or isinstance(value, Mapping),
+)
 SIMULATED = "XLA_FLAGS=--xla_force_host_platform_device_count"
 
 
@@ -71,8 +75,9 @@ def distribute(
         `keras.utils.clear_session()`; `with distribution.scope():` sets it for a while.
 
     Raises:
-        ValueError: text that is no mesh, another number of devices, or (when a model is made) an
-            axis that does not divide what it should split.
+        ValueError: text that is no mesh, devices that are not there or of another number, layouts
+            that are none, or (when a model is made) an axis that does not divide what it should
+            split.
         RuntimeError: another backend than JAX.
 
     Example:
@@ -89,6 +94,7 @@ def distribute(
     require_jax("distribute")
     require(_TEXT, "mesh", mesh)
     require(BOOLEAN, "fsdp", fsdp)
+    require(_LAYOUTS, "layouts", layouts)
     sizes = sizes_of(mesh)
     devices = _fitting(mesh, devices_in(sizes), devices)
     device_mesh = keras.distribution.DeviceMesh(
@@ -105,7 +111,13 @@ def distribute(
 
 def _fitting(mesh, needed, devices):
     """The devices, of which there must be `needed`."""
-    found = keras.distribution.list_devices() if devices is None else list(devices)
+    known = keras.distribution.list_devices()
+    if devices is not None and not is_list_of(devices, known.__contains__):
+        raise ValueError(
+            "`devices` must be a list of what `keras.distribution.list_devices()` names. "
+            f"Received: devices={shown(devices)}"
+        )
+    found = known if devices is None else list(devices)
     if len(found) == needed:
         return found
     advice = "Name a part of them with `devices`." if len(found) > needed else ""
@@ -118,16 +130,18 @@ def _fitting(mesh, needed, devices):
 
 
 def _check_axes(pattern, axes):
-    flat = [n for names in axes or () for n in (names if isinstance(names, tuple) else (names,))]
+    dims = axes if isinstance(axes, tuple) else (axes,)
+    flat = [n for names in dims for n in (names if isinstance(names, tuple) else (names,))]
     named = [name for name in flat if name is not None]
-    if not isinstance(axes, tuple) or {*named} - {*MESH_AXES} or len(named) > len({*named}):
+    known = all(name in MESH_AXES for name in named)
+    if not isinstance(axes, tuple) or not known or len(named) > len({*named}):
         raise ValueError(
             f"`layouts[{pattern!r}]` must be a tuple with an axis out of {MESH_AXES}, a tuple of "
             f"axes or None for each dim, every axis once. Received: {axes!r}"
         )
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(
-            f"`layouts` has a key that is no regular expression: {pattern!r}"
+            f"`layouts` must have regular expressions for keys. Received: {shown(pattern)}"
         ) from error

@@ -15,7 +15,7 @@ from qwen3_next.config.validation import BOOLEAN, Rule, one_of, require
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.description import DTYPE_BYTES, bytes_text
 from qwen3_next.models.weight_rows import PARTS
-from qwen3_next.scale.layouts import rows_of, sharding_at
+from qwen3_next.scale.layouts import NUM_LABELS, rows_of, sharding_at
 from qwen3_next.scale.mesh_sizes import devices_in, mesh_text, sizes_of
 from qwen3_next.scale.sharding_rules import Axes, Sharding, sharding_of
 from qwen3_next.scale.weight_patterns import row_at
@@ -185,7 +185,8 @@ def describe_layout(
         `LayoutDescription`.
 
     Raises:
-        ValueError: text that is no mesh, or an axis that does not divide what it should split.
+        ValueError: text that is no mesh, an axis that does not divide what it should split, or a
+            number of labels below 1.
 
     Example:
 
@@ -199,6 +200,7 @@ def describe_layout(
     require(BOOLEAN, "fsdp", fsdp)
     require(_DTYPE, "dtype", dtype)
     require(_OPTIMIZER, "optimizer", optimizer)
+    require(NUM_LABELS, "num_labels", num_labels)
     sizes = sizes_of(mesh)
     if isinstance(model, ConfiguredModel):
         rows = _rows_of_variables(model, sizes, fsdp, dtype)

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.validation import BOOLEAN, Rule, require
+from qwen3_next.config.validation import BOOLEAN, Rule, optional_integer, require
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.weight_rows import Weight
 from qwen3_next.models.weight_table import weight_table
@@ -17,6 +17,7 @@ from qwen3_next.scale.weight_patterns import patterns_of, row_at
 
 # What is no weight of a model (counters, seeds, metrics, LoRA) may be whole on each device.
 SMALL_BYTES = 2**20
+NUM_LABELS = optional_integer(1)
 _MESH = Rule("a DeviceMesh", lambda mesh: isinstance(mesh, keras.distribution.DeviceMesh))
 
 
@@ -52,7 +53,8 @@ def layout_map(
         model.
 
     Raises:
-        ValueError: unknown axes of the mesh, or one that does not divide what it should split.
+        ValueError: unknown axes of the mesh, one that does not divide what it should split, or a
+            number of labels below 1.
         RuntimeError: another backend than JAX.
 
     Example:
@@ -72,6 +74,7 @@ def layout_map(
     require_jax("layout_map")
     require(_MESH, "mesh", mesh)
     require(BOOLEAN, "fsdp", fsdp)
+    require(NUM_LABELS, "num_labels", num_labels)
     sizes = sizes_of(mesh)
     layouts = keras.distribution.LayoutMap(mesh)
     for key, row in patterns_of(rows_of(model, num_labels)).items():

@@ -12,9 +12,8 @@ from typing import Any
 import keras
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.validation import BOOLEAN, integer, one_of, require
+from qwen3_next.config.validation import BOOLEAN, Rule, integer, one_of, require
 from qwen3_next.layers.initializers import weights_to_be_loaded
-from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.description import DTYPE_BYTES, bytes_text
 from qwen3_next.scale.collectives import Collective, collectives, largest_arrays
 from qwen3_next.scale.distributing import distribute
@@ -22,6 +21,11 @@ from qwen3_next.scale.layouts import config_of, require_jax
 from qwen3_next.scale.least_traffic import least_traffic
 from qwen3_next.scale.mesh_sizes import devices_in, mesh_text, sizes_of
 from qwen3_next.tasks.language_model import Qwen3Next
+
+_LANGUAGE_MODEL = Rule(
+    "a variant's name, a Qwen3NextConfig or a Qwen3Next",
+    lambda model: isinstance(model, str | Qwen3NextConfig | Qwen3Next),
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class StepDescription:
 
 
 def describe_step(
-    model: str | Qwen3NextConfig | ConfiguredModel,
+    model: str | Qwen3NextConfig | Qwen3Next,
     mesh: str,
     *,
     batch_size: int,
@@ -108,7 +112,8 @@ def describe_step(
         `StepDescription`.
 
     Raises:
-        ValueError: a mesh that does not fit the devices or the model, or numbers out of range.
+        ValueError: another model than a language model, a mesh that does not fit the devices or
+            the model, or numbers out of range.
         RuntimeError: another backend than JAX.
 
     Example:
@@ -122,6 +127,7 @@ def describe_step(
     ```
     """
     require_jax("describe_step")
+    require(_LANGUAGE_MODEL, "model", model)
     require(integer(1), "batch_size", batch_size)
     require(integer(1), "length", length)
     require(one_of(DTYPE_BYTES), "dtype", dtype)

@@ -78,6 +78,9 @@ def test_weights_are_drawn_by_device_and_part(tmp_path):
         (("tiny", "data=2"), {"dtype": "int8"}, "`dtype` must be None or one of"),
         (("tiny", "data=2"), {"optimizer": "sgd"}, "`optimizer` must be None or 'adamw'"),
         (("tiny", "data=2"), {"fsdp": 1}, "`fsdp` must be a bool"),
+        (("tiny", "data=2"), {"num_labels": -5}, "`num_labels` must be"),
+        (("tiny", "data=2"), {"num_labels": 2.5}, "`num_labels` must be"),
+        (("tiny", "data=2"), {"num_labels": "a"}, "`num_labels` must be"),
         (
             ("tiny", "tensor=16"),
             {},

@@ -146,11 +146,37 @@ def test_a_large_variable_without_a_row_needs_a_layout_of_its_own():
 
 @jax_only
 @pytest.mark.parametrize(
-    "given", [{"a": ("model",)}, {"a": "data"}, {"a": ("data", "data")}, {"(": ("data",)}]
+    "given",
+    [
+        {"a": ("model",)},
+        {"a": "data"},
+        {"a": 5},
+        {"a": ("data", "data")},
+        {"a": (["data"],)},
+        {"(": ("data",)},
+        {None: (None,)},
+        [1],
+    ],
 )
 def test_layouts_that_are_none_are_refused(given):
     with pytest.raises(ValueError, match="layouts"), distribution_of("data=1", layouts=given):
         pass
+
+
+@jax_only
+@pytest.mark.parametrize("devices", [5, "cpu:0", ["nonsense"], [None], [["cpu:0"]]])
+def test_devices_that_are_not_there_are_refused(devices):
+    with pytest.raises(ValueError, match=r"`devices` must be .*Received: devices="):
+        distribute("data=1", devices=devices)
+    assert keras.distribution.distribution() is None
+
+
+@jax_only
+@pytest.mark.parametrize("num_labels", [-5, "a", 2.5])
+def test_a_number_of_labels_that_is_none_is_refused(num_labels):
+    mesh = keras.distribution.DeviceMesh((1,), ("data",), keras.distribution.list_devices()[:1])
+    with pytest.raises(ValueError, match=r"`num_labels` must be .*Received: num_labels="):
+        layout_map(mesh, "tiny", num_labels=num_labels)
 
 
 @jax_only

@@ -8,9 +8,16 @@ import sys
 
 import pytest
 
-from qwen3_next import MTPConfig, Qwen3NextConfig, describe_layout, describe_step
+from qwen3_next import (
+    MTPConfig,
+    Qwen3NextBackbone,
+    Qwen3NextConfig,
+    describe_layout,
+    describe_step,
+)
 from tests.support.devices import WIDE, eight_devices, jax_only
 from tests.support.paths import ROOT
+from tests.support.small_models import ONE_LAYER, small
 from tests.support.xla_flags import DEVICES, FASTER
 
 PUBLISHED = Qwen3NextConfig.from_variant("80b_a3b", num_layers=2, full_attention_interval=2)
@@ -101,10 +108,17 @@ def test_what_is_not_reckoned_has_no_least():
         ({"length": True}, "length"),
         ({"dtype": "int8"}, "dtype"),
         ({"mesh": "data=999"}, "mesh"),
-        ({"model": 3}, "model"),
+        ({"model": 3}, "`model` must be"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(changes, message):
     arguments = {"model": SMALL, "mesh": "data=1", "batch_size": 1, "length": 8, **changes}
     with pytest.raises(ValueError, match=message):
         describe_step(**arguments)
+
+
+@jax_only
+def test_another_model_than_a_language_model_has_no_step_described():
+    backbone = small(Qwen3NextBackbone, **ONE_LAYER)
+    with pytest.raises(ValueError, match=r"`model` must be .*Qwen3Next.*Received: model="):
+        describe_step(backbone, "data=1", batch_size=1, length=8)
