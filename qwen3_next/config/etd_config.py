@@ -11,10 +11,12 @@ from qwen3_next.config.validation import (
     Config,
     Rule,
     integer,
+    is_list_of,
     number,
     one_of,
     optional_integer,
     require,
+    shown,
 )
 
 # What `fit`, `evaluate` and `generate` tell of a think loop, as means over tokens.
@@ -202,8 +204,18 @@ class ETDConfig(Config):
 
     @classmethod
     def from_profile(cls, profile: Split, **fields: Any) -> Self:
-        """Takes the layer counts from a profile's `split`, see `qwen3_next.profile_layers`."""
-        return cls(*profile.split, **fields)
+        """Takes the layer counts from a profile's `split`, see `qwen3_next.profile_layers`.
+
+        Raises:
+            ValueError: what has no such split, and as the profile's `split`.
+        """
+        split: Any = getattr(profile, "split", None)
+        if not is_list_of(split, integer(0).fits) or len(split) != 3:
+            raise ValueError(
+                "`profile` must have a `split` of three layer counts, as a LayerProfile has. "
+                f"Received: profile={shown(profile)}"
+            )
+        return cls(*split, **fields)
 
     @classmethod
     def published_16_layers(cls, **fields: Any) -> Self:

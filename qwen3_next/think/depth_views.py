@@ -6,11 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_next.config.validation import one_of, require
+from qwen3_next.config.validation import Rule, one_of, require, shown
+from qwen3_next.models.inputs import host_array
 from qwen3_next.think.figures import axes_for
+from qwen3_next.think.token_sequences import MASK
 
 # From light to dark in even steps of lightness, so that deeper is darker on screen and in print.
 PALETTE = np.array([(253, 240, 208), (228, 169, 116), (201, 90, 98), (120, 41, 113), (38, 14, 66)])
+DEEPEST = 1000  # every depth up to the largest has a bar, or a colour in the legend
+_ROWS = Rule(
+    "an array or a list of rows",
+    lambda rows: isinstance(rows, list | tuple) or getattr(rows, "ndim", 0) > 0,
+)
+_TOKENS = Rule("the tokens of a sequence", lambda tokens: isinstance(tokens, Iterable))
+_DECODE = Rule("None or a function", lambda decode: decode is None or callable(decode))
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
@@ -28,8 +37,8 @@ def plot_depth(iterations: Any, mask: Any = None, path: Any = None, ax: Any = No
         The axes.
 
     Raises:
-        ValueError: iterations that are no integers of at least 0, a mask of another shape, or no
-            token left to count.
+        ValueError: iterations that are no integers from 0 to 1000, a mask of another shape or kind,
+            no token left to count, or a path or axes that cannot be drawn to.
 
     Example:
 
@@ -40,17 +49,19 @@ def plot_depth(iterations: Any, mask: Any = None, path: Any = None, ax: Any = No
     assert [bar.get_height() for bar in axes.patches] == [3, 2, 1]
     ```
     """
-    rows = [np.ravel(row) for row in iterations]
+    rows = _flat_rows("iterations", iterations)
     depths = np.concatenate(rows) if rows else np.zeros(0, int)
     _check_depths(depths)
     if mask is not None:
-        kept = [np.ravel(row) for row in mask]
+        kept = _flat_rows("mask", mask)
         sizes, masked = ([row.size for row in each] for each in (rows, kept))
         if sizes != masked:
             raise ValueError(
                 "`mask` must have the shape of `iterations`. Received: mask with rows of "
                 f"{masked} tokens, iterations with rows of {sizes}"
             )
+        for row in kept:
+            require(MASK, "mask", row)
         depths = depths[np.concatenate(kept).astype(bool)]
     depths = depths[depths > 0]
     if not depths.size:
@@ -95,7 +106,7 @@ def depth_text(
         The text in that style.
 
     Raises:
-        ValueError: lengths that differ, iterations that are no integers of at least 0, tokens that
+        ValueError: lengths that differ, iterations that are no integers from 0 to 1000, tokens that
             are no strings, or an unknown style.
 
     Example:
@@ -109,17 +120,19 @@ def depth_text(
     ```
     """
     require(one_of(STYLES), "style", style)
+    require(_TOKENS, "tokens", tokens)
+    require(_DECODE, "decode", decode)
     texts = [token if decode is None else decode(token) for token in tokens]
-    depths = np.asarray(iterations)
+    depths = host_array("iterations", iterations)
     if depths.shape != (len(texts),):
         raise ValueError(
             "`iterations` must have one entry for each of `tokens`. Received: "
             f"iterations.shape={depths.shape}, {len(texts)} tokens"
         )
     _check_depths(depths)
-    wrong = next((text for text in texts if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f"`tokens` must be strings, or ids with `decode`. Received: {wrong!r}")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"`tokens` must be strings, or ids with `decode`. Received: {text!r}")
     deepest = int(depths.max(initial=1))
     paint, frame = STYLES[style]
     label = " " if style == "plain" else " {} "
@@ -128,11 +141,17 @@ def depth_text(
     return frame(f"iterations {levels}", body)
 
 
+def _flat_rows(name, values):
+    require(_ROWS, name, values)
+    return [host_array(name, row).ravel() for row in values]
+
+
 def _check_depths(depths):
-    if not np.issubdtype(depths.dtype, np.integer) or (depths < 0).any():
+    is_integer = np.issubdtype(depths.dtype, np.integer)
+    if not is_integer or not ((depths >= 0) & (depths <= DEEPEST)).all():
         raise ValueError(
-            "`iterations` must be integers of at least 0, where 0 is padding. Received: dtype "
-            f"{depths.dtype}, from {depths.min(initial=0)}"
+            f"`iterations` must be integers of at least 0, where 0 is padding, and at most "
+            f"{DEEPEST}. Received: {depths.dtype} {shown(depths.tolist())}"
         )
 
 

@@ -6,12 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_next.config.model_config import FULL
-from qwen3_next.config.validation import NOT_NEGATIVE, integer, require
+from qwen3_next.config.etd_config import FRACTION
+from qwen3_next.config.model_config import FULL, LINEAR
+from qwen3_next.config.validation import (
+    NOT_NEGATIVE,
+    Rule,
+    integer,
+    is_list_of,
+    one_of,
+    require,
+)
 from qwen3_next.think.figures import axes_for
 from qwen3_next.think.kneedle import kneedle
 
 Split = tuple[int, int, int]
+_KIND = one_of((LINEAR, FULL))
+_DISTANCES = Rule("a tuple of numbers in [0, 1]", lambda values: is_list_of(values, FRACTION.fits))
+_TYPES = Rule(f"a tuple with {_KIND.what}", lambda values: is_list_of(values, _KIND.fits))
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,7 @@ class LayerProfile:
     to and including one with full attention; a think block is never empty.
 
     Args:
-        distances: One angular distance per layer, in units of pi.
+        distances: One angular distance per layer, in units of pi: 0 to 1.
         layer_types: `"linear_attention"` or `"full_attention"` for each of them.
         sequences: Number of sequences they are the mean of.
         sensitivity: Sensitivity S of Kneedle; the larger, the more pronounced a knee must be.
@@ -57,14 +68,12 @@ class LayerProfile:
     sensitivity: float = 1.0
 
     def __post_init__(self) -> None:
+        require(_DISTANCES, "distances", self.distances)
+        require(_TYPES, "layer_types", self.layer_types)
         if not self.distances or len(self.distances) != len(self.layer_types):
             raise ValueError(
                 "`distances` and `layer_types` must have one entry per layer. Received: "
                 f"distances={self.distances}, layer_types={self.layer_types}"
-            )
-        if not np.isfinite(self.distances).all():
-            raise ValueError(
-                f"`distances` must be finite numbers. Received: distances={self.distances}"
             )
         require(integer(1), "sequences", self.sequences)
         require(NOT_NEGATIVE, "sensitivity", self.sensitivity)

@@ -7,7 +7,8 @@ import numpy as np
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.model_config import LINEAR
-from qwen3_next.config.validation import integer, require
+from qwen3_next.config.validation import integer, is_list_of, require, shown
+from qwen3_next.models.inputs import host_array
 from qwen3_next.models.schedule import Schedule
 from qwen3_next.models.weight_table import weight_table
 from qwen3_next.think.figures import axes_for
@@ -40,7 +41,7 @@ def route_flops(
         `()` or `(B,)` float64.
 
     Raises:
-        ValueError: a model without a think loop, or a route of another length.
+        ValueError: a configuration without a think loop, or a route of another length.
 
     Example:
 
@@ -51,19 +52,21 @@ def route_flops(
     assert route_flops(config, [0, 1, 0, 1]) < route_flops(config)
     ```
     """
-    etd = config.etd
+    etd = config.etd if isinstance(config, Qwen3NextConfig) else None
     if etd is None:
-        raise ValueError("`config` must have a think loop. Received: config.etd=None")
+        raise ValueError(
+            f"`config` must be a Qwen3NextConfig that has a think loop. Received: config={config}"
+        )
     require(integer(0), "context", context)
-    passes = np.ones(etd.n_think_layers) if route is None else np.asarray(route, "float64")
+    passes = np.ones(etd.n_think_layers) if route is None else host_array("route", route)
     if (
         passes.ndim not in (1, 2)
         or passes.shape[-1] != etd.n_think_layers
-        or not (passes >= 0).all()
+        or not _are_counts(passes)
     ):
         raise ValueError(
             f"`route` must hold a number of passes for each of the {etd.n_think_layers} think "
-            f"layers. Received: route={route}"
+            f"layers. Received: route={shown(route)}"
         )
     schedule = Schedule.from_config(config)
     schedule.check_iterations(think_iterations)
@@ -99,16 +102,17 @@ def plot_router_actions(actions: Any, path: Any = None, ax: Any = None, first: i
     assert len(axes.patches) == 6
     ```
     """
-    counts = np.asarray(actions, "float64")
+    counts = host_array("actions", actions)
     if (
         counts.ndim != 2
         or counts.shape[1] != len(ACTIONS)
-        or not (len(counts) and (counts >= 0).all() and (counts.sum(1) > 0).all())
+        or not (len(counts) and _are_counts(counts) and (counts.sum(1) > 0).all())
     ):
         raise ValueError(
             "`actions` must be counts (layers, 3), some for every layer. "
-            f"Received: actions={actions}"
+            f"Received: actions={shown(actions)}"
         )
+    require(integer(0), "first", first)
     shares = counts / counts.sum(1, keepdims=True)
     layers, bottom = np.arange(first, first + len(counts)), np.zeros(len(counts))
     with axes_for(path, ax) as ax:
@@ -150,15 +154,17 @@ def plot_expert_shares(
     assert len(axes.patches) == 4
     ```
     """
-    counts = np.atleast_2d(np.asarray(selections, "float64"))
-    if counts.ndim != 2 or not (counts.sum(1) > 0).all():
+    counts = np.atleast_2d(host_array("selections", selections))
+    if counts.ndim != 2 or not (_are_counts(counts) and (counts.sum(1) > 0).all()):
         raise ValueError(
             "`selections` must be counts (experts,) or (kinds, experts), some for every kind. "
-            f"Received: selections={selections}"
+            f"Received: selections={shown(selections)}"
         )
-    if labels is not None and len(labels) != len(counts):
+    if labels is not None and not (
+        is_list_of(labels, lambda label: isinstance(label, str)) and len(labels) == len(counts)
+    ):
         raise ValueError(
-            f"`labels` must name each of the {len(counts)} kinds. Received: labels={labels}"
+            f"`labels` must name each of the {len(counts)} kinds. Received: labels={shown(labels)}"
         )
     shares, experts = counts / counts.sum(1, keepdims=True), np.arange(counts.shape[1])
     width = 0.8 / len(shares)
@@ -171,6 +177,10 @@ def plot_expert_shares(
         if labels is not None:
             ax.legend(frameon=False)
     return ax
+
+
+def _are_counts(values):
+    return values.dtype.kind in "iuf" and bool(np.isfinite(values).all() and (values >= 0).all())
 
 
 def _layer_flops(config, layer, context):

@@ -5,9 +5,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
-from qwen3_next.models.inputs import token_rows
+from qwen3_next.config.validation import Rule, require
+from qwen3_next.models.inputs import host_array, token_rows
+
+MASK = Rule("an array of bools or numbers", lambda mask: mask.dtype.kind in "buif")
 
 
 def token_sequences(data: Any) -> list[np.ndarray] | Iterator[np.ndarray]:
@@ -43,7 +45,7 @@ def _batches_of(dataset):
 
 
 def _sequences_of(batch):
-    if isinstance(batch, tuple):
+    if isinstance(batch, tuple) and batch:
         batch = batch[0]
     if isinstance(batch, list):
         return token_rows("sequence", batch)
@@ -51,16 +53,17 @@ def _sequences_of(batch):
     if fields.get("segment_ids") is not None:
         raise ValueError(
             "`data` must hold one sequence per row: `segment_ids` must be None, and packed rows "
-            f"taken apart. Received keys: {sorted(fields)}"
+            f"taken apart. Received keys: {sorted(fields, key=str)}"
         )
     if "token_ids" not in fields or set(fields) - {"token_ids", "padding_mask", "segment_ids"}:
         raise ValueError(
             "`data` must be a dict with 'token_ids' and optionally 'padding_mask'. "
-            f"Received keys: {sorted(fields)}"
+            f"Received keys: {sorted(fields, key=str)}"
         )
-    token_ids, mask = fields["token_ids"], fields.get("padding_mask")
-    token_ids = ops.convert_to_numpy(token_ids)
-    mask = np.ones(token_ids.shape, bool) if mask is None else ops.convert_to_numpy(mask)
+    token_ids = host_array("token_ids", fields["token_ids"])
+    mask = fields.get("padding_mask")
+    mask = np.ones(token_ids.shape, bool) if mask is None else host_array("padding_mask", mask)
+    require(MASK, "padding_mask", mask)
     if token_ids.ndim != 2 or mask.shape != token_ids.shape:
         raise ValueError(
             "`token_ids` in `data` must have shape (sequences, tokens) and `padding_mask` the "

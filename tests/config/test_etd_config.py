@@ -1,5 +1,7 @@
 """Counts of layers that encode, think and decode, and the fields around them."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from qwen3_next import ETDConfig, LayerRouterConfig, Qwen3NextConfig
@@ -40,6 +42,12 @@ def test_ratios_leave_no_layer_out(num_layers, split):
 
 def test_a_profile_gives_the_split():
     assert ETDConfig.from_profile(Profile(), max_think_iterations=3) == ETDConfig(1, 2, 3, 3)
+
+
+@pytest.mark.parametrize("profile", ["a", (1, 2, 1), None, SimpleNamespace(split=(1, 2))])
+def test_what_has_no_split_is_no_profile(profile):
+    with pytest.raises(ValueError, match=r"`profile` must have a `split`.*Received: profile="):
+        ETDConfig.from_profile(profile)
 
 
 def test_it_survives_its_dict_inside_a_model():

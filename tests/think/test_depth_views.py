@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 from qwen3_next import depth_text, plot_depth
 from qwen3_next.think.depth_views import PALETTE
@@ -38,11 +39,38 @@ def test_the_histogram_counts_real_tokens_and_marks_their_mean(tmp_path):
         ([[0, 0]], None, "one real token"),
         ([[1, 2]], [[0, 0]], "one real token"),
         ([], None, "one real token"),
+        ([[2**40]], None, "at most 1000"),
+        ("abc", None, "`iterations` must be"),
+        (5, None, "`iterations` must be"),
+        ([["a"]], None, "`iterations` must be"),
+        ([[1, 2]], 5, "`mask` must be"),
+        ([[1, 2]], [["a", ""]], "`mask` must be"),
     ],
 )
 def test_depths_that_cannot_be_drawn_are_refused(iterations, mask, message):
     with pytest.raises(ValueError, match=message):
         plot_depth(iterations, mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"path": 5}, "path"),
+        ({"path": "no/such/depth.png"}, "path"),
+        ({"path": "."}, "path"),
+        ({"ax": "a"}, "ax"),
+    ],
+)
+def test_what_cannot_be_drawn_to_is_refused(options, name):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*Received: {name}="):
+        plot_depth([[1, 2]], **options)
+
+
+def test_a_figure_that_cannot_be_written_is_closed(tmp_path):
+    before = plt.get_fignums()
+    with pytest.raises(ValueError, match="foo"):
+        plot_depth([[1, 2]], path=tmp_path / "depth.foo")
+    assert plt.get_fignums() == before
 
 
 def test_plain_text_has_its_depths_behind_the_tokens():
@@ -93,6 +121,10 @@ def test_ids_are_decoded():
         ((["a"], [1.0]), "float64"),
         (([4], [1]), "`decode`"),
         ((["a"], [1], "latex"), "`style` must be one of"),
+        ((5, [1]), "`tokens` must be"),
+        (([4], [1], "plain", 5), "`decode` must be"),
+        (([4], [1], "plain", lambda token: None), "`tokens` must be strings"),
+        ((["a", "b"], [[1], [1, 2]]), "`iterations` must be an array"),
     ],
 )
 def test_what_cannot_be_coloured_is_refused(arguments, message):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from qwen3_next import LayerProfile
@@ -37,7 +38,7 @@ def test_boundaries_move_to_those_of_the_groups(layer_types, aligned):
 
 
 def test_a_think_block_is_never_empty():
-    narrow = profile([9, 5, 0.2, 0.2, 6, 7, 9, 9], [L, L, L, F, L, L, L, F])
+    narrow = profile([0.9, 0.5, 0.02, 0.02, 0.6, 0.7, 0.9, 0.9], [L, L, L, F, L, L, L, F])
     assert narrow.raw_split == (2, 2, 4)
     assert narrow.aligned_split == (0, 4, 4)
 
@@ -45,8 +46,8 @@ def test_a_think_block_is_never_empty():
 @pytest.mark.parametrize(
     ("distances", "message"),
     [
-        ([5, 4, 3, 2, 1], "no knee from the front and the back"),
-        ([9, 1, 1, 1, 1, 1], "no knee from the back"),
+        ([0.5, 0.4, 0.3, 0.2, 0.1], "no knee from the front and the back"),
+        ([0.9, 0.1, 0.1, 0.1, 0.1, 0.1], "no knee from the back"),
         ([0.5], "no knee"),
     ],
 )
@@ -59,7 +60,7 @@ def test_a_curve_without_knees_gives_no_split(distances, message):
 
 
 def test_knees_that_cross_give_no_split():
-    crossed = profile([2, 2, 2, 5, 1, 1, 1])
+    crossed = profile([0.2, 0.2, 0.2, 0.5, 0.1, 0.1, 0.1])
     assert crossed.knees == (4, 2)
     with pytest.raises(ValueError, match="`distances` has knees that cross"):
         _ = crossed.raw_split
@@ -97,7 +98,13 @@ def test_the_plot_shows_curve_knees_and_boundaries(tmp_path):
     [
         ({"distances": ()}, "one entry per layer"),
         ({"layer_types": (L,)}, "one entry per layer"),
-        ({"distances": (0.1, float("nan")), "layer_types": (L, F)}, "finite"),
+        ({"distances": (0.1, float("nan")), "layer_types": (L, F)}, "`distances` must be"),
+        ({"distances": (-0.1, 0.1), "layer_types": (L, F)}, "`distances` must be"),
+        ({"distances": (5.0, 0.1), "layer_types": (L, F)}, "`distances` must be"),
+        ({"distances": np.array([0.1, 0.2]), "layer_types": (L, F)}, "`distances` must be"),
+        ({"distances": 5}, "`distances` must be"),
+        ({"layer_types": ("foo",) * 8}, "`layer_types` must be"),
+        ({"layer_types": "abcdefgh"}, "`layer_types` must be"),
         ({"sequences": 0}, "`sequences`"),
         ({"sensitivity": -1.0}, "`sensitivity`"),
     ],

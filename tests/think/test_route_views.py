@@ -63,9 +63,13 @@ def test_expected_passes_cost_the_mean_of_the_routes():
         ({"route": [1]}, "each of the 2 think layers.*route="),
         ({"route": [1, -1]}, "each of the 2 think layers"),
         ({"route": [[[1, 1]]]}, "each of the 2 think layers"),
+        ({"route": [np.inf, 1]}, "each of the 2 think layers"),
+        ({"route": ["1", "1"]}, "each of the 2 think layers"),
+        ({"route": [[1, 1], [1]]}, "`route` must be an array"),
         ({"context": -1}, "`context`"),
         ({"think_iterations": 4}, "`think_iterations`"),
-        ({"config": CONFIG.replace(etd=None)}, "`config` must have a think loop"),
+        ({"config": CONFIG.replace(etd=None)}, "`config` must be .* think loop"),
+        ({"config": "tiny"}, "`config` must be .* think loop"),
     ],
 )
 def test_what_has_no_cost_is_refused(changes, message):
@@ -101,21 +105,31 @@ def test_experts_are_drawn_as_shares_beside_each_other(tmp_path):
     assert one.get_legend() is None
 
 
-@pytest.mark.parametrize("counts", [[1, 2, 3], [[1, 2]], [[1, 2, 3, 4]], [[1, 2, 3], [0, 0, 0]]])
+@pytest.mark.parametrize(
+    "counts", [[1, 2, 3], [[1, 2]], [[1, 2, 3, 4]], [[1, 2, 3], [0, 0, 0]], [[np.inf, 1, 2]], "a"]
+)
 def test_actions_that_cannot_be_drawn_are_refused(counts):
     with pytest.raises(ValueError, match=r"`actions` must be counts.*Received: actions="):
         plot_router_actions(counts)
 
 
-@pytest.mark.parametrize("counts", [[], [0, 0], [[1, 2], [0, 0]], [[[1, 2]]]])
+@pytest.mark.parametrize(
+    "counts", [[], [0, 0], [[1, 2], [0, 0]], [[[1, 2]]], [-1, 5], [np.inf, 1], "a"]
+)
 def test_experts_that_cannot_be_drawn_are_refused(counts):
     with pytest.raises(ValueError, match=r"`selections` must be counts.*Received: selections="):
         plot_expert_shares(counts)
 
 
-def test_every_kind_needs_a_name():
+@pytest.mark.parametrize("labels", [["sums"], "ab", 5, [3, 4]])
+def test_every_kind_needs_a_name(labels):
     with pytest.raises(ValueError, match="`labels` must name each of the 2 kinds"):
-        plot_expert_shares([[1, 2], [3, 4]], ["sums"])
+        plot_expert_shares([[1, 2], [3, 4]], labels)
+
+
+def test_the_number_of_the_first_layer_is_one():
+    with pytest.raises(ValueError, match="`first` must be"):
+        plot_router_actions([[1, 2, 3]], first="a")
 
 
 IDS = random_ids(3, 9)
