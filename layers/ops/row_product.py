@@ -26,7 +26,7 @@ from keras import ops
 from keras.backend import standardize_dtype
 
 from .backend.autodiff import custom_gradient
-from .backend.loops import get_at
+from .backend.loops import get_at, tied
 from .backend.platform import BACKEND, platform
 from .backend.sharding import devices
 from .tensor_types import Tensor
@@ -69,8 +69,8 @@ def partial_products(
     stored, dtype = standardize_dtype(kernels.dtype), standardize_dtype(rows.dtype)
     bits = BACKEND != "torch" and stored == "bfloat16"
     size = math.gcd(inner, ROWS_OF_HALVES if bits else ROWS)
-    # Integers are sliced as they are.
-    kernels = ops.view(kernels, "uint16") if bits else kernels
+    if bits:  # integers are sliced as they are
+        kernels = ops.view(tied(kernels, rows), "uint16")
     kernels = ops.reshape(kernels, (kernels.shape[0], inner // size, size, outer))
     factors = ops.reshape(ops.cast(rows, "float32"), (count, inner // size, size, 1))
 

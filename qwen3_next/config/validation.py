@@ -1,11 +1,10 @@
 """What all configurations share: rules for their fields, and the way in from and out to a dict."""
 
 import dataclasses
+import numbers
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, Self
-
-import numpy as np
 
 
 class Rule(NamedTuple):
@@ -89,7 +88,7 @@ class Config:
         become Python's, which JSON knows."""
         for name, value in self._fields().items():
             require(self.RULES[name], name, value)
-            if isinstance(value, np.generic):
+            if hasattr(value, "item"):
                 object.__setattr__(self, name, value.item())
 
     @classmethod
@@ -129,9 +128,9 @@ def _jsonable(value):
 
 
 def _is_integer(value):
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value):
-    numbers = int | float | np.integer | np.floating
-    return isinstance(value, numbers) and not isinstance(value, bool)
+    fraction = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not fraction

@@ -36,7 +36,8 @@ def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
     for name, weight in weights.items():
         if y is None and weight is not None:
             raise ValueError(
-                f"`{name}` needs labels, `y`. Received: y=None, {name}={shown(weight)}"
+                f"`{name}` needs labels, `y`: Keras drops it without. A data set of "
+                f"(x, None, sample_weight) keeps it. Received: y=None, {name}={shown(weight)}"
             )
     check(x, y)
     return x

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from qwen3_next.config.validation import Rule, require, shown
+from qwen3_next.config.validation import Rule, require
 from qwen3_next.tasks.checked_data import checked, values_kept
 from qwen3_next.tasks.task import build_optimizer
 
@@ -68,20 +68,13 @@ class CheckedTrainer(keras.Model):
         return super().predict_on_batch(x)
 
     def check_data(self, x: Any, y: Any = None, **weights: Any) -> Any:
-        """`x` with its batches checked, or to be checked as they come.
+        """`x` with its batches checked, or to be checked as they come; see `checked`.
 
         Raises:
-            ValueError: arrays without rows, and `weights` of arrays without labels: Keras would
-                drop them.
+            ValueError: also arrays without rows.
         """
-        for name, weight in weights.items():
-            if y is None and weight is not None:
-                raise ValueError(
-                    f"`{name}` needs labels, `y`: Keras drops it without. A data set of "
-                    f"(x, None, sample_weight) keeps it. Received: y=None, {name}={shown(weight)}"
-                )
         _require_rows(x)
-        return checked(self.check_batch, x, y)
+        return checked(self.check_batch, x, y, **weights)
 
     def _stepped_variables(self):
         optimizer = getattr(self, "optimizer", None)

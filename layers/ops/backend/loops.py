@@ -8,6 +8,7 @@
     scatter_rows          write many rows at computed places
     add_rows              add to many rows at computed places
     zero_after, zeros_after    zeros that are made no earlier than something else
+    tied                  a tensor that is not looked at before something else
 
 None of these is meant to be differentiated: the ops that use them bring their own backward pass.
 """
@@ -19,6 +20,7 @@ import keras
 from keras import ops
 
 from ..tensor_types import Tensor
+from .platform import platform
 from .programs import program
 from .sharding import devices
 
@@ -90,6 +92,20 @@ def zeros_after(x: Tensor, shape: tuple, dtype: str) -> Tensor:
     return ops.broadcast_to(zero_after(x, dtype), shape)
 
 
+def tied(x: Tensor, other: Tensor) -> Tensor:
+    """`x`, as if it took `other` to know it.
+
+    What is computed with it stays in a loop that changes `other`. XLA would do it once before the
+    loop, which is no gain where that is a cast of a large `x` that is read in parts: it would be
+    written as a whole. TensorFlow has no public way to say so.
+    """
+    if BACKEND != "jax":
+        return x
+    import jax
+
+    return jax.lax.optimization_barrier((x, other))[0]
+
+
 def set_row(buffer: Tensor, index: Tensor, row: Tensor) -> Tensor:
     """`buffer[index] = row` for a scalar integer tensor `index`."""
     return set_rows(buffer, index, ops.expand_dims(row, 0))
@@ -104,8 +120,9 @@ def set_rows(buffer: Tensor, start: Tensor, rows: Tensor, axis: int = 0) -> Tens
 
 def get_row(buffer: Tensor, index: Tensor) -> Tensor:
     """`buffer[index]` for a scalar integer tensor `index`."""
-    if keras.backend.standardize_dtype(buffer.dtype) == "bfloat16" and BACKEND != "torch":
-        return ops.view(get_row(ops.view(buffer, "uint16"), index), "bfloat16")
+    if keras.backend.standardize_dtype(buffer.dtype) == "bfloat16" and platform() == "cpu":
+        # XLA:CPU slices a float32 copy of the whole buffer, but integers as they are.
+        return ops.view(get_row(ops.view(tied(buffer, index), "uint16"), index), "bfloat16")
     if BACKEND == "tensorflow":
         # Indexing and `tf.slice` make XLA take the index for a constant, down to the arguments it
         # was computed from: every new value of those would compile the whole program again.
