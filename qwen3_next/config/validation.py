@@ -1,6 +1,7 @@
 """What all configurations share: rules for their fields, and the way in from and out to a dict."""
 
 import dataclasses
+import math
 import numbers
 import sys
 from collections.abc import Callable, Iterable
@@ -36,8 +37,7 @@ def optional_integer(low: int) -> Rule:
 
 def number(what: str, fits: Callable[[float], bool]) -> Rule:
     """A finite number for which `fits` holds; `what` says so in words."""
-    largest = sys.float_info.max
-    return Rule(what, lambda value: _is_number(value) and abs(value) <= largest and fits(value))
+    return Rule(what, lambda value: _is_finite(value) and fits(value))
 
 
 def one_of(names: Iterable[str]) -> Rule:
@@ -50,7 +50,7 @@ NOT_NEGATIVE = number("at least 0", lambda value: value >= 0)
 POSITIVE = number("above 0", lambda value: value > 0)
 OPTIONAL_NUMBER = Rule(
     "None or a finite number",
-    lambda value: value is None or (_is_number(value) and abs(value) <= sys.float_info.max),
+    lambda value: value is None or _is_finite(value),
 )
 DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
 
@@ -131,6 +131,8 @@ def _is_integer(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_number(value):
-    fraction = isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral)
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not fraction
+def _is_finite(value):
+    if _is_integer(value):
+        return abs(value) <= sys.float_info.max
+    real = isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational)
+    return real and math.isfinite(value)

@@ -144,8 +144,9 @@ def test_numbers_of_numpy_are_numbers():
     config = Qwen3NextConfig(hidden_size=np.int64(64), rms_norm_eps=np.float32(0.5))
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     assert config == Qwen3NextConfig(hidden_size=64, rms_norm_eps=0.5)
-    with pytest.raises(ValueError, match="hidden_size"):
-        Qwen3NextConfig(hidden_size=np.bool_(True))
+    for field, value in (("hidden_size", np.bool_(True)), ("rope_theta", np.float32("inf"))):
+        with pytest.raises(ValueError, match=field):
+            Qwen3NextConfig(**{field: value})
 
 
 def test_variants_have_their_published_shapes():
