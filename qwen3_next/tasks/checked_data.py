@@ -24,9 +24,11 @@ def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
     """`x` with `check(x, y)` done, or to be done for every batch as it comes.
 
     Raises:
-        ValueError: `weights` of arrays without labels, by the name of the argument: Keras drops
-            them.
+        ValueError: nothing to run over, or `weights` of arrays without labels, by the name of the
+            argument: Keras drops them.
     """
+    if x is None:
+        raise ValueError("`x` must be arrays or a data set. Received: x=None")
     if isinstance(x, keras.utils.PyDataset):
         return _CheckedDataset(check, x)
     if isinstance(x, types.GeneratorType):

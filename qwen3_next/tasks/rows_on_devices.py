@@ -20,7 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from qwen3_next.config.validation import shown
+from qwen3_next.config.validation import optional_integer, require, shown
 
 
 @contextlib.contextmanager
@@ -57,8 +57,8 @@ def rows_by_device(nest: Any) -> Any:
 
 
 def check_batch_size(x: Any, batch_size: int | None = None, steps: int | None = None) -> None:
-    """Raises `ValueError` for arrays without rows, and for those that make batches which the
-    devices cannot share evenly.
+    """Raises `ValueError` for a size that is none, for arrays without rows, and for those that make
+    batches which the devices cannot share evenly.
 
     A last batch that is smaller may have any number of rows in a single process. Batches that come
     one by one, as from a generator, are not known here.
@@ -68,6 +68,7 @@ def check_batch_size(x: Any, batch_size: int | None = None, steps: int | None = 
         batch_size: Rows of a batch, in this process.
         steps: Number of batches, where there is no `batch_size`.
     """
+    require(optional_integer(1), "batch_size", batch_size)
     distribution = keras.distribution.distribution()
     rows = _rows(x)
     if rows == 0:

@@ -114,6 +114,20 @@ def test_no_rows_are_refused(method):
             getattr(model(), method)(x, verbose=0)
 
 
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_a_run_needs_data_and_batches_of_some_size(method):
+    with pytest.raises(ValueError, match=r"`x` must be.*Received: x=None"):
+        getattr(model(), method)(None, verbose=0)
+    for size in (0, "a", 2.0, True):
+        with pytest.raises(ValueError, match=r"`batch_size` must be.*Received"):
+            getattr(model(), method)(IDS, batch_size=size, verbose=0)
+
+
+def test_labels_have_the_shape_of_the_token_ids():
+    with pytest.raises(ValueError, match=r"`y` must have shape .*12.*Received: y.shape=.*3"):
+        model().fit(IDS, IDS[:, :3], verbose=0)
+
+
 @pytest.mark.parametrize("label", [3, -1, -100])
 def test_labels_of_a_classifier_are_classes(label):
     classifier = small(Qwen3NextClassifier, num_labels=3, **ONE_LAYER)
