@@ -51,7 +51,9 @@ PYTEST := $(VENV)/bin/python -m pytest -q
 PARTS := \
   tests/test_notebooks.py \
   tests/models/test_routing.py \
+  tests/models/test_routed_caches.py \
   tests/generation/test_speculation.py \
+  tests/generation/test_speculative_sampling.py \
   tests/models \
   tests/scale \
   tests/models/test_thinking.py \

@@ -4,20 +4,24 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3NextBackbone, RouterAction
-from tests.support.routed_models import KINDS, ROUTES, routed, shared_routed
+from tests.support.routed_models import (
+    FIRST,
+    IDS,
+    KINDS,
+    LENGTH,
+    MIXED,
+    PROMPT,
+    PROMPTS,
+    ROUTE,
+    ROUTES,
+    TOLERANCE,
+    WHOLE,
+    routed,
+    shared_routed,
+)
 from tests.support.running import assert_close, eagerly, to_numpy
 from tests.support.small_models import random_ids, small
 from tests.support.thinking_models import ETD, commit, hidden, think
-
-LENGTH, PROMPT = 21, 12
-IDS = random_ids(4, LENGTH)
-PROMPTS = np.repeat(np.arange(LENGTH)[None] < PROMPT, 4, axis=0)
-WHOLE = {"token_ids": IDS, "prompt_mask": PROMPTS}
-FIRST = {"token_ids": IDS[:, :PROMPT], "prompt_mask": PROMPTS[:, :PROMPT]}
-ROUTE = np.array([[0, 2], [1, 1], [2, 0], [0, 0]])
-TOLERANCE = 5e-5
-# Routes and experts of rows together, and experts that every token picks.
-MIXED = ["both", "by token"]
 
 
 def decisions(model, inputs=WHOLE):
@@ -84,36 +88,6 @@ def test_padding_does_not_change_real_tokens(kind):
     assert_close(hidden(model, padded)[mask].reshape(whole.shape), whole, TOLERANCE)
 
 
-@pytest.mark.parametrize(("kind", "iterations"), [("both", 1), ("both", 3), ("by token", 3)])
-def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, iterations):
-    model = shared_routed(kind)
-    whole = hidden(model, WHOLE, think_iterations=iterations)
-    cache, found = model.init_cache(4, 32, think_iterations=iterations), []
-    for start, end in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, LENGTH)):
-        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start:end]}
-        output = think(model, chunk, cache)
-        cache = output.cache
-        found.append(to_numpy(output.hidden))
-    assert_close(np.concatenate(found, axis=1), whole, TOLERANCE)
-
-
-@pytest.mark.parametrize("kind", ["both"])
-def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it(kind):
-    model = shared_routed(kind)
-    expected = think(model, FIRST, model.init_cache(4, 32))
-    given = {"route": to_numpy(expected.cache.route)}
-    if expected.cache.branch is not None:
-        given["branch"] = to_numpy(expected.cache.branch)
-    cache, found = model.init_cache(4, 32), []
-    for start, end in ((0, 5), (5, 6), (6, PROMPT)):
-        pieces = {"token_ids": IDS[:, start:end], **(given if start == 0 else {})}
-        output = think(model, pieces, cache)
-        cache = output.cache
-        found.append(to_numpy(output.hidden))
-    assert_close(np.concatenate(found, axis=1), to_numpy(expected.hidden), TOLERANCE)
-    np.testing.assert_array_equal(to_numpy(cache.route), given["route"])
-
-
 @pytest.mark.parametrize("kind", MIXED)
 def test_a_verified_pass_is_committed_for_every_turn(kind):
     model, kept = shared_routed(kind), [4, 2, 0, 3]
@@ -125,16 +99,6 @@ def test_a_verified_pass_is_committed_for_every_turn(kind):
     found = to_numpy(think(model, following, cache).hidden)
     for row, n in enumerate(kept):
         assert_close(found[row], whole[row, PROMPT + n : PROMPT + n + 4], TOLERANCE)
-
-
-def test_a_skipped_layer_leaves_its_cache_and_a_repeated_one_fills_two():
-    model = shared_routed("routes")
-    cache = think(model, {"token_ids": IDS, "route": ROUTE}, model.init_cache(4, 32)).cache
-    keys = [to_numpy(cache.layers[1][number].keys) for number in range(6)]
-    for number in range(3):
-        written = [np.abs(keys[n]).sum((1, 2, 3)) > 0 for n in (number, 3 + number)]
-        np.testing.assert_array_equal(written[0], ROUTE[:, 0] > 0)
-        np.testing.assert_array_equal(written[1], ROUTE[:, 0] > 1)
 
 
 def test_a_layer_that_every_row_skips_is_not_computed():

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from qwen3_next import Qwen3NextBackbone
-from tests.support.small_models import small
+from tests.support.small_models import random_ids, small
 
 ETD = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 0, "max_think_iterations": 3}
 ROUTES = {
@@ -27,6 +27,17 @@ KINDS = {
     "both": {**ROUTES, **EXPERTS},
     "by token": {**ROUTES, **EXPERTS, **BY_TOKEN},
 }
+# Routes and experts of rows together, and experts that every token picks.
+MIXED = ["both", "by token"]
+
+# What they read: rows of tokens, their prompts, and a route for each.
+LENGTH, PROMPT = 21, 12
+IDS = random_ids(4, LENGTH)
+PROMPTS = np.repeat(np.arange(LENGTH)[None] < PROMPT, 4, axis=0)
+WHOLE = {"token_ids": IDS, "prompt_mask": PROMPTS}
+FIRST = {"token_ids": IDS[:, :PROMPT], "prompt_mask": PROMPTS[:, :PROMPT]}
+ROUTE = np.array([[0, 2], [1, 1], [2, 0], [0, 0]])
+TOLERANCE = 5e-5
 
 
 def routed(model=Qwen3NextBackbone, kind="both", **changes):
