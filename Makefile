@@ -49,24 +49,28 @@ PYTEST := $(VENV)/bin/python -m pytest -q
 # lives. A part is a file, or all files of a folder that are not parts themselves; those that take
 # longest come first, so that no worker is left alone with one at the end.
 PARTS := \
-  tests/test_notebooks.py \
-  tests/models/test_routing.py \
-  tests/models/test_routed_caches.py \
-  tests/generation/test_speculation.py \
-  tests/generation/test_speculative_sampling.py \
-  tests/models \
   tests/scale \
-  tests/models/test_thinking.py \
-  tests/training \
-  tests/layers \
+  tests/test_notebooks.py \
   tests/tasks \
+  tests/tasks/test_mirrored.py \
   tests/tasks/test_routed_tasks.py \
-  tests/generation \
+  tests/training \
+  tests/models \
+  tests/layers \
+  tests/generation/test_speculation.py \
+  tests/models/test_routing.py \
   tests/test_readme.py \
+  tests/models/test_routed_caches.py \
+  tests/tasks/test_variants.py \
+  tests/generation \
+  tests/models/test_thinking.py \
+  tests/tasks/test_routed_generation.py \
+  tests/generation/test_speculative_sampling.py \
   tests/checkpoints \
   tests/transfer/conversion \
   tests/transfer/growth \
   tests/layers/ops \
+  tests/tasks/test_thinking_tasks.py \
   tests/transfer/distill \
   tests/think \
   tests \
