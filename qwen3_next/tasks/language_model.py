@@ -11,6 +11,7 @@ from qwen3_next.config.validation import BOOLEAN, integer, require
 from qwen3_next.generation.generator import Generator
 from qwen3_next.layers import MultiTokenPrediction, Thinking
 from qwen3_next.layers.ops import row_product
+from qwen3_next.layers.ops.checks import require_shape
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.assembly import check_head, make_head
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
@@ -295,6 +296,16 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
             think_iterations=self.iterations_of(think_iterations),
             training=training,
         )
+
+    def check_batch(self, x: Any, y: Any) -> None:
+        super().check_batch(x, y)
+        token_ids = x.get("token_ids") if isinstance(x, dict) else x
+        shape = getattr(token_ids, "shape", None)
+        indices = isinstance(
+            getattr(self, "loss", None), keras.losses.SparseCategoricalCrossentropy
+        )
+        if indices and shape is not None and len(getattr(y, "shape", ())) == 2:
+            require_shape("y", y, tuple(shape))
 
     def check_labels(self, labels: Any) -> None:
         """Raises `ValueError` for labels that are neither token ids nor -100."""

@@ -12,7 +12,7 @@ from keras import ops
 
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
 from qwen3_next.layers.ops.backend.replicas import share_of_replica, sum_over_replicas
-from qwen3_next.layers.ops.checks import require_shape, to_int32
+from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
@@ -148,7 +148,6 @@ class NextTokenTraining(ConfiguredModel):
         if y is None:
             return next_token_labels(inputs)
         labels = to_int32(y)
-        require_shape("y", labels, tuple(inputs.token_ids.shape))
         if inputs.padding_mask is not None:
             labels = ops.where(inputs.padding_mask, labels, IGNORE)
         return labels
