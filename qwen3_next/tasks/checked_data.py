@@ -24,8 +24,8 @@ def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
     """`x` with `check(x, y)` done, or to be done for every batch as it comes.
 
     Raises:
-        ValueError: nothing to run over, or `weights` of arrays without labels, by the name of the
-            argument: Keras drops them.
+        ValueError: nothing to run over, arrays without rows, or `weights` of arrays without labels,
+            by the name of the argument: Keras drops them.
     """
     if x is None:
         raise ValueError("`x` must be arrays or a data set. Received: x=None")
@@ -35,6 +35,9 @@ def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
         return _checked_batches(check, x)
     if _is_tensorflow_dataset(x):
         return _checked_dataset(check, x)
+    shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(x)]
+    if any(shape[:1] == (0,) for shape in shapes):
+        raise ValueError(f"`x` must hold at least one row. Received: arrays of shapes {shapes}")
     for name, weight in weights.items():
         if y is None and weight is not None:
             raise ValueError(

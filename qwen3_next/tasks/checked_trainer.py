@@ -49,7 +49,6 @@ class CheckedTrainer(keras.Model):
             return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
-        _require_rows(x)
         x = checked(self.check_inputs, x)
         with values_kept(self, self._stepped_variables()):
             return super().predict(x, *args, **kwargs)
@@ -68,12 +67,7 @@ class CheckedTrainer(keras.Model):
         return super().predict_on_batch(x)
 
     def check_data(self, x: Any, y: Any = None, **weights: Any) -> Any:
-        """`x` with its batches checked, or to be checked as they come; see `checked`.
-
-        Raises:
-            ValueError: also arrays without rows.
-        """
-        _require_rows(x)
+        """`x` with its batches checked, or to be checked as they come; see `checked`."""
         return checked(self.check_batch, x, y, **weights)
 
     def _stepped_variables(self):
@@ -81,9 +75,3 @@ class CheckedTrainer(keras.Model):
         own = optimizer.variables if optimizer is not None else []
         model = [*self.trainable_variables, *self.non_trainable_variables]
         return [*model, *own, *self.metrics_variables]
-
-
-def _require_rows(x):
-    shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(x)]
-    if any(shape[:1] == (0,) for shape in shapes):
-        raise ValueError(f"`x` must hold at least one row. Received: arrays of shapes {shapes}")

@@ -57,8 +57,8 @@ def rows_by_device(nest: Any) -> Any:
 
 
 def check_batch_size(x: Any, batch_size: int | None = None, steps: int | None = None) -> None:
-    """Raises `ValueError` for a size that is none, for arrays without rows, and for those that make
-    batches which the devices cannot share evenly.
+    """Raises `ValueError` for a size that is none, and for arrays that make batches which the
+    devices cannot share evenly.
 
     A last batch that is smaller may have any number of rows in a single process. Batches that come
     one by one, as from a generator, are not known here.
@@ -71,8 +71,6 @@ def check_batch_size(x: Any, batch_size: int | None = None, steps: int | None = 
     require(optional_integer(1), "batch_size", batch_size)
     distribution = keras.distribution.distribution()
     rows = _rows(x)
-    if rows == 0:
-        raise ValueError("`x` must hold at least one row. Received: 0 rows")
     if distribution is None or rows is None:
         return
     processes, replicas = distribution.num_processes, distribution.num_model_replicas

@@ -282,3 +282,25 @@ def test_gradients_of_one_layer_are_held_at_a_time():
 
     held = jax.jit(norms).lower([layer] * 4).compile().memory_analysis().temp_size_in_bytes
     assert held < 2 * sum(kernel.nbytes for kernel in layer)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA tells JAX what a program holds")
+@pytest.mark.parametrize("implementation", ["in_place", "tiled"])
+def test_a_loop_reads_bfloat16_kernels_where_they_lie(implementation):
+    """XLA would slice a float32 copy of the stacks, or copy their bits before the loop."""
+    import jax
+
+    _, _, _, routes, weights = inputs(tokens=2, experts=64)
+    x, gate_up, down = (
+        jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((2, 64), (64, 64, 128), (64, 64, 64))
+    )
+
+    def loop(x, gate_up, down):
+        def step(i, x):
+            chosen = (routes + i) % 64
+            return expert_mlp(x, gate_up, down, chosen, weights, implementation=implementation)[0]
+
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    held = jax.jit(loop).lower(x, gate_up, down).compile().memory_analysis().temp_size_in_bytes
+    assert held < 64 * 64 * 64  # half of the smaller stack
