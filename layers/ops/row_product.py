@@ -70,7 +70,7 @@ def partial_products(
     bits = BACKEND != "torch" and stored == "bfloat16"
     size = math.gcd(inner, ROWS_OF_HALVES if bits else ROWS)
     if bits:  # integers are sliced as they are
-        kernels = ops.view(tied(kernels, rows), "uint16")
+        kernels = ops.view(tied(kernels, rows if index is None else index), "uint16")
     kernels = ops.reshape(kernels, (kernels.shape[0], inner // size, size, outer))
     factors = ops.reshape(ops.cast(rows, "float32"), (count, inner // size, size, 1))
 

@@ -290,17 +290,17 @@ def test_a_loop_reads_bfloat16_kernels_where_they_lie(implementation):
     """XLA would slice a float32 copy of the stacks, or copy their bits before the loop."""
     import jax
 
-    _, _, _, routes, weights = inputs(tokens=2, experts=64)
-    x, gate_up, down = (
-        jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((2, 64), (64, 64, 128), (64, 64, 64))
-    )
+    shapes = (2, 64), (64, 64, 128), (64, 64, 64), (2, 2)
+    floats = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
+    passes, routes = (jax.ShapeDtypeStruct(shape, "int32") for shape in ((), (2, 2)))
 
-    def loop(x, gate_up, down):
+    def loop(passes, routes, x, gate_up, down, weights):
         def step(i, x):
             chosen = (routes + i) % 64
             return expert_mlp(x, gate_up, down, chosen, weights, implementation=implementation)[0]
 
-        return jax.lax.fori_loop(0, 3, step, x)
+        return jax.lax.fori_loop(0, passes, step, x)
 
-    held = jax.jit(loop).lower(x, gate_up, down).compile().memory_analysis().temp_size_in_bytes
+    compiled = jax.jit(loop).lower(passes, routes, *floats).compile()
+    held = compiled.memory_analysis().temp_size_in_bytes
     assert held < 64 * 64 * 64  # half of the smaller stack
