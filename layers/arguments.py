@@ -23,6 +23,8 @@ from qwen3_next.config.validation import (
     require,
 )
 
+# Keras' own layers and the files that a layer goes into know no other.
+PLAIN = Rule("a number of Python, not of NumPy", lambda value: not hasattr(value, "item"))
 SIZE, COUNT = integer(1), integer(0)
 LAYER = Rule("a layer", lambda value: isinstance(value, keras.layers.Layer))
 RULES = {
@@ -89,3 +91,4 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if name in RULES:
             require(RULES[name], name, value)
+            require(PLAIN, name, value)

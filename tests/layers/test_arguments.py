@@ -198,6 +198,18 @@ def test_rules_are_those_of_the_configuration(config):
     }
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.SwiGLU(np.int64(4)),
+        lambda: layers.GatedAttention(2, 1, 8, rope_theta=np.float32(2)),
+    ],
+)
+def test_layers_take_numbers_of_python(make):
+    with pytest.raises(ValueError, match=r"must be a number of Python.*Received: .*=np\."):
+        make()
+
+
 def test_a_refused_size_leaves_no_trace():
     """JAX keeps programs by values of which 2.0 == 2."""
     x = np.ones((1, 3, 4), "float32")
