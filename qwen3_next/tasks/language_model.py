@@ -301,10 +301,7 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         super().check_batch(x, y)
         token_ids = x.get("token_ids") if isinstance(x, dict) else x
         shape = getattr(token_ids, "shape", None)
-        indices = isinstance(
-            getattr(self, "loss", None), keras.losses.SparseCategoricalCrossentropy
-        )
-        if indices and shape is not None and len(getattr(y, "shape", ())) == 2:
+        if shape is not None and hasattr(y, "shape"):  # whatever the loss: one label per token
             require_shape("y", y, tuple(shape))
 
     def check_labels(self, labels: Any) -> None:

@@ -124,8 +124,9 @@ def test_a_run_needs_data_and_batches_of_some_size(method):
 
 
 def test_labels_have_the_shape_of_the_token_ids():
-    with pytest.raises(ValueError, match=r"`y` must have shape .*12.*Received: y.shape=.*3"):
-        model().fit(IDS, IDS[:, :3], verbose=0)
+    for labels in (IDS[:, :3], IDS[..., None]):
+        with pytest.raises(ValueError, match=r"`y` must have shape .*12.*Received: y.shape="):
+            model().fit(IDS, labels, verbose=0)
 
 
 @pytest.mark.parametrize("label", [3, -1, -100])
