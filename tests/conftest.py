@@ -1,5 +1,6 @@
 """What the whole suite needs, and the ways to run a function."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from tests.support.memory import free_programs
 from tests.support.paths import ROOT
 from tests.support.running import MODES
 from tests.support.xla_flags import set_xla_flags
+
+# Tracing makes so many objects that Python would look for garbage for a fifteenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 SEVERAL_DEVICES = ROOT / "tests" / "scale"
 

@@ -96,7 +96,9 @@ def test_a_step_is_printed_with_the_least_beside_it():
 
 @jax_only
 def test_what_is_not_reckoned_has_no_least():
-    config = SMALL.replace(mtp=MTPConfig())
+    config = SMALL.replace(
+        num_layers=1, mlp_only_layers=(), mtp=MTPConfig(1, speculation_lookahead=1)
+    )
     assert describe_step(config, "data=1", batch_size=1, length=16).least == {}
 
 
