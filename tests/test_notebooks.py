@@ -24,8 +24,10 @@ SMALL = {
         "SEEDS": "1",
         "STEPS": "3",
         "BATCH": "4",
-        "WORDS": "3",
+        "WORDS": "9",
         "SIMULATIONS": "1",
+        "LAYERS": "4",
+        "TRAINED": "2",
     },
     "qwen3_to_hybrid": {
         "TEACHER_STEPS": "2",
