@@ -8,11 +8,21 @@ from tests.support.mtp_models import LIGHT
 from tests.support.small_models import logits, small
 
 
+# Thousands of rows run through it.
+NARROW = {
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "intermediate_size": 8,
+}
+
+
 @pytest.fixture(scope="module")
 def pair_counts():
     """Pairs of tokens drawn by speculation, and the probability of each by plain warping."""
     mtp = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
-    model = small(vocab_size=8, mtp=mtp, **LIGHT)
+    model = small(vocab_size=8, mtp=mtp, **LIGHT, **NARROW)
     options = {"temperature": 0.8, "top_p": 0.9}
     rows, draws = 4096, np.zeros((8, 8))
     for seed in range(6):

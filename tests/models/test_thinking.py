@@ -7,6 +7,7 @@ import pytest
 
 from qwen3_next import Qwen3NextBackbone
 from tests.support import float64_model
+from tests.support.mtp_models import LIGHT
 from tests.support.running import assert_close, to_numpy
 from tests.support.small_models import random_ids, small
 from tests.support.thinking_models import commit, hidden, shared_thinking, think, thinking
@@ -83,7 +84,8 @@ def test_one_iteration_is_the_base_to_the_bit():
 
 
 def test_one_iteration_is_the_base_to_the_bit_when_called_eagerly():
-    base, model = shared_base(), shared_thinking("token")
+    base = small(Qwen3NextBackbone, **LIGHT)
+    model = thinking(**LIGHT, etd={"n_encoder_layers": 0, "n_think_layers": 1})
     once = to_numpy(model(IDS, think_iterations=1))
     np.testing.assert_array_equal(once, to_numpy(base(IDS)))
 
