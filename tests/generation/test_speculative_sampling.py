@@ -7,7 +7,6 @@ from qwen3_next import MTPConfig
 from tests.support.mtp_models import LIGHT
 from tests.support.small_models import logits, small
 
-
 # Thousands of rows run through it.
 NARROW = {
     "hidden_size": 8,
