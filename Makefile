@@ -63,9 +63,7 @@ PARTS := \
   tests/models/test_routed_caches.py \
   tests/tasks/test_variants.py \
   tests/generation \
-  tests/models/test_thinking.py \
   tests/tasks/test_routed_generation.py \
-  tests/generation/test_speculative_sampling.py \
   tests/checkpoints \
   tests/transfer/conversion \
   tests/transfer/growth \

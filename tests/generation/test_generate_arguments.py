@@ -1,10 +1,19 @@
 """Arguments of `generate` are what they must be, and nothing is coerced."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from qwen3_next import MTPConfig
-from tests.support.small_models import ONE_LAYER, random_ids, shared, small
+from tests.support.mtp_models import LIGHT
+from tests.support.small_models import logits, random_ids, small
+
+
+@functools.cache
+def shared():
+    """A model of one layer, for arguments that do not depend on layers."""
+    return small(**LIGHT)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +45,7 @@ def test_a_value_of_another_kind_is_named(name, value):
 @pytest.mark.parametrize("vocabulary", [[0.5], [True], ["a"], 3])
 def test_a_draft_vocabulary_holds_integers(vocabulary):
     mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1, mtp_head_type="shared_lm_head")
-    model = small(**ONE_LAYER, mtp=mtp)
+    model = small(**LIGHT, mtp=mtp)
     with pytest.raises(ValueError, match="`draft_vocabulary` must be"):
         model.generate([[1, 2]], 2, draft_vocabulary=vocabulary)
 
@@ -50,8 +59,8 @@ def test_numbers_of_numpy_are_numbers():
 
 
 def test_prompts_may_come_from_a_generator():
-    expected = shared().generate([[1, 2], [3]], 2).tokens
-    found = shared().generate((prompt for prompt in ([1, 2], [3])), 2).tokens
+    expected = shared().generate([[1, 2]], 2).tokens
+    found = shared().generate((prompt for prompt in ([1, 2],)), 2).tokens
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
 
 
@@ -70,15 +79,15 @@ def test_what_is_no_prompt_is_named(prompts):
         shared().generate(prompts, 2)
 
 
-@pytest.mark.parametrize("longest, prompt", [(100, 97), (8, 5), (20, 17)])
+@pytest.mark.parametrize("longest, prompt", [(100, 97), (8, 5)])
 def test_a_prompt_may_fill_all_positions_but_the_new_ones(longest, prompt):
-    model = small(**ONE_LAYER, max_position_embeddings=longest)
+    model = small(**LIGHT, max_position_embeddings=longest)
     tokens, _ = model.generate([random_ids(prompt)], longest - prompt)
     assert len(tokens[0]) == longest - prompt
 
 
 def test_generation_follows_a_change_of_the_variables():
-    model = small(num_layers=1, layer_types=("full_attention",), mlp_only_layers=())
+    model = small(**LIGHT)
     prompt = random_ids(5)
     before, _ = model.generate([prompt], 6)
     projection = model.backbone.decoder_layers[0].mixer.q_proj
@@ -87,6 +96,6 @@ def test_generation_follows_a_change_of_the_variables():
     np.testing.assert_array_equal(same[0], before[0])
     projection.lora_kernel_b.assign(np.full(projection.lora_kernel_b.shape, 9.0))
     tokens, _ = model.generate([prompt], 6)
-    best = np.asarray(model(np.concatenate([prompt, tokens[0][:-1]])[None])).argmax(-1)[0]
+    best = logits(model, np.concatenate([prompt, tokens[0][:-1]])[None]).argmax(-1)[0]
     np.testing.assert_array_equal(tokens[0], best[4:])
     assert (tokens[0] != before[0]).any()

@@ -18,12 +18,14 @@ from tests.support.small_models import TWO_LAYERS, random_ids, small
 LENGTHS = (3, 41, 20, 9, 5)
 PROMPTS = [random_ids(n, seed=n) for n in LENGTHS]
 DECIDED = {
-    "route": np.array([[1, 2], [2, 0], [0, 1], [1, 1], [2, 2]], "int32"),
+    "route": np.array([[2], [1], [0], [2], [1]], "int32"),
     "branch": np.array([0, 1, 2, 0, 1], "int32"),
 }
+# DeltaNet, and attention that may think, both without experts.
+DENSE = {**TWO_LAYERS, "num_experts": 0, "mlp_only_layers": ()}
 
 
-def read(model, chunk, **decided):
+def read(model, prompts, chunk, **decided):
     """The carry that decoding begins with."""
     vocab_size = model.config.vocab_size
     mode, sampling = make_sampling(vocab_size)
@@ -31,7 +33,7 @@ def read(model, chunk, **decided):
     options = SpeculationOptions(speculative, 2 if speculative else None, None, None)
     ((method, drafting),) = options.candidates(model, mode)
     request = Request(ops.convert_to_tensor(np.int32(4)), sampling, drafting)
-    prompts = read_prompts(PROMPTS, vocab_size)._replace(**decided)
+    prompts = read_prompts(prompts, vocab_size)._replace(**decided)
     return Generator(model, chunk).prefill(prompts, 4, method, request)
 
 
@@ -73,20 +75,19 @@ def test_ragged_prompts_come_in_smaller_chunks_where_that_is_less(lengths, size)
     "make, decided",
     [
         (
-            lambda: small(
-                **TWO_LAYERS, mtp=MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
-            ),
+            lambda: small(**DENSE, mtp=MTPConfig(num_predict_tokens=2, speculation_lookahead=2)),
             {},
         ),
-        (lambda: routed(Qwen3Next, "both"), DECIDED),
+        (lambda: routed(Qwen3Next, "both", **DENSE, etd={"n_think_layers": 1}), DECIDED),
     ],
     ids=["modules", "loop"],
 )
 def test_leaving_rows_out_changes_nothing(make, decided, monkeypatch):
-    model = make()
-    found = read(model, 16, **decided)
+    model, prompts = make(), [prompt[:30] for prompt in PROMPTS]
+    assert computed(read_prompts(prompts, 61), 16) == [(5, 16), (2, 16)]
+    found = read(model, prompts, 16, **decided)
     monkeypatch.setattr(reading, "_unfinished", lambda lengths, start: np.arange(len(lengths)))
-    whole = read(model, 16, **decided)
+    whole = read(model, prompts, 16, **decided)
     assert tree.flatten(found)
     for one, other in zip(tree.flatten(found), tree.flatten(whole), strict=True):
         assert_close(to_numpy(one), to_numpy(other), 1e-5)

@@ -14,17 +14,18 @@ from qwen3_next.generation.prompts import read_prompts
 from qwen3_next.generation.sampling import GREEDY, make_sampling
 from qwen3_next.generation.speculation_options import SpeculationOptions
 from qwen3_next.generation.speculative import SpeculativeDecoding
+from tests.support.mtp_models import LIGHT
 from tests.support.running import assert_close
 from tests.support.small_models import TWO_LAYERS, random_ids, small
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
 NEW = 13
-VOCAB = 16
+VOCAB, LOOKAHEAD = 16, 3
 
 
 @functools.cache
 def model(**fields):
-    return small(mtp=MTPConfig(**{"num_predict_tokens": 4, **fields}))
+    return small(mtp=MTPConfig(**{"num_predict_tokens": 4, **fields}), **TWO_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def assert_same(found, expected):
         np.testing.assert_array_equal(row, other)
 
 
-@pytest.mark.parametrize("lookahead", [1, 2, 3, 4])
+@pytest.mark.parametrize("lookahead", [1, 3, 4])
 def test_greedy_gives_the_tokens_of_plain_decoding(lookahead, plain):
     tokens, stats = model().generate(PROMPTS, NEW, speculation_lookahead=lookahead)
     assert_same(tokens, plain.tokens)
@@ -54,7 +55,8 @@ def test_greedy_gives_the_tokens_of_plain_decoding(lookahead, plain):
     ],
 )
 def test_every_kind_of_module_is_lossless(fields, plain):
-    found = model(**fields).generate(PROMPTS, NEW, use_speculative=True)
+    few = {"num_predict_tokens": 2, "speculation_lookahead": 2}
+    found = model(**few, **fields).generate(PROMPTS, NEW, use_speculative=True)
     assert_same(found.tokens, plain.tokens)
 
 
@@ -117,25 +119,23 @@ def linear_language():
     ids[:, 0] = rng.integers(0, VOCAB, 64)
     for t in range(1, ids.shape[1]):
         ids[:, t] = (3 * ids[:, t - 1] + 7) % VOCAB
-    options = {"vocab_size": VOCAB, "initializer_range": 0.05, **TWO_LAYERS}
-    model = small(mtp=MTPConfig(num_predict_tokens=3), **options)
+    options = {"vocab_size": VOCAB, "initializer_range": 0.05, **LIGHT}
+    model = small(mtp=MTPConfig(num_predict_tokens=LOOKAHEAD), **options)
     model.compile(keras.optimizers.Adam(1e-2))
     model.fit(ids, batch_size=32, epochs=20, verbose=0)
     return model
 
 
 def test_a_deterministic_language_is_drafted_without_error(linear_language):
-    prompts = [[1, 10, 5], [4, 3, 0, 7, 12]]
-    for lookahead in (1, 3):
-        new = 1 + 5 * (lookahead + 1)
-        tokens, stats = linear_language.generate(prompts, new, speculation_lookahead=lookahead)
-        for prompt, row in zip(prompts, tokens):
-            follow = np.concatenate([prompt[-1:], row])
-            np.testing.assert_array_equal(follow[1:], (3 * follow[:-1] + 7) % VOCAB)
-        assert stats["acceptance_rate_by_position"] == [1.0] * lookahead
-        assert stats["tokens_per_step"] == lookahead + 1
-        # The backbone ran once for the prompt and once for every lookahead + 1 tokens.
-        assert stats["verify_steps"] == 5
+    prompts, new = [[1, 10, 5], [4, 3, 0, 7, 12]], 1 + 5 * (LOOKAHEAD + 1)
+    tokens, stats = linear_language.generate(prompts, new, use_speculative=True)
+    for prompt, row in zip(prompts, tokens):
+        follow = np.concatenate([prompt[-1:], row])
+        np.testing.assert_array_equal(follow[1:], (3 * follow[:-1] + 7) % VOCAB)
+    assert stats["acceptance_rate_by_position"] == [1.0] * LOOKAHEAD
+    assert stats["tokens_per_step"] == LOOKAHEAD + 1
+    # The backbone ran once for the prompt and once for every lookahead + 1 tokens.
+    assert stats["verify_steps"] == 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ class OffByOne(SpeculativeDecoding):
 
 
 def test_drafts_off_by_one_are_rejected(linear_language):
-    method = OffByOne(GREEDY, lookahead=3)
+    method = OffByOne(GREEDY, lookahead=LOOKAHEAD)
     method, carry, request = prefilled(linear_language, [[1, 10, 5]], 9, method)
     carry = linear_language.generator.decode(method, carry, request)
     tokens = ops.convert_to_numpy(carry.new_tokens)[0, :9]
@@ -211,4 +211,4 @@ def test_an_error_names_the_argument(name, options):
 
 def test_a_model_without_modules_cannot_speculate():
     with pytest.raises(ValueError, match="mtp=None"):
-        small().generate(PROMPTS, 4, use_speculative=True)
+        small(**LIGHT).generate(PROMPTS, 4, use_speculative=True)

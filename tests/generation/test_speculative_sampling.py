@@ -2,17 +2,26 @@
 
 import numpy as np
 import pytest
-from keras import ops
 
 from qwen3_next import MTPConfig
-from tests.support.small_models import TWO_LAYERS, small
+from tests.support.mtp_models import LIGHT
+from tests.support.small_models import logits, small
+
+# Thousands of rows run through it.
+NARROW = {
+    "hidden_size": 8,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "intermediate_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
 def pair_counts():
     """Pairs of tokens drawn by speculation, and the probability of each by plain warping."""
     mtp = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
-    model = small(vocab_size=8, mtp=mtp, **TWO_LAYERS)
+    model = small(vocab_size=8, mtp=mtp, **LIGHT, **NARROW)
     options = {"temperature": 0.8, "top_p": 0.9}
     rows, draws = 4096, np.zeros((8, 8))
     for seed in range(6):
@@ -25,9 +34,9 @@ def pair_counts():
 def _pair_probabilities(model, prompt, temperature, top_p):
     """P(second, third new token), enumerated in NumPy from the logits of whole sequences."""
 
-    def warped(logits):
-        logits = logits.astype("float64") / temperature
-        p = np.exp(logits - logits.max(-1, keepdims=True))
+    def warped(x):
+        x = x.astype("float64") / temperature
+        p = np.exp(x - x.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         order = np.argsort(-p, axis=-1)
         ordered = np.take_along_axis(p, order, axis=-1)
@@ -38,7 +47,7 @@ def _pair_probabilities(model, prompt, temperature, top_p):
         return p / p.sum(-1, keepdims=True)
 
     grid = np.array([[*prompt, a, b] for a in range(8) for b in range(8)], "int32")
-    probabilities = warped(ops.convert_to_numpy(model(grid)))
+    probabilities = warped(logits(model, grid))
     first = probabilities[::8, 2][0]
     second = probabilities[::8, 3]
     third = probabilities[:, 4].reshape(8, 8, 8)

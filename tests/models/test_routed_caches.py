@@ -7,39 +7,43 @@ from tests.support.routed_models import (
     FIRST,
     IDS,
     LENGTH,
+    ONE_RUNS,
     PROMPT,
     ROUTE,
     TOLERANCE,
     WHOLE,
+    broken_layer,
     shared_routed,
 )
 from tests.support.running import assert_close, to_numpy
-from tests.support.thinking_models import hidden, think
+from tests.support.thinking_models import commit, hidden, think
+
+STEP = 4
 
 
-@pytest.mark.parametrize(("kind", "iterations"), [("both", 1), ("both", 3), ("by token", 3)])
-def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, iterations):
+@pytest.mark.parametrize(
+    ("kind", "iterations", "step"), [("both", 1, STEP), ("both", None, STEP), ("by token", None, 1)]
+)
+def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, iterations, step):
     model = shared_routed(kind)
-    whole = hidden(model, WHOLE, think_iterations=iterations)
-    cache, found = model.init_cache(4, 32, think_iterations=iterations), []
-    for start, end in ((0, PROMPT), (PROMPT, PROMPT + 1), (PROMPT + 1, LENGTH)):
-        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start:end]}
+    options = {} if iterations is None else {"think_iterations": iterations}
+    whole = hidden(model, WHOLE, **options)
+    cache, found = model.init_cache(4, 32, **options), []
+    for start in (0, *range(PROMPT, LENGTH, step)):
+        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start : start + step]}
         output = think(model, chunk, cache)
         cache = output.cache
         found.append(to_numpy(output.hidden))
     assert_close(np.concatenate(found, axis=1), whole, TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["both"])
-def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it(kind):
-    model = shared_routed(kind)
+def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
+    model = shared_routed("both")
     expected = think(model, FIRST, model.init_cache(4, 32))
-    given = {"route": to_numpy(expected.cache.route)}
-    if expected.cache.branch is not None:
-        given["branch"] = to_numpy(expected.cache.branch)
+    given = {name: to_numpy(getattr(expected.cache, name)) for name in ("route", "branch")}
     cache, found = model.init_cache(4, 32), []
-    for start, end in ((0, 5), (5, 6), (6, PROMPT)):
-        pieces = {"token_ids": IDS[:, start:end], **(given if start == 0 else {})}
+    for start in range(0, PROMPT, STEP):
+        pieces = {"token_ids": IDS[:, start : start + STEP], **(given if start == 0 else {})}
         output = think(model, pieces, cache)
         cache = output.cache
         found.append(to_numpy(output.hidden))
@@ -55,3 +59,31 @@ def test_a_skipped_layer_leaves_its_cache_and_a_repeated_one_fills_two():
         written = [np.abs(keys[n]).sum((1, 2, 3)) > 0 for n in (number, 3 + number)]
         np.testing.assert_array_equal(written[0], ROUTE[:, 0] > 0)
         np.testing.assert_array_equal(written[1], ROUTE[:, 0] > 1)
+
+
+def test_a_verified_pass_is_committed_for_every_turn():
+    model, kept = shared_routed("both"), [4, 2, 0, 3]
+    whole = hidden(model, WHOLE)
+    start = think(model, FIRST, model.init_cache(4, 32)).cache
+    update = think(model, IDS[:, PROMPT : PROMPT + 4], start, replayable=True).update
+    cache = commit(model, start, update, kept)
+    following = np.stack([row[PROMPT + n : PROMPT + n + STEP] for row, n in zip(IDS, kept)])
+    found = to_numpy(think(model, following, cache).hidden)
+    for row, n in enumerate(kept):
+        assert_close(found[row], whole[row, PROMPT + n : PROMPT + n + STEP], TOLERANCE)
+
+
+def test_a_layer_that_every_row_skips_is_not_computed():
+    with broken_layer(shared_routed("routes")) as model:
+        for route, rows in ((np.zeros_like(ROUTE), []), (ONE_RUNS, [3])):
+            output = think(model, {"token_ids": IDS, "route": route}, model.init_cache(4, 32))
+            broken = np.isnan(to_numpy(output.hidden))
+            np.testing.assert_array_equal(broken.all((1, 2)), np.isin(range(4), rows))
+            np.testing.assert_array_equal(broken.any((1, 2)), np.isin(range(4), rows))
+
+
+def test_a_cache_that_has_begun_takes_no_decisions():
+    model = shared_routed("both")
+    cache = think(model, FIRST, model.init_cache(4, 32)).cache
+    with pytest.raises(ValueError, match="first tokens of a cache"):
+        model({"token_ids": IDS[:, :2], "route": ROUTE}, cache=cache)

@@ -1,27 +1,29 @@
 """Routes through the think layers, and LoRA experts in them: exact for every mixture of rows."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from qwen3_next import Qwen3NextBackbone, RouterAction
 from tests.support.routed_models import (
-    FIRST,
     IDS,
     KINDS,
     LENGTH,
     MIXED,
+    ONE_RUNS,
     PROMPT,
     PROMPTS,
     ROUTE,
     ROUTES,
     TOLERANCE,
     WHOLE,
-    routed,
+    broken_layer,
     shared_routed,
 )
-from tests.support.running import assert_close, eagerly, to_numpy
+from tests.support.running import assert_close, eagerly, run, to_numpy
 from tests.support.small_models import random_ids, small
-from tests.support.thinking_models import ETD, commit, hidden, think
+from tests.support.thinking_models import ETD, hidden, think
 
 
 def decisions(model, inputs=WHOLE):
@@ -35,16 +37,22 @@ def test_rows_take_different_routes_and_experts(kind):
         assert len(np.unique(found, axis=0)) > 1
 
 
+def by_hand(model, actions, iterations):
+    """All rows through the layers themselves, each as often as its action says."""
+    first, *thinking = model.decoder_layers
+    x = run(first, to_numpy(model.embed_tokens(IDS)))
+    for _ in range(iterations):
+        for layer, action in zip(thinking, actions, strict=True):
+            for _ in range(action):
+                x = run(layer, x)
+    return to_numpy(model.norm(x))
+
+
 def test_a_route_given_by_hand_runs_as_given():
     model = shared_routed("routes")
     found = hidden(model, {"token_ids": IDS, "route": ROUTE})
     for row, actions in enumerate(ROUTE):
-        x = model.decoder_layers[0](model.embed_tokens(IDS[row : row + 1]))
-        for _ in range(3):
-            for layer, action in zip(model.decoder_layers[1:], actions):
-                for _ in range(action):
-                    x = layer(x)
-        assert_close(found[row : row + 1], to_numpy(model.norm(x)), TOLERANCE)
+        assert_close(found[row], by_hand(model, actions, 3)[row], TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", MIXED)
@@ -79,55 +87,48 @@ def test_without_a_prompt_nothing_is_seen_and_no_router_asked(kind):
 @pytest.mark.parametrize("kind", MIXED)
 def test_padding_does_not_change_real_tokens(kind):
     model, rng = shared_routed(kind), np.random.default_rng(2)
-    whole, length = hidden(model, WHOLE), LENGTH + 6
-    mask = np.stack([rng.permutation(np.arange(length) < LENGTH) for _ in range(4)])
-    padded = {"token_ids": random_ids(4, length, seed=9), "padding_mask": mask}
-    padded["token_ids"][mask] = IDS.reshape(-1)
-    padded["prompt_mask"] = rng.random((4, length)) < 0.5
-    padded["prompt_mask"][mask] = PROMPTS.reshape(-1)
+    real = PROMPT + 3
+    whole = hidden(model, WHOLE)[:, :real]  # a row that ends there: nothing sees what follows
+    mask = np.stack([rng.permutation(np.arange(LENGTH) < real) for _ in range(4)])
+    padded = {"token_ids": random_ids(4, LENGTH, seed=9), "padding_mask": mask}
+    padded["token_ids"][mask] = IDS[:, :real].reshape(-1)
+    padded["prompt_mask"] = rng.random((4, LENGTH)) < 0.5
+    padded["prompt_mask"][mask] = PROMPTS[:, :real].reshape(-1)
     assert_close(hidden(model, padded)[mask].reshape(whole.shape), whole, TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", MIXED)
-def test_a_verified_pass_is_committed_for_every_turn(kind):
-    model, kept = shared_routed(kind), [4, 2, 0, 3]
-    whole = hidden(model, WHOLE)
-    start = think(model, FIRST, model.init_cache(4, 32)).cache
-    update = think(model, IDS[:, PROMPT : PROMPT + 4], start, replayable=True).update
-    cache = commit(model, start, update, kept)
-    following = np.stack([row[PROMPT + n : PROMPT + n + 4] for row, n in zip(IDS, kept)])
-    found = to_numpy(think(model, following, cache).hidden)
-    for row, n in enumerate(kept):
-        assert_close(found[row], whole[row, PROMPT + n : PROMPT + n + 4], TOLERANCE)
-
-
 def test_a_layer_that_every_row_skips_is_not_computed():
-    model = routed(kind="routes")
-    broken = model.decoder_layers[1].mixer.q_proj.kernel
-    broken.assign(np.full(broken.shape, np.nan))
-    skipped = np.zeros((4, 2), int)
-    for cache in (None, model.init_cache(4, 32)):
-        found = think(model, {"token_ids": IDS, "route": skipped}, cache).hidden
-        assert np.isfinite(to_numpy(found)).all()
-        one = np.array([[0, 1], [0, 1], [0, 1], [1, 1]])
-        found = to_numpy(think(model, {"token_ids": IDS, "route": one}, cache).hidden)
+    with broken_layer(shared_routed("routes")) as model:
+        found = hidden(model, {"token_ids": IDS, "route": np.zeros_like(ROUTE)})
+        assert np.isfinite(found).all()
+        found = hidden(model, {"token_ids": IDS, "route": ONE_RUNS})
         assert np.isfinite(found[:3]).all() and np.isnan(found[3]).all()
 
 
-@pytest.mark.parametrize("kind", ["routes", "experts", "both"])
-def test_new_parts_change_nothing_to_the_bit(kind):
-    """Called layer by layer: a compiled program with a branch in it rounds in other places."""
-    fixed = not KINDS[kind].get("adaptive_depth", True)
-    base = small(Qwen3NextBackbone, etd={**ETD, "adaptive_depth": not fixed})
+@functools.cache
+def with_new_parts(kind):
+    """A base that thinks, and the same with new parts that have learned nothing."""
+    adaptive = KINDS[kind].get("adaptive_depth", True)
+    base = small(Qwen3NextBackbone, etd={**ETD, "adaptive_depth": adaptive})
     model = Qwen3NextBackbone(base.config.replace(etd={**ETD, **KINDS[kind]}), base=base)
-    if not fixed:
+    if adaptive:
         score = base.think_loop.halting_unit.score.kernel
         model.think_loop.halting_unit.score.kernel.assign(score)
+    return base, model
+
+
+@pytest.mark.parametrize(("kind", "iterations"), [("both", 2), ("experts", 1)])
+def test_new_parts_change_nothing_to_the_bit(kind, iterations):
+    """Called layer by layer: a compiled program with a branch in it rounds in other places."""
+    base, model = with_new_parts(kind)
     with eagerly():
-        for iterations in (1, 2):
-            found = to_numpy(model(WHOLE, think_iterations=iterations))
-            expected = to_numpy(base(IDS, think_iterations=iterations))
-            np.testing.assert_array_equal(found, expected)
+        found = to_numpy(model(WHOLE, think_iterations=iterations))
+        expected = to_numpy(base(IDS, think_iterations=iterations))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_new_parts_change_nothing_in_a_program():
+    base, model = with_new_parts("both")
     assert_close(hidden(model, WHOLE), hidden(base, IDS), 1e-5)
 
 
@@ -163,21 +164,19 @@ def test_decisions_that_nothing_reads_are_refused():
     model = shared_routed("both")
     with pytest.raises(ValueError, match="segment_ids"):
         model({**WHOLE, "segment_ids": np.zeros_like(IDS)})
-    cache = think(model, FIRST, model.init_cache(4, 32)).cache
-    with pytest.raises(ValueError, match="first tokens of a cache"):
-        model({"token_ids": IDS[:, :2], "route": ROUTE}, cache=cache)
 
 
 def test_actions_have_names():
     assert [RouterAction.SKIP, RouterAction.EXECUTE, RouterAction.REPEAT] == [0, 1, 2]
     model = shared_routed("routes")
-    route = [RouterAction.EXECUTE, RouterAction.EXECUTE]
-    assert_close(to_numpy(model(IDS, route=route)), hidden(model, IDS), TOLERANCE)
+    route = (RouterAction.REPEAT, RouterAction.EXECUTE)
+    found = hidden(model, IDS, route=route, think_iterations=1)
+    assert_close(found, by_hand(model, route, 1), TOLERANCE)
 
 
 def test_a_prompt_longer_than_its_windows_is_read_whole():
     """Only the last token of the prompt differs: some router must notice."""
-    model = shared_routed("routes")
+    model = shared_routed("both")
     changed = {**WHOLE, "token_ids": IDS.copy()}
     changed["token_ids"][:, PROMPT - 1] = (IDS[:, PROMPT - 1] + 7) % 61
     logits = [to_numpy(think(model, x).thinking.route_logits) for x in (WHOLE, changed)]

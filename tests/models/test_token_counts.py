@@ -7,8 +7,9 @@ from keras import ops
 
 from qwen3_next import MTPConfig, Qwen3Next, wrap_model_with_mtp
 from qwen3_next.models.token_counts import MOST, TokenCounts
+from tests.support.mtp_models import LIGHT
 from tests.support.running import BACKEND
-from tests.support.small_models import ONE_LAYER, SMALL, random_ids, small
+from tests.support.small_models import SMALL, random_ids, small
 
 VOCAB = SMALL["vocab_size"]
 MTP = MTPConfig(
@@ -26,7 +27,7 @@ def counts(model):
 
 
 def make():
-    return small(**ONE_LAYER, mtp=MTP)
+    return small(**LIGHT, mtp=MTP)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_counts_are_kept_with_the_model(counted, tmp_path):
 
 
 def test_files_from_before_tokens_were_counted_load(counted, tmp_path):
-    before = small(**ONE_LAYER, mtp=MTP.replace(draft_vocab_size=0))
+    before = small(**LIGHT, mtp=MTP.replace(draft_vocab_size=0))
     before.mtp_steps.assign(2)
     before.save_weights(tmp_path / "model.weights.h5")
     before.save_to_preset(tmp_path / "preset")
@@ -98,8 +99,8 @@ def test_files_from_before_tokens_were_counted_load(counted, tmp_path):
 
 
 def test_only_models_that_draft_from_a_part_count():
-    assert small(**ONE_LAYER).token_counts is None
-    base = small(**ONE_LAYER)
+    assert small(**LIGHT).token_counts is None
+    base = small(**LIGHT)
     assert wrap_model_with_mtp(base, MTP.replace(draft_vocab_size=None)).token_counts is None
-    model = small(**ONE_LAYER, vocab_size=32769, mtp=MTP.replace(draft_vocab_size=None))
+    model = small(**LIGHT, vocab_size=32769, mtp=MTP.replace(draft_vocab_size=None))
     assert model.token_counts.counts.shape == (32769,)

@@ -7,9 +7,10 @@ import pytest
 from qwen3_next import MTPConfig, Qwen3Next
 from qwen3_next.models.trainable_layers import FIELD
 from tests.support.mtp_models import LIGHT
-from tests.support.small_models import ONE_LAYER, TWO_LAYERS, random_ids, small
+from tests.support.small_models import ONE_LAYER, random_ids, small
 
 IDS = random_ids(2, 12)
+TWO = {**LIGHT, "num_layers": 2, "layer_types": ("full_attention",) * 2}
 
 
 def paths(variables):
@@ -17,7 +18,7 @@ def paths(variables):
 
 
 def test_frozen_layers_survive_a_file(tmp_path):
-    model = small(**TWO_LAYERS)
+    model = small(**TWO)
     model.backbone.trainable = False
     model.backbone.decoder_layers[1].trainable = True
     model.backbone.decoder_layers[1].mlp.trainable = False

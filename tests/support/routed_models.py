@@ -1,10 +1,12 @@
 """Small models whose rows think through different layers and with different experts."""
 
+import contextlib
 import functools
 
 import numpy as np
 
 from qwen3_next import Qwen3NextBackbone
+from tests.support.running import to_numpy
 from tests.support.small_models import random_ids, small
 
 ETD = {"n_encoder_layers": 1, "n_think_layers": 2, "n_decoder_layers": 0, "max_think_iterations": 3}
@@ -31,12 +33,14 @@ KINDS = {
 MIXED = ["both", "by token"]
 
 # What they read: rows of tokens, their prompts, and a route for each.
-LENGTH, PROMPT = 21, 12
+LENGTH, PROMPT = 20, 12
 IDS = random_ids(4, LENGTH)
 PROMPTS = np.repeat(np.arange(LENGTH)[None] < PROMPT, 4, axis=0)
-WHOLE = {"token_ids": IDS, "prompt_mask": PROMPTS}
+WHOLE = {"token_ids": IDS, "prompt_mask": PROMPTS, "padding_mask": np.ones_like(PROMPTS)}
 FIRST = {"token_ids": IDS[:, :PROMPT], "prompt_mask": PROMPTS[:, :PROMPT]}
 ROUTE = np.array([[0, 2], [1, 1], [2, 0], [0, 0]])
+# The last row alone runs the first think layer.
+ONE_RUNS = np.array([[0, 1], [0, 1], [0, 1], [1, 1]])
 TOLERANCE = 5e-5
 
 
@@ -72,5 +76,17 @@ def learn(loop, seed=4):
 
 @functools.cache
 def shared_routed(kind):
-    """One such backbone for all tests that do not change it."""
+    """One such backbone for all tests that leave it as they found it."""
     return routed(kind=kind)
+
+
+@contextlib.contextmanager
+def broken_layer(model):
+    """The model with a first think layer that gives NaN for every row that runs it."""
+    kernel = model.decoder_layers[1].mixer.q_proj.kernel
+    before = np.array(to_numpy(kernel.value))
+    kernel.assign(np.full(kernel.shape, np.nan))
+    try:
+        yield model
+    finally:
+        kernel.assign(before)

@@ -19,11 +19,18 @@ from keras import tree
 BACKEND = keras.backend.backend()
 MODES = {"jax": ["jit"], "tensorflow": ["eager", "graph", "xla"], "torch": ["eager"]}[BACKEND]
 DEFAULT = MODES[-1]
+# The way with the fewest programs: one on JAX, which has one for every operation else.
+CHEAPEST = MODES[0]
 
 
 def run(function, *arrays, mode=DEFAULT):
     """`function(*arrays)`; arrays and outputs are nests in which `None` may stand."""
-    return to_numpy(_compile(function, mode)(*to_tensors(arrays)))
+    return to_numpy(run_to_tensors(function, *arrays, mode=mode))
+
+
+def run_to_tensors(function, *arrays, mode=DEFAULT):
+    """The same with outputs as the backend has them."""
+    return _compile(function, mode)(*to_tensors(arrays))
 
 
 def gradients(function, arrays, cotangents, mode=DEFAULT):
