@@ -21,13 +21,14 @@ LABELS = np.where((np.arange(16) < 7) | (np.arange(16) == 15), -100, np.roll(IDS
 # The labels ask for what comes behind the first eight tokens.
 ASKED = {"token_ids": IDS, "prompt_mask": np.tile(np.arange(16) < 8, (4, 1))}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [30, 41], [17, 3, 59, 20, 11]]
-# One think layer, for tests that compile a training step.
-ONE = {**TWO_LAYERS, "etd": {**KINDS["both"], **ETD, "n_think_layers": 1, "adaptive_depth": False}}
+# One layer, which thinks, for tests that compile a training step.
+ONE = {**ONE_LAYER, "layer_types": ("full_attention",)}
+LOOP = {**KINDS["both"], **ETD, "n_encoder_layers": 0, "n_think_layers": 1, "adaptive_depth": False}
 
 
 def one(model=Qwen3Next, etd=(), **changes):
-    made = small(model, **{**ONE, **changes, "etd": {**ONE["etd"], **dict(etd)}})
-    learn(made.backbone.think_loop)
+    made = small(model, **ONE, **changes, etd={**LOOP, **dict(etd)})
+    learn(made.backbone.think_loop, seed=3)  # skips, runs and repeats it
     return made
 
 
@@ -46,18 +47,27 @@ def warmed_up():
     """A model that was trained until its routers and experts took part, and the logs of that."""
     model = one(etd={"router_warmup_steps": 2, "expert_warmup_steps": 3})
     model.compile("sgd")
-    return model, model.fit(IDS, LABELS, epochs=3, verbose=0).history
+    before = values(model)
+    logs = model.fit(IDS, LABELS, epochs=3, verbose=0).history
+    after = values(model)
+    return model, logs, {path for path in before if np.array_equal(before[path], after[path])}
+
+
+def test_all_but_a_router_learns_without_draws_and_a_budget(warmed_up):
+    *_, same = warmed_up
+    assert any("/router_0/" in path for path in same)
+    assert all("/router_0/" in path or "selected" in path or "seed" in path for path in same), same
 
 
 def test_warm_up_is_counted_in_training_only(warmed_up):
-    model, logs = warmed_up
+    model, logs, _ = warmed_up
     assert logs["router_execute"][:2] == [1.0, 1.0] and logs["router_execute"][2] < 1
     model.evaluate(IDS, LABELS, verbose=0)
     assert int(model.backbone.think_loop.steps.value) == 3
 
 
 def test_a_prompt_in_training_is_what_comes_before_the_first_label(warmed_up):
-    model, _ = warmed_up
+    model, *_ = warmed_up
     logs = model.evaluate(IDS, LABELS, verbose=0, return_dict=True)
     route = to_numpy(thinking(model)[0].route)
     shares = [logs[f"router_{name}"] for name in ("skip", "execute", "repeat")]
@@ -71,7 +81,7 @@ def test_a_prompt_in_training_is_what_comes_before_the_first_label(warmed_up):
 
 
 def test_files_hold_decisions_and_the_steps_of_the_warm_up(warmed_up, tmp_path):
-    model, _ = warmed_up
+    model, *_ = warmed_up
     expected, hidden = thinking(model)
     assert len(np.unique(to_numpy(expected.route))) > 1
     model.save(tmp_path / "model.keras")
@@ -90,7 +100,7 @@ def test_files_hold_decisions_and_the_steps_of_the_warm_up(warmed_up, tmp_path):
 def test_routers_experts_and_gates_learn_and_the_selection_bias_follows_the_sign_rule():
     router = {**ROUTES["layer_router"], "use_gumbel": True}
     budget = {"budget_weight": 2.0, "compute_budget": 0.2}
-    experts = {"rank": 4, "bias_update_rate": 0.25}
+    experts = {"rank": 4, "bias_update_rate": 0.25, "target_modules": ["q_proj"]}
     model = one(etd={"layer_router": {**router, **budget}, "lora_expert": experts})
     before, passes = values(model), mean_passes(model)
     model.compile(keras.optimizers.SGD(0.01))
