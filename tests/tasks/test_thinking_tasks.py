@@ -19,14 +19,14 @@ from qwen3_next import (
     wrap_model_with_mtp,
     wrap_transformer_with_etd,
 )
+from tests.support.mtp_models import LIGHT
 from tests.support.running import to_numpy
-from tests.support.small_models import ONE_LAYER, TWO_LAYERS, logits, random_ids, small
+from tests.support.small_models import TWO_LAYERS, logits, random_ids, small
 
 IDS = random_ids(4, 16)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 HALF = ETDConfig(1, 1, 0, max_think_iterations=3)
-# One layer, which thinks, for tests that compile a training step.
-ONE = {**ONE_LAYER, "layer_types": ("full_attention",)}
+# For one layer, which thinks, in tests that compile a training step.
 ALONE = ETDConfig(0, 1, 0, max_think_iterations=3)
 NAMES = {"think_iterations", "early_exit", "exit_confidence"}
 # What `create_qwen3_next_...` build quickly.
@@ -39,7 +39,7 @@ def pair():
     base = small(**TWO_LAYERS)
     model = wrap_model_with_mtp(
         wrap_transformer_with_etd(base, HALF),
-        MTPConfig(num_predict_tokens=2, speculation_lookahead=2),
+        MTPConfig(num_predict_tokens=1, speculation_lookahead=1),
     )
     score = model.backbone.think_loop.halting_unit.score.kernel
     score.assign(np.random.default_rng(7).normal(size=score.shape) * 0.4)
@@ -78,7 +78,7 @@ def test_generation_is_the_uncached_forward_pass():
 
 
 def test_fit_and_evaluate_log_depth_and_evaluate_takes_one():
-    model = small(**ONE, etd=ALONE.replace(warmup_steps=4))
+    model = small(**LIGHT, etd=ALONE.replace(warmup_steps=4))
     model.compile("sgd")
     logs = model.fit(IDS, epochs=3, batch_size=4, verbose=0).history
     assert NAMES <= set(logs)
@@ -118,7 +118,7 @@ def test_a_published_checkpoint_gets_a_loop_that_begins_as_the_base(tmp_path):
 
 
 def test_a_classifier_thinks_and_logs_it():
-    base = small(Qwen3NextClassifier, **ONE, num_labels=3)
+    base = small(Qwen3NextClassifier, **LIGHT, num_labels=3)
     model = wrap_transformer_with_etd(base, ALONE.replace(ponder_cost=0.1))
     assert model.score is base.score
     model.compile("sgd", metrics=["accuracy"])
@@ -132,7 +132,7 @@ def test_a_classifier_thinks_and_logs_it():
 def test_pondering_has_a_price():
     losses = []
     for cost in (0.0, 0.5):
-        model = small(**ONE, etd=ALONE.replace(ponder_cost=cost))
+        model = small(**LIGHT, etd=ALONE.replace(ponder_cost=cost))
         output = model(IDS, labels=IDS)
         losses.append(float(output.loss))
     ponder = to_numpy(output.thinking.ponder)
