@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3NextClassifier
-from tests.support.small_models import ONE_LAYER, random_ids, small
+from tests.support.mtp_models import LIGHT
+from tests.support.small_models import random_ids, small
 
 IDS = random_ids(6, 12)
 BAD_IDS = np.where(np.arange(6)[:, None] == 4, 61, IDS)
@@ -43,7 +44,7 @@ SOURCES = {"arrays": None, "generator": generator, "PyDataset": Pairs, "tf.data"
 @functools.cache
 def model():
     """Trained by every test: what it learns does not matter."""
-    model = small(**ONE_LAYER)
+    model = small(**LIGHT)
     model.compile("sgd")
     return model
 
@@ -131,7 +132,7 @@ def test_labels_have_the_shape_of_the_token_ids():
 
 @pytest.mark.parametrize("label", [3, -1, -100])
 def test_labels_of_a_classifier_are_classes(label):
-    classifier = small(Qwen3NextClassifier, num_labels=3, **ONE_LAYER)
+    classifier = small(Qwen3NextClassifier, num_labels=3, **LIGHT)
     classifier.compile("sgd")
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         classifier.fit(IDS, np.array([0, 1, 2, 0, 1, label]), verbose=0)

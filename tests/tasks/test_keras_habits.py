@@ -16,7 +16,7 @@ IDS = random_ids(2, 12)
 
 @pytest.fixture(scope="module")
 def model():
-    model = small(**ONE_LAYER)
+    model = small(**{**ONE_LAYER, "layer_types": ("full_attention",)})
     model.compile("sgd")
     return model
 

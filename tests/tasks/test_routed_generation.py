@@ -4,39 +4,60 @@ import functools
 
 import numpy as np
 
-from qwen3_next import Qwen3Next
-from qwen3_next.generation.generator import Generator
+from qwen3_next import MTPConfig, Qwen3Next, pad
+from qwen3_next.models.compiled import compile_with_weights
 from tests.support.routed_models import routed
-from tests.support.running import to_numpy
+from tests.support.running import to_numpy, to_tensors
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [30, 41], [17, 3, 59, 20, 11]]
 
 
 @functools.cache
 def speaking():
-    return routed(Qwen3Next)
+    mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1)
+    model = routed(Qwen3Next, mtp=mtp, etd={"router_warmup_steps": 1})
+    model.backbone.think_loop.steps.assign(1)  # the warm-up is over
+    return model
 
 
-def test_generation_is_the_uncached_forward_pass():
-    model, prompt = speaking(), PROMPTS[1]
-    (tokens,), stats = model.generate([prompt], 8, use_speculative=False)
-    ids = np.concatenate([prompt, tokens])[None]
-    asked = {"token_ids": ids, "prompt_mask": np.arange(ids.shape[1])[None] < len(prompt)}
-    predicted = to_numpy(model(asked)).argmax(-1)[0]
-    np.testing.assert_array_equal(predicted[len(prompt) - 1 : -1], tokens)
+@functools.cache
+def _forward(model):
+    return compile_with_weights(model, lambda inputs: model(inputs))
+
+
+def test_generation_is_the_uncached_forward_pass_and_counts_no_steps():
+    model = speaking()
+    tokens, stats = model.generate(PROMPTS, 8, use_speculative=False)
+    whole = pad([np.concatenate(pair) for pair in zip(PROMPTS, tokens)], length=16)
+    lengths = np.array([len(prompt) for prompt in PROMPTS])
+    asked = {**whole, "prompt_mask": np.arange(16) < lengths[:, None]}
+    predicted = to_numpy(_forward(model)(to_tensors(asked))).argmax(-1)
+    for row, length, new in zip(predicted, lengths, tokens):
+        np.testing.assert_array_equal(row[length - 1 : length + 7], new)
     assert stats["router_actions"] == [
-        np.bincount([a], minlength=3).tolist() for a in stats["route"][0]
+        np.bincount(actions, minlength=3).tolist() for actions in stats["route"].T
     ]
+    assert int(model.backbone.think_loop.steps.value) == 1
 
 
-def test_a_prompt_is_decided_as_a_whole_whatever_the_chunk():
+def test_speculation_is_greedy_on_every_route():
+    model = speaking()
+    plain, stats = model.generate(PROMPTS, 8, use_speculative=False)
+    drafted, speculative = model.generate(PROMPTS, 8, use_speculative=True)
+    for a, b in zip(plain, drafted):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(stats["route"], speculative["route"])
+    assert len(np.unique(stats["route"], axis=0)) > 1
+
+
+def test_a_prompt_is_decided_as_a_whole_whatever_the_chunk(monkeypatch):
     model = speaking()
     expected = model.decide(PROMPTS)
-    generator = Generator(model, prefill_chunk=2)
-    found = generator.generate(PROMPTS, 4, use_speculative=False)
+    streamed = np.stack(list(model.stream(PROMPTS, 8)), axis=1)
+    monkeypatch.setattr(model.generator, "prefill_chunk", 2)
+    found = model.generate(PROMPTS, 8, use_speculative=False)
     np.testing.assert_array_equal(found.stats["route"], expected["route"])
-    given = generator.generate(PROMPTS, 4, use_speculative=False, **expected)  # in chunks of two
-    streamed = np.stack(list(model.stream(PROMPTS, 4)), axis=1)
+    given = model.generate(PROMPTS, 8, use_speculative=False, **expected)  # in chunks of two
     for row, (a, b) in enumerate(zip(found.tokens, given.tokens)):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(a, streamed[row])
@@ -44,7 +65,7 @@ def test_a_prompt_is_decided_as_a_whole_whatever_the_chunk():
 
 def test_what_was_decided_is_told():
     model = speaking()
-    _, stats = model.generate(PROMPTS, 4, use_speculative=False)
+    _, stats = model.generate(PROMPTS, 8, use_speculative=False)
     counts = np.array(stats["router_actions"]).sum(0)
     found = model.get_router_stats()
     assert [found[f"{name}_count"] for name in ("skip", "execute", "repeat")] == counts.tolist()

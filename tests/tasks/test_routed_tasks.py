@@ -1,4 +1,4 @@
-"""Models with layer routers and LoRA experts: training, generation and files."""
+"""Models with layer routers and LoRA experts: training, evaluation and files."""
 
 import keras
 import numpy as np
@@ -12,21 +12,23 @@ from qwen3_next import (
     describe,
     wrap_transformer_with_etd,
 )
-from tests.support.routed_models import ETD, EXPERTS, KINDS, ROUTES, learn, routed
+from tests.support.routed_models import ETD, EXPERTS, KINDS, ROUTES, learn
 from tests.support.running import to_numpy
-from tests.support.small_models import TWO_LAYERS, random_ids, small
+from tests.support.small_models import ONE_LAYER, TWO_LAYERS, random_ids, small
 
 IDS = random_ids(4, 16)
 LABELS = np.where((np.arange(16) < 7) | (np.arange(16) == 15), -100, np.roll(IDS, -1, axis=1))
+# The labels ask for what comes behind the first eight tokens.
+ASKED = {"token_ids": IDS, "prompt_mask": np.tile(np.arange(16) < 8, (4, 1))}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [30, 41], [17, 3, 59, 20, 11]]
-MTP = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
-# One think layer, for tests that compile a training step.
-ONE = {**TWO_LAYERS, "etd": {**KINDS["both"], **ETD, "n_think_layers": 1, "adaptive_depth": False}}
+# One layer, which thinks, for tests that compile a training step.
+ONE = {**ONE_LAYER, "layer_types": ("full_attention",)}
+LOOP = {**KINDS["both"], **ETD, "n_encoder_layers": 0, "n_think_layers": 1, "adaptive_depth": False}
 
 
 def one(model=Qwen3Next, etd=(), **changes):
-    made = small(model, **{**ONE, **changes, "etd": {**ONE["etd"], **dict(etd)}})
-    learn(made.backbone.think_loop)
+    made = small(model, **ONE, **changes, etd={**LOOP, **dict(etd)})
+    learn(made.backbone.think_loop, seed=3)  # skips, runs and repeats it
     return made
 
 
@@ -34,75 +36,54 @@ def values(model):
     return {v.path: to_numpy(v.value).copy() for v in model.variables}
 
 
-def test_speculation_is_greedy_on_every_route():
-    model = routed(Qwen3Next, mtp=MTP)
-    plain, stats = model.generate(PROMPTS, 8, use_speculative=False)
-    drafted, speculative = model.generate(PROMPTS, 8, use_speculative=True)
-    for a, b in zip(plain, drafted):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_array_equal(stats["route"], speculative["route"])
-    assert len(np.unique(stats["route"], axis=0)) > 1
+def thinking(model):
+    """What routers and experts decide for `ASKED`, and the hidden states it leads to."""
+    output = model.backbone(ASKED, full_output=True)
+    return output.thinking, to_numpy(output.hidden)
 
 
-def test_a_prompt_in_training_is_what_comes_before_the_first_label():
-    model = one()
+@pytest.fixture(scope="module")
+def warmed_up():
+    """A model that was trained until its routers and experts took part, and the logs of that."""
+    model = one(etd={"router_warmup_steps": 2, "expert_warmup_steps": 3})
     model.compile("sgd")
+    before = values(model)
+    logs = model.fit(IDS, LABELS, epochs=3, verbose=0).history
+    after = values(model)
+    return model, logs, {path for path in before if np.array_equal(before[path], after[path])}
+
+
+def test_all_but_routers_learn_while_they_warm_up(warmed_up):
+    *_, same = warmed_up
+    assert any("/router_0/" in path for path in same)
+    assert all("router" in path or "seed" in path for path in same), same
+
+
+def test_warm_up_is_counted_in_training_only(warmed_up):
+    model, logs, _ = warmed_up
+    assert logs["router_execute"][:2] == [1.0, 1.0] and logs["router_execute"][2] < 1
+    model.evaluate(IDS, LABELS, verbose=0)
+    assert int(model.backbone.think_loop.steps.value) == 3
+
+
+def test_a_prompt_in_training_is_what_comes_before_the_first_label(warmed_up):
+    model, *_ = warmed_up
     logs = model.evaluate(IDS, LABELS, verbose=0, return_dict=True)
-    asked = {"token_ids": IDS, "prompt_mask": np.tile(np.arange(16) < 8, (4, 1))}
-    route = to_numpy(model.backbone(asked, full_output=True).thinking.route)
+    route = to_numpy(thinking(model)[0].route)
     shares = [logs[f"router_{name}"] for name in ("skip", "execute", "repeat")]
     np.testing.assert_allclose(shares, np.bincount(route.ravel(), minlength=3) / 4)
     assert model.get_metrics()["etd"]["router_actions"] == [
         np.bincount(route[:, 0], minlength=3).tolist()
     ]
-    output = model(asked, labels=np.where(np.arange(16) < 8, -100, IDS))
+    output = model(ASKED, labels=np.where(np.arange(16) < 8, -100, IDS))
     loss = to_numpy(output.loss) - 0.01 * to_numpy(output.aux_loss)  # `evaluate` leaves that out
     assert float(loss) == pytest.approx(logs["loss"], rel=1e-5)
 
 
-def test_experts_and_gates_learn_and_the_selection_bias_follows_the_sign_rule():
-    model = one(etd={"lora_expert": {"rank": 4, "bias_update_rate": 0.25}})
-    before = values(model)
-    model.compile("sgd")
-    model.fit(IDS, LABELS, batch_size=4, verbose=0)
-    counts = np.array(model.get_metrics()["etd"]["expert_selections"])
-    after = values(model)
-    router = "model/think_loop/expert_router/"
-    moved = after[router + "selection_bias"] - before[router + "selection_bias"]
-    np.testing.assert_array_equal(moved, 0.25 * np.sign(counts.mean() - counts))
-    assert not after[router + "selected"].any() and counts.sum() == 3 * 4
-    same = [path for path in before if np.array_equal(before[path], after[path])]
-    assert all("/router_0/" in path or "selected" in path or "seed" in path for path in same), same
-
-
-def test_routers_learn_from_the_loss_and_their_budget():
-    router = {**ROUTES["layer_router"], "use_gumbel": True}
-    budget = {"budget_weight": 2.0, "compute_budget": 0.2}
-    model = one(etd={"layer_router": {**router, **budget}})
-    before = values(model)
-    expected = mean_passes(model)
-    model.compile(keras.optimizers.SGD(0.01))
-    model.fit(IDS, LABELS, epochs=4, verbose=0)
-    assert mean_passes(model) < expected - 0.01
-    after = values(model)
-    changed = {path for path in before if not np.array_equal(before[path], after[path])}
-    assert {path for path in before if "/router_0/" in path} <= changed
-
-
-def mean_passes(model):
-    asked = {"token_ids": IDS, "prompt_mask": np.tile(np.arange(16) < 8, (4, 1))}
-    logits = to_numpy(model.backbone(asked, full_output=True).thinking.route_logits)
-    return (to_numpy(keras.ops.softmax(logits)) @ np.arange(3)).mean()
-
-
-def test_warm_up_is_counted_in_training_only_and_saved(tmp_path):
-    model = one(etd={"router_warmup_steps": 2, "expert_warmup_steps": 3})
-    model.compile("sgd")
-    logs = model.fit(IDS, LABELS, epochs=3, verbose=0).history
-    assert logs["router_execute"][:2] == [1.0, 1.0] and logs["router_execute"][2] < 1
-    model.evaluate(IDS, LABELS, verbose=0)
-    expected = model.generate(PROMPTS, 4)
-    assert int(model.backbone.think_loop.steps.value) == 3
+def test_files_hold_decisions_and_the_steps_of_the_warm_up(warmed_up, tmp_path):
+    model, *_ = warmed_up
+    expected, hidden = thinking(model)
+    assert len(np.unique(to_numpy(expected.route))) > 1
     model.save(tmp_path / "model.keras")
     model.save_to_preset(tmp_path / "preset")
     for loaded in (
@@ -111,21 +92,44 @@ def test_warm_up_is_counted_in_training_only_and_saved(tmp_path):
     ):
         assert int(loaded.backbone.think_loop.steps.value) == 3
         assert loaded.config == model.config
-        found = loaded.generate(PROMPTS, 4)
-        np.testing.assert_array_equal(found.stats["route"], expected.stats["route"])
-        for a, b in zip(found.tokens, expected.tokens):
-            np.testing.assert_array_equal(a, b)
+        found, same = thinking(loaded)
+        np.testing.assert_array_equal(to_numpy(found.route), to_numpy(expected.route))
+        np.testing.assert_array_equal(same, hidden)
+
+
+def test_routers_experts_and_gates_learn_and_the_selection_bias_follows_the_sign_rule():
+    router = {**ROUTES["layer_router"], "use_gumbel": True}
+    budget = {"budget_weight": 2.0, "compute_budget": 0.2}
+    experts = {"rank": 4, "bias_update_rate": 0.25, "target_modules": ["q_proj"]}
+    model = one(etd={"layer_router": {**router, **budget}, "lora_expert": experts})
+    before, passes = values(model), mean_passes(model)
+    model.compile(keras.optimizers.SGD(0.01))
+    model.fit(IDS, LABELS, batch_size=4, verbose=0)
+    counts = np.array(model.get_metrics()["etd"]["expert_selections"])
+    after = values(model)
+    path = "model/think_loop/expert_router/"
+    moved = after[path + "selection_bias"] - before[path + "selection_bias"]
+    np.testing.assert_array_equal(moved, 0.25 * np.sign(counts.mean() - counts))
+    assert not after[path + "selected"].any() and counts.sum() == 3 * 4
+    same = {path for path in before if np.array_equal(before[path], after[path])}
+    assert all("selected" in path or "seed" in path for path in same), same
+    model.fit(IDS, LABELS, epochs=3, verbose=0)
+    assert mean_passes(model) < passes - 0.01
+
+
+def mean_passes(model):
+    logits = to_numpy(thinking(model)[0].route_logits)
+    return (to_numpy(keras.ops.softmax(logits)) @ np.arange(3)).mean()
 
 
 def test_new_parts_with_a_loop_and_drafts_generate_what_the_model_did():
-    base = small(**TWO_LAYERS, mtp=MTP)
-    once = {**ETD, "n_think_layers": 1, "max_think_iterations": 1, "adaptive_depth": False}
-    model = wrap_transformer_with_etd(base, ETDConfig(**once, **ROUTES, **EXPERTS))
+    base = small(**ONE_LAYER, mtp=MTPConfig(num_predict_tokens=1, speculation_lookahead=1))
+    once = ETDConfig(0, 1, 0, max_think_iterations=1, adaptive_depth=False, **ROUTES, **EXPERTS)
+    model = wrap_transformer_with_etd(base, once)
     expected, _ = base.generate(PROMPTS, 8, use_speculative=False)
-    for speculative in (False, True):
-        tokens, _ = model.generate(PROMPTS, 8, use_speculative=speculative)
-        for a, b in zip(tokens, expected):
-            np.testing.assert_array_equal(a, b)
+    tokens, _ = model.generate(PROMPTS, 8, use_speculative=True)
+    for a, b in zip(tokens, expected):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_classifier_decides_from_the_whole_row():

@@ -15,15 +15,19 @@ from qwen3_next import (
     create_qwen3_next_model,
     create_qwen3_next_performance,
     describe,
+    pad,
     wrap_model_with_mtp,
     wrap_transformer_with_etd,
 )
+from tests.support.mtp_models import LIGHT
 from tests.support.running import to_numpy
-from tests.support.small_models import TWO_LAYERS, random_ids, small
+from tests.support.small_models import TWO_LAYERS, logits, random_ids, small
 
 IDS = random_ids(4, 16)
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8]]
 HALF = ETDConfig(1, 1, 0, max_think_iterations=3)
+# For one layer, which thinks, in tests that compile a training step.
+ALONE = ETDConfig(0, 1, 0, max_think_iterations=3)
 NAMES = {"think_iterations", "early_exit", "exit_confidence"}
 # What `create_qwen3_next_...` build quickly.
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_layers": 4, "num_experts": 0}
@@ -35,7 +39,7 @@ def pair():
     base = small(**TWO_LAYERS)
     model = wrap_model_with_mtp(
         wrap_transformer_with_etd(base, HALF),
-        MTPConfig(num_predict_tokens=2, speculation_lookahead=2),
+        MTPConfig(num_predict_tokens=1, speculation_lookahead=1),
     )
     score = model.backbone.think_loop.halting_unit.score.kernel
     score.assign(np.random.default_rng(7).normal(size=score.shape) * 0.4)
@@ -66,14 +70,15 @@ def test_speculation_is_greedy_and_one_iteration_is_the_base():
 
 def test_generation_is_the_uncached_forward_pass():
     _, model = pair()
-    (tokens,), _ = model.generate([PROMPTS[1]], 8, use_speculative=False)
-    whole = np.concatenate([PROMPTS[1], tokens])[None]
-    predicted = to_numpy(model(whole)).argmax(-1)[0]
-    np.testing.assert_array_equal(predicted[len(PROMPTS[1]) - 1 : -1], tokens)
+    tokens, _ = model.generate(PROMPTS, 10, use_speculative=False)
+    whole = pad([np.concatenate(parts) for parts in zip(PROMPTS, tokens)])
+    predicted = logits(model, **whole).argmax(-1)
+    for row, prompt, new in zip(predicted, PROMPTS, tokens):
+        np.testing.assert_array_equal(row[len(prompt) - 1 :][:10], new)
 
 
 def test_fit_and_evaluate_log_depth_and_evaluate_takes_one():
-    model = small(**TWO_LAYERS, etd=HALF.replace(warmup_steps=4))
+    model = small(**LIGHT, etd=ALONE.replace(warmup_steps=4))
     model.compile("sgd")
     logs = model.fit(IDS, epochs=3, batch_size=4, verbose=0).history
     assert NAMES <= set(logs)
@@ -113,8 +118,8 @@ def test_a_published_checkpoint_gets_a_loop_that_begins_as_the_base(tmp_path):
 
 
 def test_a_classifier_thinks_and_logs_it():
-    base = small(Qwen3NextClassifier, **TWO_LAYERS, num_labels=3)
-    model = wrap_transformer_with_etd(base, HALF.replace(ponder_cost=0.1))
+    base = small(Qwen3NextClassifier, **LIGHT, num_labels=3)
+    model = wrap_transformer_with_etd(base, ALONE.replace(ponder_cost=0.1))
     assert model.score is base.score
     model.compile("sgd", metrics=["accuracy"])
     logs = model.fit(IDS, np.array([0, 1, 2, 0]), verbose=0).history
@@ -127,7 +132,7 @@ def test_a_classifier_thinks_and_logs_it():
 def test_pondering_has_a_price():
     losses = []
     for cost in (0.0, 0.5):
-        model = small(**TWO_LAYERS, etd=HALF.replace(ponder_cost=cost))
+        model = small(**LIGHT, etd=ALONE.replace(ponder_cost=cost))
         output = model(IDS, labels=IDS)
         losses.append(float(output.loss))
     ponder = to_numpy(output.thinking.ponder)

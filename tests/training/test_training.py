@@ -1,22 +1,31 @@
 """Training: losses and gradients are the published ones, and what Keras offers works."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 
 from qwen3_next import Qwen3Next, Qwen3NextConfig, pack, pad
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
+from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.weight_table import weight_table
+from tests.support import oracles
 from tests.support.published import FIXTURES, published
 from tests.support.running import BACKEND
-from tests.support.small_models import ONE_LAYER, SMALL, TWO_LAYERS, random_ids, small
+from tests.support.small_models import ONE_LAYER, SMALL, TWO_LAYERS, logits, random_ids, small
 
 IDS = random_ids(4, 20)
+ROWS = [random_ids(13, seed=1), random_ids(7, seed=2)]
+# Without a loss over all rows of a batch.
+FREE = {**TWO_LAYERS, "router_aux_loss_coef": 0.0}
+# One layer, for what does not depend on layers.
+EXPERTS = {**ONE_LAYER, "layer_types": ("full_attention",)}
 
 
-def from_fixture(name, **options):
+def from_fixture(name):
     fields, tensors = published(name)
-    model = Qwen3Next(Qwen3NextConfig(**config_from_hugging_face(fields)), **options)
+    model = Qwen3Next(Qwen3NextConfig(**config_from_hugging_face(fields)))
     variables = {v.path: v for v in model.variables}
     for row in weight_table(model.config):
         variables[row.path].assign(row.layout.load([tensors[t] for t in row.tensors]))
@@ -54,13 +63,10 @@ def loss_and_gradients(model, inputs, labels):
     return float(value), None if aux is None else float(aux), grads
 
 
-@pytest.mark.parametrize(
-    "name, checkpointing",
-    [("next_grads", False), ("next_grads", True), ("qwen3_dense", False), ("qwen3_moe", False)],
-)
-def test_loss_and_all_gradients_are_those_of_transformers(name, checkpointing):
+@pytest.mark.parametrize("name", ["next_grads", "qwen3_dense", "qwen3_moe"])
+def test_loss_and_all_gradients_are_those_of_transformers(name):
     fixture = np.load(FIXTURES / f"{name}.npz")
-    model = from_fixture(name, gradient_checkpointing=checkpointing)
+    model = from_fixture(name)
     case = {
         key: fixture[f"case/train/{key}"]
         for key in ("input_ids", "attention_mask", "labels", "loss")
@@ -76,31 +82,44 @@ def test_loss_and_all_gradients_are_those_of_transformers(name, checkpointing):
         assert error < 1e-4, (row.path, error)
 
 
-def test_packed_gradients_are_the_sum_of_separate_ones():
-    model = small(router_aux_loss_coef=0.0, **TWO_LAYERS)
-    first, second = random_ids(13, seed=1), random_ids(7, seed=2)
-    batch = pack([first, second], length=20)
-    _, _, packed = loss_and_gradients(model, batch, batch["token_ids"])
-    batch = pad([first, second], length=20)
+def test_packed_gradients_are_the_sum_of_separate_ones_checkpointed_or_not():
+    batch = pack(ROWS, length=20)
+    _, _, packed = loss_and_gradients(small(**FREE), batch, batch["token_ids"])
+    batch = pad(ROWS, length=20)
     labels = np.where(batch["padding_mask"], batch["token_ids"], -100)
+    model = small(**FREE, gradient_checkpointing=True)
     _, _, separate = loss_and_gradients(model, batch, labels)
     for path, grad in packed.items():
         scale = np.abs(separate[path]).max()
         np.testing.assert_allclose(grad, separate[path], atol=5e-5 * scale, err_msg=path)
 
 
-def compiled_model(**options):
-    model = small(**TWO_LAYERS, **options)
-    model.compile(keras.optimizers.Adam(0.01))
-    return model
+@functools.cache
+def model():
+    """Compiled anew by every test, and trained by none."""
+    return small(**EXPERTS)
+
+
+@functools.cache
+def logits_of_rows():
+    return logits(model(), IDS)
+
+
+def evaluated(*data, sample_weight=None, **options):
+    """Results of one layer over a data set, compiled with some options."""
+    model().compile("sgd", **options)
+    return model().evaluate(*data, sample_weight=sample_weight, verbose=0, return_dict=True)
 
 
 def test_fit_learns_and_reports_expert_load():
-    model = compiled_model()
+    model = small(**TWO_LAYERS)
+    model.compile(keras.optimizers.Adam(0.01))
     history = model.fit(IDS, epochs=6, batch_size=2, verbose=0).history
     assert history["loss"][-1] < history["loss"][0] - 0.5
     assert all(1.0 <= value <= 5.0 for value in history["expert_load_max"])
     assert set(history) == {"loss", "expert_load_max", "expert_load_unused"}
+    with pytest.raises(ValueError, match="vocab_size=61"):
+        model.fit(np.full((2, 8), SMALL["vocab_size"]), verbose=0)
 
 
 def test_fit_on_tokens_alone_is_fit_on_shifted_labels():
@@ -108,97 +127,77 @@ def test_fit_on_tokens_alone_is_fit_on_shifted_labels():
     shifted = np.full((4, 20), -100)
     both = batch["padding_mask"][:, :-1] & batch["padding_mask"][:, 1:]
     shifted[:, :-1] = np.where(both, batch["token_ids"][:, 1:], -100)
-    alone, aligned = compiled_model(), compiled_model()
-    a = alone.evaluate(batch, verbose=0, return_dict=True)["loss"]
-    b = aligned.evaluate(batch, shifted, verbose=0, return_dict=True)["loss"]
-    c = float(alone(batch, labels=batch["token_ids"]).loss)
-    aux = float(alone(batch, labels=batch["token_ids"]).aux_loss)
-    np.testing.assert_allclose([a, c - 0.01 * aux], [b, b], rtol=1e-6)
+    a, b = evaluated(batch)["loss"], evaluated(batch, shifted)["loss"]
+    call = compile_with_weights(model(), lambda x: model()(x, labels=x["token_ids"]))
+    output = call({name: keras.ops.convert_to_tensor(x) for name, x in batch.items()})
+    c = float(output.loss) - 0.01 * float(output.aux_loss)  # `evaluate` leaves that out
+    np.testing.assert_allclose([a, c], [b, b], rtol=1e-6)
 
 
 def test_a_metric_sees_logits_and_leaves_the_loss_alone():
-    fused, with_logits = compiled_model(), small(**TWO_LAYERS)
-    with_logits.compile("sgd", metrics=["accuracy"], weighted_metrics=["accuracy"])
-    plain = with_logits.evaluate(IDS, verbose=0, return_dict=True)
-    np.testing.assert_allclose(
-        plain["loss"], fused.evaluate(IDS, verbose=0, return_dict=True)["loss"], rtol=1e-6
-    )
-    best = keras.ops.convert_to_numpy(fused(IDS)).argmax(-1)
-    expected = (best[:, :-1] == IDS[:, 1:]).mean()
-    np.testing.assert_allclose(plain["weighted_accuracy"], expected, rtol=1e-6)
+    metrics = {"metrics": ["accuracy"], "weighted_metrics": ["accuracy"]}
+    found = evaluated(IDS, **metrics)
+    labels = IDS[:, 1:]
+    flat = logits_of_rows()[:, :-1].reshape(labels.size, -1)
+    loss = oracles.cross_entropy(flat, labels.ravel()).mean()
+    np.testing.assert_allclose(found["loss"], loss, rtol=1e-6)
+    expected = (logits_of_rows().argmax(-1)[:, :-1] == labels).mean()
+    np.testing.assert_allclose(found["weighted_accuracy"], expected, rtol=1e-6)
 
 
 def test_a_custom_loss_gets_logits():
     def smoothed(labels, logits):
         return -keras.ops.mean(keras.ops.log_softmax(logits), axis=-1)
 
-    model = small(**TWO_LAYERS)
-    model.compile("sgd", loss=smoothed)
-    loss = model.evaluate(IDS, IDS, verbose=0, return_dict=True)["loss"]
-    logits = keras.ops.convert_to_numpy(model(IDS)).astype("float64")
+    logits = logits_of_rows().astype("float64")
     log_sum = np.log(np.exp(logits).sum(-1))
+    loss = evaluated(IDS, IDS, loss=smoothed)["loss"]
     np.testing.assert_allclose(loss, (log_sum - logits.mean(-1)).mean(), rtol=1e-5)
 
 
 def test_sample_weights_weigh_rows():
-    model = compiled_model()
     weight = np.array([0.0, 1.0, 0.0, 0.0], "float32")
     labels = random_ids(4, 20, seed=8)
-    weighted = model.evaluate(IDS, labels, sample_weight=weight, verbose=0, return_dict=True)
-    alone = model.evaluate(IDS[1:2], labels[1:2], verbose=0, return_dict=True)["loss"]
-    weighted = weighted["loss"]
+    weighted = evaluated(IDS, labels, sample_weight=weight)["loss"]
+    alone = oracles.cross_entropy(logits_of_rows()[1], labels[1]).mean()
     np.testing.assert_allclose(4 * weighted, alone, rtol=1e-5)
 
 
-def test_checkpointing_and_dropout_train():
-    model = compiled_model(gradient_checkpointing=True, dropout=0.1, attention_dropout=0.1)
-    history = model.fit(IDS, epochs=4, batch_size=2, verbose=0).history["loss"]
-    assert history[-1] < history[0]
-
-
 def test_gradients_accumulate_to_those_of_the_whole_batch():
-    whole, halves = (
-        small(router_aux_loss_coef=0.0, **TWO_LAYERS),
-        small(router_aux_loss_coef=0.0, **TWO_LAYERS),
-    )
+    start, whole, halves = (small(**{**EXPERTS, "router_aux_loss_coef": 0.0}) for _ in range(3))
     whole.compile(keras.optimizers.SGD(0.1))
     halves.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
     whole.fit(IDS, batch_size=4, shuffle=False, verbose=0)
     halves.fit(IDS, batch_size=2, shuffle=False, verbose=0)
-    start = small(**TWO_LAYERS)
     for first, *others in zip(*(m.trainable_variables for m in (start, whole, halves))):
         a, b = (keras.ops.convert_to_numpy(v - first) for v in others)
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(a).max(), err_msg=first.path)
 
 
-def test_mixed_precision_trains():
-    model = compiled_model(dtype="mixed_bfloat16")
+def test_mixed_precision_trains_with_checkpointing_and_dropout():
+    options = {"gradient_checkpointing": True, "dropout": 0.1, "attention_dropout": 0.1}
+    model = small(**TWO_LAYERS, **options, dtype="mixed_bfloat16")
+    model.compile(keras.optimizers.Adam(0.01))
     history = model.fit(IDS, epochs=5, batch_size=2, verbose=0).history["loss"]
     assert history[-1] < history[0] - 0.3
     assert {v.dtype for v in model.trainable_variables} == {"float32"}
 
 
 def test_losses_on_probabilities_are_refused():
-    model = small(**TWO_LAYERS)
     with pytest.raises(ValueError, match="from_logits"):
-        model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False))
-
-
-def test_token_ids_outside_the_vocabulary_stop_fit():
-    model = compiled_model()
-    with pytest.raises(ValueError, match="vocab_size=61"):
-        model.fit(np.full((2, 8), SMALL["vocab_size"]), verbose=0)
+        model().compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=False))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a property of TensorFlow's graphs")
 def test_rows_of_different_lengths_share_one_graph():
     import tensorflow as tf
 
-    rows = [IDS[:2, :9], IDS[:2, :20], IDS[:1, :14]]
+    rows = [IDS[:2, :9], IDS[:1, :14]]
     dataset = tf.data.Dataset.from_generator(
         lambda: iter(rows), output_signature=tf.TensorSpec((None, None), tf.int32)
     )
-    model = compiled_model()
+    model = small(**TWO_LAYERS)
+    model.compile(keras.optimizers.SGD(0.1))
     history = model.fit(dataset, epochs=3, verbose=0).history["loss"]
     assert history[-1] < history[0]
     outputs = model.predict(dataset.take(1), verbose=0)
