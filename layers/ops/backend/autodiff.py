@@ -151,7 +151,10 @@ def _tensorflow(forward, backward):
 
     def call(*inputs):
         inputs = tuple(tf.convert_to_tensor(x) for x in inputs)
-        return program(differentiable, *inputs)(*inputs)
+        # TensorFlow adds what a gradient within a graph needs to the outputs of the function that
+        # it differentiates there. An eager tape would take those for outputs that have gradients.
+        context = tf.executing_eagerly()
+        return program(differentiable, *inputs, context=context)(*inputs)
 
     return call
 

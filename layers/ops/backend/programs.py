@@ -8,7 +8,7 @@ graph. Here a gradient is registered once per op, and a program lives as long as
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import keras
@@ -20,7 +20,9 @@ _PROGRAMS: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
 
 
-def program(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
+def program(
+    function: Callable[..., Any], *args: Any, context: Hashable = None, **options: Any
+) -> Callable[..., Any]:
     """`tf.function(function, **options)` for arguments of the static shapes of `args`.
 
     One for all shapes would reuse a trace of unknown dims for known ones, and return shapes that
@@ -30,11 +32,12 @@ def program(function: Callable[..., Any], *args: Any, **options: Any) -> Callabl
     Args:
         function: Takes and returns nests of tensors; one that lives as long as the process.
         *args: Its arguments.
+        context: Programs of different contexts have nothing in common.
         **options: For `tf.function`.
     """
     import tensorflow as tf
 
-    key = function, *((x.dtype, *x.shape) for x in tf.nest.flatten(args))
+    key = function, context, *((x.dtype, *x.shape) for x in tf.nest.flatten(args))
     found = _PROGRAMS.get(key)
     if found is None:
         found = _PROGRAMS[key] = tf.function(function, autograph=False, **options)
