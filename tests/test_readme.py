@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests.support.memory import free_programs
 from tests.support.readme import README, blocks
 from tests.support.running import BACKEND
 
@@ -14,6 +15,7 @@ def test_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
     names = {}
     for block in blocks(several_devices=False):
         exec(compile(block, "README.md", "exec"), names)
+        free_programs()  # 4 GB in the end else
     assert [len(row) for row in names["tokens"]] == [8, 8]
     assert names["logits"].shape == (2, 3, 512)
     assert names["classifier"].num_labels == 2
