@@ -1,11 +1,14 @@
 """Routes through the think layers, and LoRA experts in them: exact for every mixture of rows."""
 
 import functools
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import pytest
 
 from qwen3_next import Qwen3NextBackbone, RouterAction
+from qwen3_next.layers.think_routing import Routes, run_routed
 from tests.support.routed_models import (
     IDS,
     KINDS,
@@ -21,7 +24,7 @@ from tests.support.routed_models import (
     broken_layer,
     shared_routed,
 )
-from tests.support.running import assert_close, eagerly, run, to_numpy
+from tests.support.running import BACKEND, assert_close, eagerly, run, to_numpy
 from tests.support.small_models import random_ids, small
 from tests.support.thinking_models import ETD, hidden, think
 
@@ -97,12 +100,40 @@ def test_padding_does_not_change_real_tokens(kind):
     assert_close(hidden(model, padded)[mask].reshape(whole.shape), whole, TOLERANCE)
 
 
-def test_a_layer_that_every_row_skips_is_not_computed():
+def test_a_layer_reaches_the_rows_that_run_it_and_no_others():
     with broken_layer(shared_routed("routes")) as model:
         found = hidden(model, {"token_ids": IDS, "route": np.zeros_like(ROUTE)})
         assert np.isfinite(found).all()
         found = hidden(model, {"token_ids": IDS, "route": ONE_RUNS})
         assert np.isfinite(found[:3]).all() and np.isnan(found[3]).all()
+
+
+class Turn(NamedTuple):
+    hidden: Any
+
+
+@pytest.mark.parametrize(("actions", "turns"), [([0, 0], []), ([0, 1], [0]), ([1, 2], [0, 1])])
+def test_a_turn_that_every_row_skips_is_not_computed(actions, turns):
+    computed = []
+
+    def run_turn(x, turn, active):
+        if BACKEND == "jax":  # which traces both ways of a choice
+            import jax
+
+            jax.debug.callback(lambda: computed.append(turn))
+        else:
+            computed.append(turn)
+        return Turn(x + 1.0)
+
+    x, real = keras.ops.zeros((2, 3, 4)), keras.ops.ones((2, 3), "bool")
+    routes = Routes(keras.ops.convert_to_tensor(np.array(actions, "int32")[:, None]), (), ())
+    first, _ = run_routed(run_turn, lambda x, turn: Turn(x), x, routes, 0, real)
+    to_numpy(first.hidden)
+    if BACKEND == "jax":
+        import jax
+
+        jax.effects_barrier()
+    assert sorted(computed) == turns
 
 
 @functools.cache
