@@ -73,7 +73,7 @@ def test_a_verified_pass_is_committed_for_every_turn():
         assert_close(found[row], whole[row, PROMPT + n : PROMPT + n + STEP], TOLERANCE)
 
 
-def test_a_layer_that_every_row_skips_is_not_computed():
+def test_with_a_cache_a_layer_reaches_the_rows_that_run_it_and_no_others():
     with broken_layer(shared_routed("routes")) as model:
         for route, rows in ((np.zeros_like(ROUTE), []), (ONE_RUNS, [3])):
             output = think(model, {"token_ids": IDS, "route": route}, model.init_cache(4, 32))

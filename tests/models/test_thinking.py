@@ -90,7 +90,7 @@ def test_one_iteration_is_the_base_to_the_bit_when_called_eagerly():
     np.testing.assert_array_equal(once, to_numpy(base(IDS)))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "token"])
 def test_padding_does_not_change_real_tokens(kind):
     model = shared_thinking(kind)
     whole = hidden(model, unpadded(IDS))
@@ -102,8 +102,9 @@ def test_padding_does_not_change_real_tokens(kind):
         assert (to_numpy(output.thinking.iterations)[~mask] == 0).all()
 
 
-def test_packed_is_separate():
-    model = shared_thinking("sequence")
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_packed_is_separate(kind):
+    model = shared_thinking(kind)
     segments = np.tile(np.repeat([0, 1, 2], [5, 1, LENGTH - 6]), (3, 1))
     packed = hidden(model, {"token_ids": IDS, "segment_ids": segments})
     for start, end in ((0, 5), (5, 6), (6, LENGTH)):
@@ -142,8 +143,9 @@ def test_cached_is_uncached(kind):
         np.testing.assert_array_equal(depth[row, real], iterations)
 
 
-def test_a_verified_pass_is_committed_for_all_iterations():
-    model, kept = shared_thinking("sequence"), [4, 2, 0]
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_a_verified_pass_is_committed_for_all_iterations(kind):
+    model, kept = shared_thinking(kind), [4, 2, 0]
     whole = hidden(model, unpadded(IDS))
     chunk = unpadded(IDS[:, :8])
     start = think(model, chunk, model.init_cache(3, 32)).cache
