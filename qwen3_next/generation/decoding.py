@@ -46,9 +46,9 @@ class Request(NamedTuple):
         request = self
         if self.drafting is not None:
             request = request._replace(drafting=self.drafting.with_kernel(model))
-        kernel = model.head_kernel()
-        dtypes = {standardize_dtype(kernel.dtype), model.compute_dtype}
-        products = steps if model.lm_head is not None else None  # embeddings lie turned round
+        kernel, tied = model.head_kernel(), model.lm_head is None
+        dtypes = {standardize_dtype(kernel.dtype), (model if tied else model.lm_head).compute_dtype}
+        products = None if tied else steps  # embeddings lie turned round
         if dtypes == {"float32"} and row_product.pays_to_turn(tokens, kernel, products):
             request = request._replace(turned_head=ops.transpose(kernel))
         return request
