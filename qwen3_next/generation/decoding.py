@@ -13,10 +13,12 @@ A carry is a named tuple with the fields `finished` `(B,)` bool, `new_tokens` `(
 from typing import Annotated, Any, NamedTuple, Protocol
 
 from keras import ops, tree
+from keras.backend import standardize_dtype
 
 from qwen3_next.generation.drafting import PendingPairs, extend_modules
 from qwen3_next.generation.prompts import PrefillChunk
 from qwen3_next.generation.sampling import Mode, Sampling, is_stop, sample
+from qwen3_next.layers.ops import row_product
 from qwen3_next.layers.ops.backend.loops import scatter_rows
 from qwen3_next.layers.ops.sequence import valid_lengths
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -31,11 +33,25 @@ class Request(NamedTuple):
         limit: `()` int32, most new tokens of a row.
         sampling: `Sampling`.
         drafting: `Drafting`, or `None` for plain decoding.
+        turned_head: `(V, D)`, the head's kernel turned round, or `None` to take it as it is.
     """
 
     limit: Tensor
     sampling: Sampling
     drafting: Any = None
+    turned_head: Annotated[Tensor, "V D"] | None = None
+
+    def for_steps(self, model: Any, tokens: int, steps: int) -> "Request":
+        """The same with what is made once for `steps` steps, which read `tokens` tokens each."""
+        request = self
+        if self.drafting is not None:
+            request = request._replace(drafting=self.drafting.with_kernel(model))
+        kernel, tied = model.head_kernel(), model.lm_head is None
+        dtypes = {standardize_dtype(kernel.dtype), (model if tied else model.lm_head).compute_dtype}
+        products = None if tied else steps  # embeddings lie turned round
+        if dtypes == {"float32"} and row_product.pays_to_turn(tokens, kernel, products):
+            request = request._replace(turned_head=ops.transpose(kernel))
+        return request
 
 
 class Caches(NamedTuple):
@@ -134,10 +150,18 @@ def first_token(
     return token, finished, ops.slice_update(new_tokens, (0, 0), token[:, None])
 
 
+def logits_of(model: Any, hidden: Annotated[Tensor, "... D"], request: Request) -> Tensor:
+    """Logits `(..., V)` of a step."""
+    if request.turned_head is None:
+        return model.logits(hidden)
+    return row_product.multiply_turned(hidden, request.turned_head)
+
+
 def decode(method: DecodingMethod, model: Any, carry: Any, request: Request) -> Any:
     """Steps until every row has finished."""
-    if request.drafting is not None:
-        request = request._replace(drafting=request.drafting.with_kernel(model))
+    batch, width = carry.new_tokens.shape
+    most = method.lookahead + 1
+    request = request.for_steps(model, tokens=batch * most, steps=width // most)
     fields = type(carry)
 
     def unfinished(*carry):

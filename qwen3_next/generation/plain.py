@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from qwen3_next.generation.decoding import Caches, Newest, Request, first_token
+from qwen3_next.generation.decoding import Caches, Newest, Request, first_token, logits_of
 from qwen3_next.generation.sampling import Mode, is_stop, sample
 from qwen3_next.generation.thinking_totals import no_totals, thinking_stats, with_tokens
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -53,7 +53,7 @@ class PlainDecoding:
         active = ops.logical_not(carry.finished)[:, None]
         inputs = {"token_ids": carry.token[:, None], "padding_mask": active}
         output = model.backbone(inputs, cache=carry.cache)
-        logits = model.logits(output.hidden[:, 0])
+        logits = logits_of(model, output.hidden[:, 0], request)
         token = sample(logits, request.sampling, carry.count, self.mode)
         count = carry.count + 1
         return PlainCarry(

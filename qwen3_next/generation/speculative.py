@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
-from qwen3_next.generation.decoding import Caches, Newest, Request, first_token
+from qwen3_next.generation.decoding import Caches, Newest, Request, first_token, logits_of
 from qwen3_next.generation.drafting import (
     Draft,
     PendingPairs,
@@ -120,7 +120,8 @@ class SpeculativeDecoding:
             cache=carry.caches.model,
             replayable=True,
         )
-        verdict = self.verify(model.logits(output.hidden), draft, request, seeds)
+        logits = logits_of(model, output.hidden, request)
+        verdict = self.verify(logits, draft, request, seeds)
         carry = carry._replace(caches=carry.caches._replace(modules=module_caches), pairs=pairs)
         return self.commit(model, carry, output, draft, verdict, request)
 

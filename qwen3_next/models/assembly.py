@@ -185,12 +185,15 @@ def _make_moe(config, policy):
 
 
 def check_head(name: str, head: Any, shape: tuple[int, int]) -> None:
-    """Raises `ValueError` for a head that is shared but has no kernel of this shape."""
+    """Raises `ValueError` for a head that is shared but does more than to multiply by a kernel of
+    this shape: losses and decoding read the kernel alone."""
     found = tuple(getattr(getattr(head, "kernel", None), "shape", ()))
-    if found != shape:
+    bias, activation = getattr(head, "bias", None), getattr(head, "activation", None)
+    if found != shape or bias is not None or activation is not keras.activations.linear:
         raise ValueError(
-            f"`{name}` must be None or a built Dense with a kernel of shape {shape}. "
-            f"Received: {name}={head}, with a kernel of shape {found or None}"
+            f"`{name}` must be None or a built Dense with a kernel of shape {shape}, without bias "
+            f"and activation. Received: {name}={head}, with a kernel of shape {found or None}, "
+            f"{bias=}, {activation=}"
         )
 
 

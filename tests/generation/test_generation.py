@@ -5,10 +5,20 @@ import functools
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 from qwen3_next import pad
+from qwen3_next.generation.decoding import Request
 from qwen3_next.generation.generator import Generator
-from tests.support.small_models import TWO_LAYERS, logits, random_ids, small
+from qwen3_next.layers.ops import row_product
+from tests.support.small_models import (
+    ONE_LAYER,
+    TWO_LAYERS,
+    logits,
+    random_ids,
+    small,
+    with_turned_heads,
+)
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
 NEW = 14
@@ -48,6 +58,31 @@ def test_rows_generate_what_they_generate_alone(greedy):
 def test_long_prompts_are_read_in_chunks(greedy):
     tokens, _ = Generator(shared(), prefill_chunk=16).generate(PROMPTS, max_new_tokens=NEW)
     np.testing.assert_array_equal(tokens, greedy.tokens)
+
+
+def test_a_head_turned_round_gives_the_same_tokens(greedy, monkeypatch):
+    used = with_turned_heads(monkeypatch)
+    tokens, _ = Generator(shared()).generate(PROMPTS, max_new_tokens=NEW)
+    np.testing.assert_array_equal(tokens, greedy.tokens)
+    assert len(used) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "often", "seldom"),
+    [
+        ({}, True, False),
+        ({"tie_word_embeddings": True}, True, True),
+        ({"dtype": "mixed_bfloat16"}, False, False),
+    ],
+)
+def test_a_head_is_turned_round_where_that_pays(fields, often, seldom, monkeypatch):
+    monkeypatch.setattr(row_product, "SMALLEST_TURNED", 1)
+    model = small(**ONE_LAYER, **fields)
+    for steps, turned in ((16, often), (15, seldom)):
+        found = Request(None, None).for_steps(model, tokens=4, steps=steps).turned_head
+        assert (found is not None) == turned
+        if turned:
+            np.testing.assert_array_equal(found, ops.transpose(model.head_kernel()))
 
 
 def test_a_row_ends_with_its_first_stop_token(greedy):

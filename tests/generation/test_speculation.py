@@ -10,13 +10,14 @@ from keras import ops
 
 from qwen3_next import MTPConfig
 from qwen3_next.generation.decoding import Request
+from qwen3_next.generation.generator import Generator
 from qwen3_next.generation.prompts import read_prompts
 from qwen3_next.generation.sampling import GREEDY, make_sampling
 from qwen3_next.generation.speculation_options import SpeculationOptions
 from qwen3_next.generation.speculative import SpeculativeDecoding
 from tests.support.mtp_models import LIGHT
 from tests.support.running import assert_close
-from tests.support.small_models import TWO_LAYERS, random_ids, small
+from tests.support.small_models import TWO_LAYERS, random_ids, small, with_turned_heads
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 23, 1)]
 NEW = 13
@@ -44,6 +45,13 @@ def test_greedy_gives_the_tokens_of_plain_decoding(lookahead, plain):
     assert_same(tokens, plain.tokens)
     assert stats["verify_steps"] <= NEW - 1
     assert len(stats["acceptance_rate_by_position"]) == lookahead
+
+
+def test_a_head_turned_round_gives_the_same_tokens(plain, monkeypatch):
+    used = with_turned_heads(monkeypatch)
+    found = Generator(model()).generate(PROMPTS, NEW, speculation_lookahead=3)
+    assert_same(found.tokens, plain.tokens)
+    assert len(used) == 1
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,12 @@ def test_a_backbone_of_other_sizes_is_refused():
     backbone = small(Qwen3NextBackbone, **ONE_LAYER)
     with pytest.raises(ValueError, match=r"backbone.*Received"):
         Qwen3Next(backbone.config.replace(hidden_size=32), backbone=backbone)
-    head = keras.layers.Dense(7, use_bias=False)
-    head.build((None, SMALL["hidden_size"]))
-    with pytest.raises(ValueError, match=r"lm_head.*Received"):
-        Qwen3Next(backbone.config, backbone=backbone, lm_head=head)
+    vocab = SMALL["vocab_size"]
+    for units, options in ((7, {}), (vocab, {"use_bias": True}), (vocab, {"activation": "relu"})):
+        head = keras.layers.Dense(units, **{"use_bias": False, **options})
+        head.build((None, SMALL["hidden_size"]))
+        with pytest.raises(ValueError, match=r"`lm_head` must be.*without bias.*Received"):
+            Qwen3Next(backbone.config, backbone=backbone, lm_head=head)
 
 
 def test_parts_to_share_are_those_of_the_configuration():

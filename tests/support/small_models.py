@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from qwen3_next import Qwen3Next
+from qwen3_next.layers.ops import row_product
 from qwen3_next.models.compiled import compile_with_weights
 
 # One layer of each kind of mixer and of feed-forward network, all sizes different.
@@ -66,6 +67,15 @@ def logits(model, token_ids, padding_mask=None, segment_ids=None):
         inputs["segment_ids"] = np.asarray(segment_ids, "int32")
     inputs = {key: keras.ops.convert_to_tensor(value) for key, value in inputs.items()}
     return keras.ops.convert_to_numpy(_forward(model)(inputs))
+
+
+def with_turned_heads(monkeypatch):
+    """Turns every head round, which pays for large ones alone; a list with an item per product."""
+    monkeypatch.setattr(row_product, "SMALLEST_TURNED", 1)
+    monkeypatch.setattr(row_product, "PRODUCTS", 1)
+    used, product = [], row_product.multiply_turned
+    monkeypatch.setattr(row_product, "multiply_turned", lambda *xs: used.append(1) or product(*xs))
+    return used
 
 
 def random_ids(*shape, seed=0, vocab_size=SMALL["vocab_size"]):

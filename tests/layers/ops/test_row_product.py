@@ -89,6 +89,33 @@ def test_large_kernels_pay_for_one_row_alone(rows):
     assert row_product.pays(rows, ops.cast(kernel, "bfloat16"))
 
 
+@pytest.mark.portable
+@pytest.mark.parametrize("places", [(3,), (2, 4)])
+def test_a_kernel_turned_round_gives_the_same_products(places):
+    rng = np.random.default_rng(4)
+    rows, kernel = (rng.normal(size=s).astype("float32") for s in ((*places, 40), (40, 24)))
+    found = run(row_product.multiply_turned, rows, kernel.T.copy())
+    assert_close(found, rows.astype("float64") @ kernel, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("rows", "products", "pays"),
+    [
+        (3, 16, True),
+        (32, 16, True),
+        (2, 16, False),
+        (33, 16, False),
+        (4, 15, False),
+        (4, None, True),
+        (2, None, False),
+    ],
+)
+def test_large_kernels_are_turned_round_for_a_few_rows_and_many_products(rows, products, pays):
+    kernel = np.empty((2**10, 2**13), "float32")
+    assert row_product.pays_to_turn(rows, kernel, products) == pays
+    assert not row_product.pays_to_turn(rows, kernel[1:], products)
+
+
 def projections():
     return {
         "dense": (dense(LARGE, 0.1, "dense", "float32"), (LARGE,)),
