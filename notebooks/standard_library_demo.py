@@ -70,11 +70,11 @@ def baselines(train, held_out):
     )
 
 
-def build_model():
+def build_model(layers=4):
     return Qwen3Next(
         vocab_size=VOCAB_SIZE,
         hidden_size=192,
-        num_layers=4,
+        num_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,

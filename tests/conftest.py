@@ -26,6 +26,12 @@ def pytest_configure(config):
     set_xla_flags(devices, getattr(config, "cache", None))
 
 
+def pytest_collection_finish():
+    # What is imported stays: no search for garbage need look through it again.
+    gc.collect()
+    gc.freeze()
+
+
 def needs_several_devices(argument):
     """Whether an argument of pytest names tests of several devices, not just all tests."""
     return Path(str(argument).partition("::")[0]).resolve().is_relative_to(SEVERAL_DEVICES)

@@ -13,6 +13,7 @@ SMALL = {
         "NEW_TOKENS": "6",
         "FILES": "6",
         "DRAFTS": "2",
+        "LAYERS": "1",
     },
     "think_loop": {
         "SEEDS": "1",
@@ -24,10 +25,11 @@ SMALL = {
         "SEEDS": "1",
         "STEPS": "3",
         "BATCH": "4",
-        "WORDS": "9",
+        "WORDS": "18",
         "SIMULATIONS": "1",
-        "LAYERS": "4",
-        "TRAINED": "2",
+        "LAYERS": "3",
+        "TRAINED": "1",
+        "THINKING": "1",
     },
     "qwen3_to_hybrid": {
         "TEACHER_STEPS": "2",
@@ -37,7 +39,7 @@ SMALL = {
         "HELD_OUT": "4",
         "FILES": "6",
         "LAYERS": "4",
-        "STUDENTS": "2",
+        "STUDENTS": "1",
     },
     "many_devices": {
         "EPOCHS": "2",

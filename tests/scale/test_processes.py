@@ -1,11 +1,9 @@
 """Two processes of four devices do what one process of eight does."""
 
-import functools
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from tests.support.xla_flags import FASTER
 pytestmark = jax_only
 
 # Two replicas in each process, and one that spans both.
-MESHES = [(4, 2, 1), (1, 2, 4)]
+MESHES = ["4,2,1", "1,2,4"]
 SECONDS = 400
 
 
@@ -29,16 +27,17 @@ def free_port():
         return found.getsockname()[1]
 
 
-@functools.cache
-def run(sizes):
-    """What each of two processes found, and the folder that they saved to."""
-    kept = tempfile.TemporaryDirectory()
-    folder = kept.name
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes left, one folder for each mesh."""
+    folder = tmp_path_factory.mktemp("processes")
+    for mesh in MESHES:
+        (folder / mesh).mkdir()
     environment = {**os.environ, "XLA_FLAGS": FASTER}
-    common = ["2", str(free_port()), *map(str, sizes)]
+    common = ["2", str(free_port()), *MESHES]
     started = []
     for process in range(2):
-        command = [sys.executable, "-m", "tests.support.process_runs", folder, str(process)]
+        command = [sys.executable, "-m", "tests.support.process_runs", str(folder), str(process)]
         with open(f"{folder}/log-{process}", "w") as log:
             options = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": log}
             started.append(subprocess.Popen([*command, *common], **options))
@@ -48,7 +47,11 @@ def run(sizes):
         for process in started:
             process.kill()
     assert codes == [0, 0], open(f"{folder}/log-0").read()[-4000:]
-    return [dict(np.load(f"{folder}/found-{i}.npz")) for i in range(2)], kept
+    return folder
+
+
+def found_by(folder, mesh):
+    return [dict(np.load(folder / mesh / f"found-{process}.npz")) for process in range(2)]
 
 
 def rows_together(parts, rows, replicas):
@@ -59,28 +62,24 @@ def rows_together(parts, rows, replicas):
     return np.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
 
 
-@functools.cache
-def one_process():
-    with distribution_of("data=2,expert=4"):
-        return train(0, 1, 2)[1]
-
-
 @eight_devices
-@pytest.mark.parametrize("sizes", MESHES)
-def test_two_processes_learn_what_one_learns(sizes):
-    one = one_process()
-    both, _ = run(sizes)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_two_processes_learn_what_one_learns(folder, mesh):
+    replicas = int(mesh[0])
+    with distribution_of("data=2,expert=4"):
+        _, one = train(0, 1, replicas)
+    both = found_by(folder, mesh)
     for name in ("losses", "evaluated", "on_batch"):
         for found in both:
             np.testing.assert_allclose(found[name], one[name], rtol=1e-5)
     for name, rows in (("predicted", BATCHES), ("predicted_on_batch", 1)):
-        together = rows_together([found[name] for found in both], rows, sizes[0])
+        together = rows_together([found[name] for found in both], rows, replicas)
         np.testing.assert_allclose(together, one[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_what_one_process_saves_all_load_to_the_bit(sizes):
-    for found in run(sizes)[0]:
+@pytest.mark.parametrize("mesh", MESHES)
+def test_what_one_process_saves_all_load_to_the_bit(folder, mesh):
+    for found in found_by(folder, mesh):
         assert [found[name] for name in ("preset", "published", "keras")] == [0, 0, 0]
         assert found["steps"] == 2 * BATCHES
         names = {"model.keras", "model.weights.h5", "preset", "published"}
@@ -88,16 +87,16 @@ def test_what_one_process_saves_all_load_to_the_bit(sizes):
         assert not any(name.startswith(".writing") for name in found["saved"])
 
 
-def test_one_device_loads_what_two_processes_saved():
-    found, folder = run(MESHES[0])
-    model = Qwen3Next.from_preset(f"{folder.name}/preset", progress=False)
+def test_one_device_loads_what_two_processes_saved(folder):
+    found = found_by(folder, MESHES[0])
+    model = Qwen3Next.from_preset(folder / MESHES[0] / "preset", progress=False)
     rows = np.random.default_rng(0).integers(0, 64, (BATCHES, 8, 8)).reshape(-1, 8)
     predicted = rows_together([part["predicted"] for part in found], BATCHES, 2)
     np.testing.assert_allclose(model.predict(rows, verbose=0), predicted, atol=1e-5)
 
 
-def test_no_process_is_left_waiting():
-    first, second = run(MESHES[0])[0]
+def test_no_process_is_left_waiting(folder):
+    first, second = found_by(folder, MESHES[0])
     assert (first["failure"], second["failure"]) == ("NotADirectoryError", "OSError")
     assert "Other processes refused their data" in str(first["wrong"])
     assert "Received ids from 64" in str(second["wrong"])

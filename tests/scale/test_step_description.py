@@ -26,23 +26,17 @@ ROWS, LENGTH = 8, 1024
 
 
 @functools.cache
-def step(mesh, fsdp=False):
-    return describe_step(PUBLISHED, mesh, batch_size=ROWS, length=LENGTH, fsdp=fsdp)
+def step(mesh):
+    return describe_step(PUBLISHED, mesh, batch_size=ROWS, length=LENGTH)
 
 
 @eight_devices
 @pytest.mark.parametrize(
-    ("mesh", "fsdp", "most"),
-    [
-        ("data=8", False, 1.001),
-        ("data=8", True, 1.05),
-        ("expert=8", False, 1.01),
-        ("data=2,expert=4", False, 1.01),
-        ("data=2,expert=2,tensor=2", False, 1.15),
-    ],
+    ("mesh", "most"),
+    [("data=8", 1.001), ("expert=8", 1.01), ("data=2,expert=2,tensor=2", 1.15)],
 )
-def test_a_step_receives_what_it_must_and_little_more(mesh, fsdp, most):
-    found = step(mesh, fsdp)
+def test_a_step_receives_what_it_must_and_little_more(mesh, most):
+    found = step(mesh)
     assert found.received <= most * sum(found.least.values())
 
 
@@ -96,9 +90,8 @@ def test_a_step_is_printed_with_the_least_beside_it():
 
 @jax_only
 def test_what_is_not_reckoned_has_no_least():
-    config = SMALL.replace(
-        num_layers=1, mlp_only_layers=(), mtp=MTPConfig(1, speculation_lookahead=1)
-    )
+    mtp = MTPConfig(1, speculation_lookahead=1)
+    config = SMALL.replace(num_layers=1, mlp_only_layers=(), num_experts=0, mtp=mtp)
     assert describe_step(config, "data=1", batch_size=1, length=16).least == {}
 
 

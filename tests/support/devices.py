@@ -1,7 +1,6 @@
 """Several devices for tests: simulated ones, which `tests/conftest.py` sets for `tests/scale`."""
 
 import contextlib
-import gc
 
 import keras
 import numpy as np
@@ -48,7 +47,6 @@ def distribution_of(mesh, **options):
         yield distribute(mesh, devices=devices, **options)
     finally:
         keras.distribution.set_distribution(before)
-        gc.collect()  # models hold their weights until then
 
 
 def shard_shapes(variable):

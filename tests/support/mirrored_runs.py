@@ -71,13 +71,12 @@ CASES = {
         (INPUTS, CLASSES),
         {"metrics": ["accuracy"]},
     ),
-    "dense, accumulated and clipped": (
-        partial(small, **DENSE),
+    "thinking, accumulated and clipped": (
+        partial(routed, Qwen3Next, **THINKING),
         partial(adamw, gradient_accumulation_steps=2, global_clipnorm=0.5),
-        (INPUTS, LABELS),
+        (INPUTS,),
         {},
     ),
-    "thinking": (partial(routed, Qwen3Next, **THINKING), adamw, (INPUTS,), {}),
 }
 # Programs take long to trace: what is common to all cases is run for one of them.
 COMPARED, GENERATED = ("experts",), ("tied mtp",)

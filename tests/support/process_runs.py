@@ -1,8 +1,9 @@
 """Runs one of several processes that train, save and load a model together.
 
-    python -m tests.support.process_runs FOLDER PROCESS PROCESSES PORT DATA EXPERT TENSOR
+    python -m tests.support.process_runs FOLDER PROCESS PROCESSES PORT MESH...
 
-There are eight devices in all. What a process found is left in FOLDER, `found-PROCESS.npz`.
+There are eight devices in all. For each mesh, as `DATA,EXPERT,TENSOR`, what a process found is left
+in FOLDER/MESH, `found-PROCESS.npz`.
 """
 
 import os
@@ -15,8 +16,7 @@ BATCHES, BATCH, LENGTH = 2, 8, 8
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
-    "num_layers": 2,
-    "full_attention_interval": 2,
+    "num_layers": 1,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
     "head_dim": 8,
@@ -25,6 +25,8 @@ SIZES = {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
+# A Gated DeltaNet for the mesh with more replicas, attention for the other: one layer is traced.
+INTERVALS = {4: 4, 1: 1}
 
 
 def rows_of(process, processes, replicas):
@@ -53,7 +55,7 @@ def train(process, processes, replicas):
 
     x, batch = rows_of(process, processes, replicas)
     keras.utils.set_random_seed(0)
-    model = Qwen3Next.from_variant("tiny", **SIZES)
+    model = Qwen3Next.from_variant("tiny", **SIZES, full_attention_interval=INTERVALS[replicas])
     model.compile(keras.optimizers.AdamW(1e-3))
     history = model.fit(x, batch_size=batch, epochs=2, shuffle=False, verbose=0).history
     found = {
@@ -122,7 +124,7 @@ def fails_together(model, folder):
     return ""
 
 
-def main(folder, process, processes, port, *sizes):
+def main(folder, process, processes, port, meshes):
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} "
         f"--xla_force_host_platform_device_count={DEVICES // processes}"
@@ -134,13 +136,14 @@ def main(folder, process, processes, port, *sizes):
         keras.distribution.initialize(f"localhost:{port}", processes, process)
     from qwen3_next import distribute
 
-    mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-    with distribute(mesh).scope():
-        model, found = train(process, processes, sizes[0])
-        found |= files(model, folder)
-        found["failure"] = fails_together(model, folder)
-    np.savez(f"{folder}/found-{process}.npz", **found)
+    for mesh in meshes:
+        sizes = [int(size) for size in mesh.split(",")]
+        with distribute(",".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))).scope():
+            model, found = train(process, processes, sizes[0])
+            found |= files(model, f"{folder}/{mesh}")
+            found["failure"] = fails_together(model, f"{folder}/{mesh}")
+        np.savez(f"{folder}/{mesh}/found-{process}.npz", **found)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    main(sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5:])

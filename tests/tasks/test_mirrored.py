@@ -14,7 +14,7 @@ from tests.support.running import BACKEND
 from tests.support.small_models import ONE_LAYER, small
 
 pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="a strategy of TensorFlow")
-CASES = ("experts", "tied mtp", "classifier", "dense, accumulated and clipped", "thinking")
+CASES = ("experts", "tied mtp", "classifier", "thinking, accumulated and clipped")
 
 
 @pytest.fixture(scope="module")
