@@ -7,6 +7,7 @@ import numpy as np
 
 from qwen3_next import Qwen3Next
 from qwen3_next.models.compiled import compile_with_weights
+from tests.support.running import CHEAPEST
 
 # One layer of each kind of mixer and of feed-forward network, all sizes different.
 SMALL = {
@@ -59,13 +60,23 @@ def _forward(model):
 
 def logits(model, token_ids, padding_mask=None, segment_ids=None):
     """`model(inputs)` through a compiled call, as NumPy."""
+    return _logits(_forward(model), token_ids, padding_mask, segment_ids)
+
+
+def logits_once(model, token_ids, padding_mask=None, segment_ids=None):
+    """The same of a model that is not called often enough to be worth a program of its own."""
+    forward = model if CHEAPEST == "eager" else _forward(model)
+    return _logits(forward, token_ids, padding_mask, segment_ids)
+
+
+def _logits(forward, token_ids, padding_mask, segment_ids):
     inputs = {"token_ids": np.asarray(token_ids, "int32")}
     if padding_mask is not None:
         inputs["padding_mask"] = np.asarray(padding_mask, bool)
     if segment_ids is not None:
         inputs["segment_ids"] = np.asarray(segment_ids, "int32")
     inputs = {key: keras.ops.convert_to_tensor(value) for key, value in inputs.items()}
-    return keras.ops.convert_to_numpy(_forward(model)(inputs))
+    return keras.ops.convert_to_numpy(forward(inputs))
 
 
 def random_ids(*shape, seed=0, vocab_size=SMALL["vocab_size"]):
