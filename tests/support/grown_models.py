@@ -6,10 +6,9 @@ import keras
 import numpy as np
 
 from qwen3_next import MTPConfig
-from qwen3_next.models.compiled import compile_with_weights
 from tests.support.mtp_models import DENSE, step_logits
-from tests.support.running import CHEAPEST, CHEAPEST_STEPS
-from tests.support.small_models import TWO_LAYERS, random_ids, small
+from tests.support.running import CHEAPEST_STEPS
+from tests.support.small_models import TWO_LAYERS, called_once, random_ids, small
 
 HYBRID = {**TWO_LAYERS, "mlp_only_layers": (1,)}  # an MoE layer with a shared expert, a dense one
 # As Qwen3 is, without the gate and the rest.
@@ -49,19 +48,14 @@ def kind(name):
 
 def all_logits(model, token_ids=IDS):
     """Logits of the model and of its MTP steps, one behind the other, `(tokens, vocab)`."""
-    found = _compiled(model)(keras.ops.convert_to_tensor(token_ids))
+    found = called_once(_all_logits, model)(keras.ops.convert_to_tensor(token_ids))
     rows = [keras.ops.convert_to_numpy(logits) for logits in found]
     return np.concatenate([logits.reshape(-1, logits.shape[-1]) for logits in rows])
 
 
-@functools.cache
-def _compiled(model):
-    steps = step_logits if model.config.mtp is not None else lambda *_: ()
-
-    def call(ids):
-        return model(ids), *steps(model, ids)
-
-    return call if CHEAPEST == "eager" else compile_with_weights(model, call)
+def _all_logits(model, token_ids):
+    steps = () if model.config.mtp is None else step_logits(model, token_ids)
+    return model(token_ids), *steps
 
 
 @functools.cache
