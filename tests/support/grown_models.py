@@ -6,9 +6,9 @@ import keras
 import numpy as np
 
 from qwen3_next import MTPConfig
-from qwen3_next.models.compiled import compile_with_weights
 from tests.support.mtp_models import DENSE, step_logits
-from tests.support.small_models import TWO_LAYERS, random_ids, small
+from tests.support.running import CHEAPEST_STEPS
+from tests.support.small_models import TWO_LAYERS, called_once, random_ids, small
 
 HYBRID = {**TWO_LAYERS, "mlp_only_layers": (1,)}  # an MoE layer with a shared expert, a dense one
 # As Qwen3 is, without the gate and the rest.
@@ -48,15 +48,14 @@ def kind(name):
 
 def all_logits(model, token_ids=IDS):
     """Logits of the model and of its MTP steps, one behind the other, `(tokens, vocab)`."""
-    found = _compiled(model)(keras.ops.convert_to_tensor(token_ids))
+    found = called_once(_all_logits, model)(keras.ops.convert_to_tensor(token_ids))
     rows = [keras.ops.convert_to_numpy(logits) for logits in found]
     return np.concatenate([logits.reshape(-1, logits.shape[-1]) for logits in rows])
 
 
-@functools.cache
-def _compiled(model):
-    steps = step_logits if model.config.mtp is not None else lambda *_: ()
-    return compile_with_weights(model, lambda ids: (model(ids), *steps(model, ids)))
+def _all_logits(model, token_ids):
+    steps = () if model.config.mtp is None else step_logits(model, token_ids)
+    return model(token_ids), *steps
 
 
 @functools.cache
@@ -78,7 +77,7 @@ def assert_unchanged(model, before):
 def assert_learns(model, token_ids=IDS):
     """A step of training gives a finite loss and moves every matrix of the model."""
     before = dict(snapshot(model))
-    model.compile(keras.optimizers.SGD(0.1))
+    model.compile(keras.optimizers.SGD(0.1), **CHEAPEST_STEPS)
     assert np.isfinite(model.train_on_batch(token_ids))
     for path, value in snapshot(model):
         if path.endswith("kernel"):

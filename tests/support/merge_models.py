@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from qwen3_next.transfer.named_weights import NamedWeights, assign, rebuilt
-from tests.support.small_models import TWO_LAYERS, logits, random_ids, small
+from tests.support.small_models import TWO_LAYERS, logits_once, random_ids, small
 
 IDS = random_ids(2, 7)
 
@@ -72,7 +72,7 @@ def probed_logits(model):
     variables = {variable.path: variable for variable in probe.weights}
     for path, array in NamedWeights(model).items():
         assign(variables[path], array)
-    return logits(probe, IDS)
+    return logits_once(probe, IDS)
 
 
 def assert_same_function(model, other):

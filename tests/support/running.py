@@ -21,6 +21,8 @@ MODES = {"jax": ["jit"], "tensorflow": ["eager", "graph", "xla"], "torch": ["eag
 DEFAULT = MODES[-1]
 # The way with the fewest programs: one on JAX, which has one for every operation else.
 CHEAPEST = MODES[0]
+# Options of a model's `compile` that run its steps in that way.
+CHEAPEST_STEPS = {"run_eagerly": CHEAPEST == "eager"}
 
 
 def run(function, *arrays, mode=DEFAULT):

@@ -8,6 +8,7 @@ import numpy as np
 from qwen3_next import Qwen3Next
 from qwen3_next.layers.ops import row_product
 from qwen3_next.models.compiled import compile_with_weights
+from tests.support.running import CHEAPEST, run_to_tensors
 
 # One layer of each kind of mixer and of feed-forward network, all sizes different.
 SMALL = {
@@ -60,13 +61,56 @@ def _forward(model):
 
 def logits(model, token_ids, padding_mask=None, segment_ids=None):
     """`model(inputs)` through a compiled call, as NumPy."""
+    return _logits(_forward(model), token_ids, padding_mask, segment_ids)
+
+
+def logits_once(model, token_ids, padding_mask=None, segment_ids=None):
+    """The same of a model that is not called often enough to be worth a program of its own."""
+    return _logits(called_once(_call, model), token_ids, padding_mask, segment_ids)
+
+
+def called_once(function, model):
+    """`function(model, inputs)` of the inputs, in the way with the fewest programs.
+
+    Models of one configuration share one, which takes the variables.
+    """
+    if CHEAPEST == "eager":
+        return functools.partial(function, model)
+    names = tuple(variable.path for variable in model.variables)
+    key = function, type(model), model.config, model.dtype_policy.name, names
+    if key not in _programs():
+        _programs()[key] = _with_variables(function, model)
+    values = [variable.value for variable in model.variables]
+    return lambda inputs: run_to_tensors(_programs()[key], values, inputs, mode=CHEAPEST)
+
+
+@functools.cache
+def _programs():
+    return {}
+
+
+def _with_variables(function, model):
+    variables = model.variables
+
+    def call(values, inputs):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            return function(model, inputs)
+
+    return call
+
+
+def _call(model, inputs):
+    return model(inputs)
+
+
+def _logits(forward, token_ids, padding_mask, segment_ids):
     inputs = {"token_ids": np.asarray(token_ids, "int32")}
     if padding_mask is not None:
         inputs["padding_mask"] = np.asarray(padding_mask, bool)
     if segment_ids is not None:
         inputs["segment_ids"] = np.asarray(segment_ids, "int32")
     inputs = {key: keras.ops.convert_to_tensor(value) for key, value in inputs.items()}
-    return keras.ops.convert_to_numpy(_forward(model)(inputs))
+    return keras.ops.convert_to_numpy(forward(inputs))
 
 
 def with_turned_heads(monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 
 from qwen3_next import MTPConfig
 from tests.support.mtp_models import DENSE, LIGHT
-from tests.support.running import BACKEND
-from tests.support.small_models import ONE_LAYER, logits, random_ids, small
+from tests.support.running import BACKEND, CHEAPEST_STEPS
+from tests.support.small_models import ONE_LAYER, logits_once, random_ids, small
 
 IDS = random_ids(2, 12)
 
@@ -17,7 +17,7 @@ IDS = random_ids(2, 12)
 @pytest.fixture(scope="module")
 def model():
     model = small(**{**ONE_LAYER, "layer_types": ("full_attention",)})
-    model.compile("sgd")
+    model.compile("sgd", **CHEAPEST_STEPS)
     return model
 
 
@@ -31,7 +31,7 @@ def test_a_compiled_loss_alone_is_one_number(model):
 
 def test_compiled_metrics_stand_behind_the_loss():
     model = small(**LIGHT, mtp=MTPConfig(num_predict_tokens=1, speculation_lookahead=1))
-    model.compile("sgd", weighted_metrics=["sparse_categorical_accuracy"])
+    model.compile("sgd", weighted_metrics=["sparse_categorical_accuracy"], **CHEAPEST_STEPS)
     named = model.evaluate(IDS, verbose=0, return_dict=True)
     assert len(named) == 4
     expected = [named["loss"], named["sparse_categorical_accuracy"]]
@@ -87,4 +87,4 @@ def test_a_model_is_exported_without_a_signature(tmp_path):
     artifact = tf.saved_model.load(tmp_path / "artifact")
     ids = random_ids(1, 16) if BACKEND == "jax" else random_ids(3, 7)
     found = artifact.serve(tf.constant(ids, "int32"))
-    np.testing.assert_allclose(found, logits(model, ids), atol=1e-5)
+    np.testing.assert_allclose(found, logits_once(model, ids), atol=1e-5)

@@ -8,6 +8,7 @@ import pytest
 
 from qwen3_next import Qwen3Next
 from tests.support.memory import free_programs
+from tests.support.running import CHEAPEST_STEPS
 from tests.support.small_models import random_ids
 
 
@@ -16,12 +17,12 @@ def checksums(model):
     return [zlib.crc32(np.ascontiguousarray(array).tobytes()) for array in arrays]
 
 
-@pytest.mark.parametrize("variant", ["tiny", "small"])
-def test_a_variant_builds_fits_saves_loads_and_generates(variant, tmp_path):
+@pytest.mark.parametrize(("variant", "options"), [("tiny", {}), ("small", CHEAPEST_STEPS)])
+def test_a_variant_builds_fits_saves_loads_and_generates(variant, options, tmp_path):
     keras.utils.set_random_seed(0)
     model = Qwen3Next.from_variant(variant, vocab_size=512, num_layers=2, full_attention_interval=2)
     assert len(set(model.config.layer_types)) == 2
-    model.compile(keras.optimizers.SGD(0.01))
+    model.compile(keras.optimizers.SGD(0.01), **options)
     before = keras.ops.convert_to_numpy(model.head_kernel())
     history = model.fit(random_ids(2, 16, vocab_size=512), verbose=0).history
     assert np.isfinite(history["loss"]).all()

@@ -5,25 +5,27 @@ import numpy as np
 import pytest
 
 from qwen3_next import GroupedAdamW
-from tests.support.small_models import ONE_LAYER, random_ids, small
+from tests.support.mtp_models import LIGHT
+from tests.support.running import CHEAPEST_STEPS
+from tests.support.small_models import random_ids, small
 
 IDS = random_ids(4, 20)
 
 
 def test_groups_learn_at_their_own_rates():
-    model = small(**{**ONE_LAYER, "layer_types": ("full_attention",)})
+    model = small(**LIGHT)
     before = {v.path: keras.ops.convert_to_numpy(v.value) for v in model.trainable_variables}
-    rates = {"experts": 0.5, "router": 0.0, "self_attn/q_proj": 2.0}
+    rates = {"mlp": 0.5, "lm_head": 0.0, "self_attn/q_proj": 2.0}
     optimizer = GroupedAdamW(1e-3, rates, weight_decay=0.0, epsilon=1e-12)
-    model.compile(optimizer)
+    model.compile(optimizer, **CHEAPEST_STEPS)
     model.fit(IDS, batch_size=4, verbose=0)
     moved = {
         v.path: np.abs(keras.ops.convert_to_numpy(v.value) - before[v.path]).max()
         for v in model.trainable_variables
     }
     layer = "model/layers_0"
-    np.testing.assert_allclose(moved[f"{layer}/mlp/experts/down"], 5e-4, rtol=1e-2)
-    assert moved[f"{layer}/mlp/gate/kernel"] == 0
+    np.testing.assert_allclose(moved[f"{layer}/mlp/down_proj/kernel"], 5e-4, rtol=1e-2)
+    assert moved["lm_head/kernel"] == 0
     np.testing.assert_allclose(moved[f"{layer}/self_attn/q_proj/kernel"], 2e-3, rtol=1e-2)
     np.testing.assert_allclose(moved[f"{layer}/self_attn/k_proj/kernel"], 1e-3, rtol=1e-2)
     assert GroupedAdamW.from_config(optimizer.get_config()).multipliers == rates

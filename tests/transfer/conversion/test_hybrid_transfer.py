@@ -12,7 +12,8 @@ from qwen3_next.transfer.conversion.hybrid_transfer import (
     create_hybrid_from_qwen3,
     transfer_qwen3_to_hybrid,
 )
-from tests.support.small_models import logits, random_ids
+from tests.support.running import CHEAPEST_STEPS
+from tests.support.small_models import logits_once, random_ids
 from tests.support.teachers import QWEN3_MOE, qwen3, weights_of
 
 IDS = random_ids(2, 12)
@@ -35,14 +36,14 @@ def test_without_converted_layers_the_logits_are_the_teachers(changes):
     teacher = qwen3(**changes)
     hybrid = converted(teacher, NONE)
     assert hybrid.config.attention_type == "gated_attention"
-    assert np.abs(logits(hybrid, IDS) - logits(teacher, IDS)).max() < 1e-4
+    assert np.abs(logits_once(hybrid, IDS) - logits_once(teacher, IDS)).max() < 1e-4
 
 
 def test_dense_networks_become_experts_on_the_way():
     teacher = qwen3(num_layers=2)
     hybrid = converted(teacher, NONE, num_experts=4, num_experts_per_tok=2)
     assert hybrid.config.num_experts == 4
-    assert np.abs(logits(hybrid, IDS) - logits(teacher, IDS)).max() < 1e-4
+    assert np.abs(logits_once(hybrid, IDS) - logits_once(teacher, IDS)).max() < 1e-4
     report = hybrid.coverage_report
     listed = [*report.copied, *report.transformed, *report.initialised]
     assert sorted(listed) == sorted(row.path for row in weight_table(hybrid.config))
@@ -50,15 +51,15 @@ def test_dense_networks_become_experts_on_the_way():
         f"model/layers_{i}/mlp/gate/kernel" for i in (0, 1)
     }
     noisy = converted(teacher, NONE, num_experts=4, expert_init_noise=0.1)
-    assert np.abs(logits(noisy, IDS) - logits(teacher, IDS)).max() > 1e-3
+    assert np.abs(logits_once(noisy, IDS) - logits_once(teacher, IDS)).max() > 1e-3
 
 
 def test_gate_strategies_stay_within_their_bounds_and_differ(teacher):
-    expected = logits(teacher, IDS)
+    expected = logits_once(teacher, IDS)
 
     def differs(strategy, **hybrid):
         model = converted(teacher, {**NONE, **hybrid}, gate_init_strategy=strategy)
-        return np.abs(logits(model, IDS) - expected).max() / np.abs(expected).max()
+        return np.abs(logits_once(model, IDS) - expected).max() / np.abs(expected).max()
 
     assert differs("zero") < 1e-5
     assert differs("zero", gate_bias=True, gate_init_value=1.5) < 1e-5
@@ -143,7 +144,7 @@ def test_fewer_heads_run(heads):
     hybrid |= {"output_gate_init": "random", "layer_types": ("linear_attention", "full_attention")}
     model = converted(qwen3(num_layers=2), hybrid)
     assert model.config.linear_num_value_heads == heads[0]
-    assert np.isfinite(logits(model, IDS)).all()
+    assert np.isfinite(logits_once(model, IDS)).all()
 
 
 def test_a_directory_and_a_model_give_the_same(teacher, tmp_path):
@@ -173,21 +174,23 @@ def test_half_precision_is_rounded_once():
 def test_the_source_stays_as_it_is():
     teacher = qwen3(num_layers=2)
     before = weights_of(teacher)
-    model = create_hybrid_from_qwen3(teacher, HALF, calibration=IDS, progress=False)
-    model.compile("adamw")
+    model = create_hybrid_from_qwen3(teacher, HALF, progress=False)
+    model.compile("adamw", **CHEAPEST_STEPS)
     model.train_on_batch(IDS)
     assert all(np.array_equal(value, before[path]) for path, value in weights_of(teacher).items())
 
 
 def test_a_hybrid_is_a_model_like_any_other(teacher, tmp_path):
     model = converted(teacher)
-    expected = logits(model, IDS)
+    expected = logits_once(model, IDS)
     model.save(tmp_path / "hybrid.keras")
-    assert np.array_equal(logits(keras.saving.load_model(tmp_path / "hybrid.keras"), IDS), expected)
+    assert np.array_equal(
+        logits_once(keras.saving.load_model(tmp_path / "hybrid.keras"), IDS), expected
+    )
     model.export_to_transformers(tmp_path / "published")
     again = Qwen3Next.from_preset(tmp_path / "published", progress=False)
     assert again.config == model.config.replace(dropout=0.0)
-    np.testing.assert_allclose(logits(again, IDS), expected, atol=1e-6)
+    np.testing.assert_allclose(logits_once(again, IDS), expected, atol=1e-6)
     with pytest.raises(ValueError, match=r"attention_gate_bias=0\.0"):
         converted(teacher, {"gate_bias": True}).export_to_transformers(tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
@@ -202,7 +205,7 @@ def test_a_hybrid_learns_to_think_and_to_look_ahead():
         progress=False,
     )
     assert "half-life" in str(model.coverage_report)
-    model.compile("adamw")
+    model.compile("adamw", **CHEAPEST_STEPS)
     losses = [model.train_on_batch(IDS) for _ in range(3)]
     assert losses[2] < losses[0]
 

@@ -1,6 +1,7 @@
 """Every field of the configurations of a transfer changes what comes out, or is refused."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -59,16 +60,16 @@ IN_TRAINING = {
 }
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def teacher():
     return qwen3(num_layers=2)
 
 
-def made(teacher, hybrid=None, **fields):
+def made(hybrid=None, **fields):
     """The weights and the configuration of a hybrid, or why there is none."""
     try:
         config = CrossArchTransferConfig(hybrid_attention={**BASE, **(hybrid or {})}, **fields)
-        model = transfer_qwen3_to_hybrid(teacher, config, IDS, progress=False)
+        model = transfer_qwen3_to_hybrid(teacher(), config, IDS, progress=False)
     except ValueError as error:
         return str(error)
     return model.config, weights_of(model)
@@ -90,31 +91,37 @@ def test_every_field_is_tested():
     assert known == {*TRANSFER, *IN_TRAINING, "source_model", "hybrid_attention"}
 
 
+@functools.cache
+def needed_alone(hybrid=(), fields=()):
+    """What the fields without which others have no meaning make; many others need the same."""
+    return made(dict(hybrid), **dict(fields))
+
+
 @pytest.mark.parametrize("field", HYBRID)
-def test_every_field_of_the_hybrid_is_live(teacher, field):
+def test_every_field_of_the_hybrid_is_live(field):
     needed = NEEDS.get(field, {})
-    base = made(teacher, needed)
+    base = needed_alone(tuple(needed.items()))
     assert not isinstance(base, str)
-    assert_differ(made(teacher, {**needed, field: HYBRID[field]}), base, field)
+    assert_differ(made({**needed, field: HYBRID[field]}), base, field)
 
 
 @pytest.mark.parametrize("field", TRANSFER)
-def test_every_field_of_the_transfer_is_live(teacher, field):
+def test_every_field_of_the_transfer_is_live(field):
     needed = TRANSFER_NEEDS.get(field, {})
     if needed.get("num_experts"):
         needed = {**needed, "num_experts_per_tok": 2}
-    changed = {**needed, field: TRANSFER[field]}
-    assert_differ(made(teacher, **changed), made(teacher, **needed), field)
+    base = needed_alone(fields=tuple(needed.items()))
+    assert_differ(made(**{**needed, field: TRANSFER[field]}), base, field)
 
 
 @pytest.mark.parametrize("field", IN_TRAINING)
-def test_every_field_of_distillation_is_live(teacher, field):
+def test_every_field_of_distillation_is_live(field):
     student = transfer_qwen3_to_hybrid(
-        teacher, CrossArchTransferConfig(hybrid_attention=BASE), progress=False
+        teacher(), CrossArchTransferConfig(hybrid_attention=BASE), progress=False
     )
 
     def loss(**fields):
         config = CrossArchTransferConfig(**fields)
-        return float(DistillationTrainer(teacher, student, config).compute_loss(IDS)["loss"])
+        return float(DistillationTrainer(teacher(), student, config).compute_loss(IDS)["loss"])
 
     assert abs(loss(**{field: IN_TRAINING[field]}) - loss()) > 1e-4

@@ -24,8 +24,8 @@ from tests.support.distillation_models import (
     values,
 )
 from tests.support.distillation_oracles import distillation_losses
-from tests.support.running import BACKEND, assert_close, to_numpy
-from tests.support.small_models import logits
+from tests.support.running import BACKEND, CHEAPEST_STEPS, assert_close, to_numpy
+from tests.support.small_models import logits_once
 
 TEMPERATURE, ALPHA = 1.7, 0.3
 NAMES = ("loss", "kd_loss", "task_loss")
@@ -40,7 +40,7 @@ def pair():
 @functools.cache
 def evaluator():
     trainer = DistillationTrainer(*pair(), temperature=TEMPERATURE, alpha=ALPHA)
-    trainer.compile("sgd")
+    trainer.compile("sgd", **CHEAPEST_STEPS)
     return trainer
 
 
@@ -51,7 +51,7 @@ def evaluated(x, y=None, trainer=None, **options):
 
 
 def expected(x, y, temperature=TEMPERATURE, alpha=ALPHA):
-    teacher, student = (logits(m, x["token_ids"], x["padding_mask"]) for m in pair())
+    teacher, student = (logits_once(m, x["token_ids"], x["padding_mask"]) for m in pair())
     flat = (a.reshape(-1, a.shape[-1]) for a in (student, teacher))
     return np.array(distillation_losses(*flat, y.reshape(-1), temperature, alpha))
 
@@ -114,7 +114,7 @@ def test_a_student_made_of_its_teacher_has_nothing_to_learn_and_leaves_it_alone(
     student = rebuilt(teacher, teacher.config, lambda row: weights[row.path])
     before = values(teacher)
     trainer = DistillationTrainer(teacher, student, alpha=0.0)
-    trainer.compile(keras.optimizers.Adam(0.01))
+    trainer.compile(keras.optimizers.Adam(0.01), **CHEAPEST_STEPS)
     first = trainer.fit(*batch(), verbose=0).history
     assert abs(first["kd_loss"][0]) < 1e-6
     second = trainer.fit(*batch(), verbose=0).history
@@ -131,7 +131,7 @@ class Run:
         self.teacher, self.student = softmax_teacher(), linear_student()
         self.before = values(self.teacher)
         self.trainer = DistillationTrainer(self.teacher, self.student)
-        self.trainer.compile(keras.optimizers.Adam(0.01))
+        self.trainer.compile(keras.optimizers.Adam(0.01), **CHEAPEST_STEPS)
         self.first = self.fit(self.trainer, [keras.callbacks.ModelCheckpoint(self.path)])
         self.second = self.fit(self.trainer)
 
@@ -218,8 +218,8 @@ def test_without_a_teachers_share_it_is_the_students_own_training():
     models = [linear_student(**options) for _ in range(2)]
     trainer = DistillationTrainer(softmax_teacher(), models[0], alpha=0.0)
     histories = []
-    for trained in (trainer, models[1]):
-        trained.compile(keras.optimizers.SGD(0.1))
+    for trained, options in ((trainer, {}), (models[1], CHEAPEST_STEPS)):
+        trained.compile(keras.optimizers.SGD(0.1), **options)
         histories.append(trained.fit(IDS, verbose=0).history)
     own = histories[1]
     assert {"loss", "mtp_loss_k1", "expert_load_max", "think_iterations"} <= set(own)
@@ -240,7 +240,7 @@ def test_alignment_trains_converted_mixers_alone_on_the_teachers_streams():
     teacher, student = two_layers()
     x, _ = batch("left")
     trainer = DistillationTrainer(teacher, student, stage="alignment")
-    trainer.compile(keras.optimizers.Adam(0.01))
+    trainer.compile(keras.optimizers.Adam(0.01), **CHEAPEST_STEPS)
     stream = layer_streams(teacher, x)[1]
     layer = student.backbone.decoder_layers[1]
     own = layer.mixer(layer.input_layernorm(stream.hidden), padding_mask=x["padding_mask"])
@@ -314,12 +314,15 @@ def test_a_configuration_gives_temperature_and_share():
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="elsewhere every step is compiled")
 def test_a_step_with_xla_is_the_step_without_it(ran):
     trainer = DistillationTrainer(softmax_teacher(), linear_student())
+    trainer.compile("sgd")
+    assert not trainer.jit_compile
     trainer.compile(keras.optimizers.Adam(0.01), jit_compile=True)
-    assert not ran.trainer.jit_compile
     for name, value in ran.fit(trainer).items():
         np.testing.assert_allclose(value, ran.first[name], rtol=1e-5)
 
 
 def test_prediction_is_the_students():
     _, student = pair()
-    np.testing.assert_allclose(evaluator().predict(IDS, verbose=0), logits(student, IDS), atol=1e-5)
+    np.testing.assert_allclose(
+        evaluator().predict(IDS, verbose=0), logits_once(student, IDS), atol=1e-5
+    )

@@ -1,5 +1,7 @@
 """What distillation refuses: models that do not fit, options, data."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,18 @@ from tests.support.distillation_models import (
 )
 
 ROWS = np.ones(len(IDS), "float32")
+
+
+@functools.cache
+def pair():
+    return softmax_teacher(), linear_student()
+
+
+@functools.cache
+def aligning():
+    trainer = DistillationTrainer(*two_layers(), stage="alignment")
+    trainer.compile("sgd")
+    return trainer
 
 
 def shares_a_head():
@@ -65,7 +79,7 @@ def test_models_that_do_not_fit_are_refused(make, name):
 )
 def test_options_out_of_range_or_of_another_stage_are_refused(options, name):
     with pytest.raises(ValueError, match=f"`{name}`.*Received"):
-        DistillationTrainer(softmax_teacher(), linear_student(), **options)
+        DistillationTrainer(*pair(), **options)
 
 
 def test_layers_cannot_be_compared_with_a_think_loop():
@@ -79,13 +93,11 @@ def test_layers_cannot_be_compared_with_a_think_loop():
 
 
 def test_what_cannot_be_learned_from_is_refused():
-    teacher, student = two_layers()
-    aligning = DistillationTrainer(teacher, student, stage="alignment")
+    student = linear_student()
     without = DistillationTrainer(None, student)
-    for trainer in (aligning, without):
-        trainer.compile("sgd")
+    without.compile("sgd")
     with pytest.raises(ValueError, match="no use for labels"):
-        aligning.fit(IDS, IDS, verbose=0)
+        aligning().fit(IDS, IDS, verbose=0)
     with pytest.raises(ValueError, match=r"`teacher`.*Received"):
         without.fit(IDS, verbose=0)
     with pytest.raises(ValueError, match="vocab_size=61"):
@@ -118,7 +130,5 @@ def test_what_cannot_be_learned_from_is_refused():
     ],
 )
 def test_data_that_would_be_dropped_or_holds_nothing_is_refused(call, name):
-    trainer = DistillationTrainer(*two_layers(), stage="alignment")
-    trainer.compile("sgd")
     with pytest.raises(ValueError, match=f"{name}.*Received"):
-        call(trainer)
+        call(aligning())

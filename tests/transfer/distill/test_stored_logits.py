@@ -12,8 +12,8 @@ from qwen3_next.transfer.distill.distillation import DistillationTrainer
 from qwen3_next.transfer.distill.stored_logits import StoredLogits, store_teacher_logits
 from tests.support.distillation_models import IDS, batch, linear_student, softmax_teacher
 from tests.support.distillation_oracles import kl_divergence, top_kl_divergence, top_of
-from tests.support.running import assert_close
-from tests.support.small_models import SMALL, logits
+from tests.support.running import CHEAPEST_STEPS, assert_close
+from tests.support.small_models import SMALL, logits_once
 
 TOP, TEMPERATURE = 9, 2.0
 FILES = ("teacher_ids.npy", "teacher_log_probs.npy", "teacher_checksums.npy", "stored_logits.json")
@@ -28,24 +28,23 @@ def pair():
 @functools.cache
 def trainer():
     found = DistillationTrainer(None, pair()[1])
-    found.compile("sgd")
+    found.compile("sgd", **CHEAPEST_STEPS)
     return found
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logits")
-    options = {"batch_size": 3, "progress": False}
-    store_teacher_logits(pair()[0], batch("left")[0], folder / "top", TOP, **options)
-    store_teacher_logits(
-        pair()[0], batch("left")[0], folder / "all", SMALL["vocab_size"], **options
-    )
+    x, _ = batch("left")
+    for name, top, rows in (("top", TOP, 3), ("all", SMALL["vocab_size"], 4)):
+        options = {"batch_size": rows, "progress": False}
+        store_teacher_logits(pair()[0], x, folder / name, top, **options)
     return folder
 
 
 def outputs(model):
     x, _ = batch("left")
-    return logits(model, x["token_ids"], x["padding_mask"])
+    return logits_once(model, x["token_ids"], x["padding_mask"])
 
 
 def test_what_is_stored_is_the_top_of_the_teachers_logits(directory):
@@ -78,7 +77,7 @@ def test_fit_on_stored_logits_learns(directory):
     x, y = batch("left")
     student = linear_student()
     learner = DistillationTrainer(None, student, alpha=1.0)
-    learner.compile(keras.optimizers.Adam(0.01))
+    learner.compile(keras.optimizers.Adam(0.01), **CHEAPEST_STEPS)
     dataset = StoredLogits(directory / "top").dataset(x, y, 2, shuffle=True)
     history = learner.fit(dataset, epochs=4, validation_data=dataset, verbose=0).history
     assert history["kd_loss"][-1] < history["kd_loss"][0]
@@ -108,7 +107,7 @@ def test_every_epoch_reads_every_row_once_with_what_belongs_to_it(directory):
 def test_half_precision_takes_less_and_says_nearly_the_same(directory, tmp_path):
     x, _ = batch("left")
     half = store_teacher_logits(
-        pair()[0], x, tmp_path, TOP, batch_size=3, dtype="float16", progress=False
+        pair()[0], x, tmp_path, TOP, batch_size=4, dtype="float16", progress=False
     )
     full = StoredLogits(directory / "top")
     assert half.log_probs.dtype == "float16"

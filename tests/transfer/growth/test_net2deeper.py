@@ -20,7 +20,7 @@ from tests.support.grown_models import (
     snapshot,
 )
 from tests.support.mtp_models import DENSE
-from tests.support.running import assert_close
+from tests.support.running import CHEAPEST_STEPS, assert_close
 from tests.support.small_models import small
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -95,7 +95,7 @@ def test_new_layers_learn_and_their_model_is_kept(tmp_path):
     deeper.save(path)
     assert np.array_equal(keras.saving.load_model(path)(IDS), model(IDS))
     before = snapshot(model)
-    deeper.compile(keras.optimizers.SGD(0.1))
+    deeper.compile(keras.optimizers.SGD(0.1), **CHEAPEST_STEPS)
     deeper.train_on_batch(IDS)
     learned = NamedWeights(deeper)
     for leaf in ("self_attn/o_proj/kernel", "mlp/down_proj/kernel"):
