@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.support.routed_models import (
+    BY_TOKEN,
     FIRST,
     IDS,
     LENGTH,
@@ -13,6 +14,7 @@ from tests.support.routed_models import (
     TOLERANCE,
     WHOLE,
     broken_layer,
+    routed,
     shared_routed,
 )
 from tests.support.running import assert_close, to_numpy
@@ -22,19 +24,30 @@ STEP = 4
 
 
 @pytest.mark.parametrize(
-    ("kind", "iterations", "step"), [("both", 1, STEP), ("both", None, STEP), ("by token", None, 1)]
+    ("kind", "options"), [("experts", {"think_iterations": 1}), ("both", {})], ids=["once", "loop"]
 )
-def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, iterations, step):
+def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, options):
     model = shared_routed(kind)
-    options = {} if iterations is None else {"think_iterations": iterations}
     whole = hidden(model, WHOLE, **options)
     cache, found = model.init_cache(4, 32, **options), []
-    for start in (0, *range(PROMPT, LENGTH, step)):
-        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start : start + step]}
+    for start in (0, *range(PROMPT, LENGTH, STEP)):
+        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start : start + STEP]}
         output = think(model, chunk, cache)
         cache = output.cache
         found.append(to_numpy(output.hidden))
     assert_close(np.concatenate(found, axis=1), whole, TOLERANCE)
+
+
+def test_cached_is_uncached_where_every_token_picks_its_expert():
+    model = routed(kind="experts", etd={**BY_TOKEN, "adaptive_depth": True})
+    whole = think(model, IDS)
+    assert np.count_nonzero(to_numpy(whole.thinking.selections).sum(0)) > 1
+    cache, found = model.init_cache(4, 32), []
+    for token in range(LENGTH):
+        output = think(model, IDS[:, token : token + 1], cache)
+        cache = output.cache
+        found.append(to_numpy(output.hidden))
+    assert_close(np.concatenate(found, axis=1), to_numpy(whole.hidden), TOLERANCE)
 
 
 def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
@@ -54,7 +67,7 @@ def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
 def test_a_skipped_layer_leaves_its_cache_and_a_repeated_one_fills_two():
     model = shared_routed("routes")
     cache = think(model, {"token_ids": IDS, "route": ROUTE}, model.init_cache(4, 32)).cache
-    keys = [to_numpy(cache.layers[1][number].keys) for number in range(6)]
+    keys = [to_numpy(cache.layers[0][number].keys) for number in range(6)]
     for number in range(3):
         written = [np.abs(keys[n]).sum((1, 2, 3)) > 0 for n in (number, 3 + number)]
         np.testing.assert_array_equal(written[0], ROUTE[:, 0] > 0)

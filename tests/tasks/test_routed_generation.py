@@ -69,7 +69,7 @@ def test_what_was_decided_is_told():
     counts = np.array(stats["router_actions"]).sum(0)
     found = model.get_router_stats()
     assert [found[f"{name}_count"] for name in ("skip", "execute", "repeat")] == counts.tolist()
-    skipped = [1 + layer for layer in range(2) if (stats["route"][:, layer] == 0).any()]
+    skipped = [layer for layer in range(2) if (stats["route"][:, layer] == 0).any()]
     assert found["skip_layers"] == skipped
     told = model.get_metrics()["etd"]
     assert told["router_actions"] == stats["router_actions"]
