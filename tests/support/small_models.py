@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 
-from qwen3_next import Qwen3Next
+from qwen3_next import Qwen3Next, pad
 from qwen3_next.models.compiled import compile_with_weights
 
 # One layer of each kind of mixer and of feed-forward network, all sizes different.
@@ -66,6 +66,14 @@ def logits(model, token_ids, padding_mask=None, segment_ids=None):
         inputs["segment_ids"] = np.asarray(segment_ids, "int32")
     inputs = {key: keras.ops.convert_to_tensor(value) for key, value in inputs.items()}
     return keras.ops.convert_to_numpy(_forward(model)(inputs))
+
+
+def assert_greedy(model, prompts, tokens):
+    """Whether new tokens are the likeliest ones in whole sequences, read without a cache."""
+    whole = pad([np.concatenate(pair) for pair in zip(prompts, tokens, strict=True)])
+    predicted = logits(model, **whole).argmax(-1)
+    for row, prompt, new in zip(predicted, prompts, tokens):
+        np.testing.assert_array_equal(row[len(prompt) - 1 :][: len(new)], new)
 
 
 def random_ids(*shape, seed=0, vocab_size=SMALL["vocab_size"]):
