@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.support.routed_models import (
-    BY_TOKEN,
     FIRST,
     IDS,
     LENGTH,
@@ -23,31 +22,31 @@ from tests.support.thinking_models import commit, hidden, think
 STEP = 4
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [("experts", {"think_iterations": 1}), ("both", {})], ids=["once", "loop"]
-)
-def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, options):
-    model = shared_routed(kind)
-    whole = hidden(model, WHOLE, **options)
+def assert_cached_is_uncached(model, **options):
+    whole = think(model, WHOLE, **options)
     cache, found = model.init_cache(4, 32, **options), []
     for start in (0, *range(PROMPT, LENGTH, STEP)):
         chunk = FIRST if start == 0 else {"token_ids": IDS[:, start : start + STEP]}
         output = think(model, chunk, cache)
         cache = output.cache
         found.append(to_numpy(output.hidden))
-    assert_close(np.concatenate(found, axis=1), whole, TOLERANCE)
-
-
-def test_cached_is_uncached_where_every_token_picks_its_expert():
-    model = routed(kind="experts", etd={**BY_TOKEN, "adaptive_depth": True})
-    whole = think(model, IDS)
-    assert np.count_nonzero(to_numpy(whole.thinking.selections).sum(0)) > 1
-    cache, found = model.init_cache(4, 32), []
-    for token in range(LENGTH):
-        output = think(model, IDS[:, token : token + 1], cache)
-        cache = output.cache
-        found.append(to_numpy(output.hidden))
     assert_close(np.concatenate(found, axis=1), to_numpy(whole.hidden), TOLERANCE)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("experts", {"think_iterations": 1}), ("both", {})], ids=["once", "loop"]
+)
+def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, options):
+    assert_cached_is_uncached(shared_routed(kind), **options)
+
+
+def test_cached_is_uncached_in_the_midst_of_a_model_where_every_token_picks_its_expert():
+    between = {"n_encoder_layers": 1, "n_think_layers": 1, "n_decoder_layers": 1}
+    layers = {"num_layers": 3, "layer_types": None, "mlp_only_layers": (0, 2)}  # the loop has MoE
+    model = routed(kind="by token", etd=between, **layers)
+    selections = to_numpy(assert_cached_is_uncached(model).thinking.selections)
+    assert np.count_nonzero(selections.sum(0)) > 1
 
 
 def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
