@@ -11,7 +11,7 @@ from qwen3_next.generation.generator import Generator
 from qwen3_next.generation.prompts import chunk_size, prefill_chunks, read_prompts
 from qwen3_next.generation.sampling import make_sampling
 from qwen3_next.generation.speculation_options import SpeculationOptions
-from tests.support.routed_models import routed
+from tests.support.routed_models import FIXED, routed
 from tests.support.running import assert_close, to_numpy
 from tests.support.small_models import TWO_LAYERS, random_ids, small
 
@@ -23,6 +23,7 @@ DECIDED = {
 }
 # DeltaNet, and attention that may think, both without experts.
 DENSE = {**TWO_LAYERS, "num_experts": 0, "mlp_only_layers": ()}
+LAST_THINKS = {"n_encoder_layers": 1, "n_think_layers": 1, **FIXED}
 
 
 def read(model, prompts, chunk, **decided):
@@ -78,7 +79,7 @@ def test_ragged_prompts_come_in_smaller_chunks_where_that_is_less(lengths, size)
             lambda: small(**DENSE, mtp=MTPConfig(num_predict_tokens=2, speculation_lookahead=2)),
             {},
         ),
-        (lambda: routed(Qwen3Next, "both", **DENSE, etd={"n_think_layers": 1}), DECIDED),
+        (lambda: routed(Qwen3Next, "both", **DENSE, etd=LAST_THINKS), DECIDED),
     ],
     ids=["modules", "loop"],
 )

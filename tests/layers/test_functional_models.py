@@ -70,6 +70,8 @@ CASES = {
         for make in MIXERS
     },
 }
+# What they return is a part of what others do, which go the same way.
+PARTS = ["linear_layer", "think_loop", "module"]
 
 
 def prepared(name, **options):
@@ -101,7 +103,7 @@ def symbolic(arrays):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in PARTS])
 def test_a_functional_model_from_its_file_gives_what_the_layer_gives(name, tmp_path):
     layer, inputs, tensors, arguments = prepared(name)
     expected = to_numpy(tree.flatten(called(layer, inputs, tensors, arguments)))

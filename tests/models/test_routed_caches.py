@@ -13,6 +13,7 @@ from tests.support.routed_models import (
     TOLERANCE,
     WHOLE,
     broken_layer,
+    routed,
     shared_routed,
 )
 from tests.support.running import assert_close, to_numpy
@@ -21,20 +22,31 @@ from tests.support.thinking_models import commit, hidden, think
 STEP = 4
 
 
-@pytest.mark.parametrize(
-    ("kind", "iterations", "step"), [("both", 1, STEP), ("both", None, STEP), ("by token", None, 1)]
-)
-def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, iterations, step):
-    model = shared_routed(kind)
-    options = {} if iterations is None else {"think_iterations": iterations}
-    whole = hidden(model, WHOLE, **options)
+def assert_cached_is_uncached(model, **options):
+    whole = think(model, WHOLE, **options)
     cache, found = model.init_cache(4, 32, **options), []
-    for start in (0, *range(PROMPT, LENGTH, step)):
-        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start : start + step]}
+    for start in (0, *range(PROMPT, LENGTH, STEP)):
+        chunk = FIRST if start == 0 else {"token_ids": IDS[:, start : start + STEP]}
         output = think(model, chunk, cache)
         cache = output.cache
         found.append(to_numpy(output.hidden))
-    assert_close(np.concatenate(found, axis=1), whole, TOLERANCE)
+    assert_close(np.concatenate(found, axis=1), to_numpy(whole.hidden), TOLERANCE)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("experts", {"think_iterations": 1}), ("both", {})], ids=["once", "loop"]
+)
+def test_cached_is_uncached_and_the_cache_carries_the_decisions(kind, options):
+    assert_cached_is_uncached(shared_routed(kind), **options)
+
+
+def test_cached_is_uncached_in_the_midst_of_a_model_where_every_token_picks_its_expert():
+    between = {"n_encoder_layers": 1, "n_think_layers": 1, "n_decoder_layers": 1}
+    layers = {"num_layers": 3, "layer_types": None, "mlp_only_layers": (0, 2)}  # the loop has MoE
+    model = routed(kind="by token", etd=between, **layers)
+    selections = to_numpy(assert_cached_is_uncached(model).thinking.selections)
+    assert np.count_nonzero(selections.sum(0)) > 1
 
 
 def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
@@ -54,7 +66,7 @@ def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
 def test_a_skipped_layer_leaves_its_cache_and_a_repeated_one_fills_two():
     model = shared_routed("routes")
     cache = think(model, {"token_ids": IDS, "route": ROUTE}, model.init_cache(4, 32)).cache
-    keys = [to_numpy(cache.layers[1][number].keys) for number in range(6)]
+    keys = [to_numpy(cache.layers[0][number].keys) for number in range(6)]
     for number in range(3):
         written = [np.abs(keys[n]).sum((1, 2, 3)) > 0 for n in (number, 3 + number)]
         np.testing.assert_array_equal(written[0], ROUTE[:, 0] > 0)

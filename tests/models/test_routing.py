@@ -10,8 +10,11 @@ import pytest
 from qwen3_next import Qwen3NextBackbone, RouterAction
 from qwen3_next.layers.think_routing import Routes, run_routed
 from tests.support.routed_models import (
+    DENSE,
+    ETD,
     IDS,
     KINDS,
+    LAYERS,
     LENGTH,
     MIXED,
     ONE_RUNS,
@@ -25,8 +28,8 @@ from tests.support.routed_models import (
     shared_routed,
 )
 from tests.support.running import BACKEND, assert_close, eagerly, run, to_numpy
-from tests.support.small_models import random_ids, small
-from tests.support.thinking_models import ETD, hidden, think
+from tests.support.small_models import ONE_LAYER, random_ids, small
+from tests.support.thinking_models import hidden, think
 
 
 def decisions(model, inputs=WHOLE):
@@ -42,10 +45,9 @@ def test_rows_take_different_routes_and_experts(kind):
 
 def by_hand(model, actions, iterations):
     """All rows through the layers themselves, each as often as its action says."""
-    first, *thinking = model.decoder_layers
-    x = run(first, to_numpy(model.embed_tokens(IDS)))
+    x = to_numpy(model.embed_tokens(IDS))
     for _ in range(iterations):
-        for layer, action in zip(thinking, actions, strict=True):
+        for layer, action in zip(model.decoder_layers, actions, strict=True):
             for _ in range(action):
                 x = run(layer, x)
     return to_numpy(model.norm(x))
@@ -137,11 +139,13 @@ def test_a_turn_that_every_row_skips_is_not_computed(actions, turns):
 
 
 @functools.cache
-def with_new_parts(kind):
+def with_new_parts(kind, num_layers):
     """A base that thinks, and the same with new parts that have learned nothing."""
     adaptive = KINDS[kind].get("adaptive_depth", True)
-    base = small(Qwen3NextBackbone, etd={**ETD, "adaptive_depth": adaptive})
-    model = Qwen3NextBackbone(base.config.replace(etd={**ETD, **KINDS[kind]}), base=base)
+    etd = {**ETD, "n_encoder_layers": 0, "n_think_layers": num_layers, "adaptive_depth": adaptive}
+    layers = {"num_layers": num_layers, "layer_types": LAYERS["layer_types"][:num_layers]}
+    base = small(Qwen3NextBackbone, **layers, **DENSE, etd=etd)
+    model = Qwen3NextBackbone(base.config.replace(etd={**etd, **KINDS[kind]}), base=base)
     if adaptive:
         score = base.think_loop.halting_unit.score.kernel
         model.think_loop.halting_unit.score.kernel.assign(score)
@@ -151,7 +155,7 @@ def with_new_parts(kind):
 @pytest.mark.parametrize(("kind", "iterations"), [("both", 2), ("experts", 1)])
 def test_new_parts_change_nothing_to_the_bit(kind, iterations):
     """Called layer by layer: a compiled program with a branch in it rounds in other places."""
-    base, model = with_new_parts(kind)
+    base, model = with_new_parts(kind, num_layers=1)
     with eagerly():
         found = to_numpy(model(WHOLE, think_iterations=iterations))
         expected = to_numpy(base(IDS, think_iterations=iterations))
@@ -159,7 +163,7 @@ def test_new_parts_change_nothing_to_the_bit(kind, iterations):
 
 
 def test_new_parts_change_nothing_in_a_program():
-    base, model = with_new_parts("both")
+    base, model = with_new_parts("both", num_layers=2)
     assert_close(hidden(model, WHOLE), hidden(base, IDS), 1e-5)
 
 
@@ -184,7 +188,7 @@ def test_decisions_that_cannot_be_followed_are_refused(inputs, match):
 
 
 def test_decisions_that_nothing_reads_are_refused():
-    model = small(Qwen3NextBackbone)
+    model = small(Qwen3NextBackbone, **ONE_LAYER)
     for inputs, match in (
         ({"route": ROUTE}, "use_layer_router"),
         ({"branch": ROUTE[:, 0]}, "use_lora_experts"),

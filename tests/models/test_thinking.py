@@ -7,7 +7,8 @@ import pytest
 
 from qwen3_next import Qwen3NextBackbone
 from tests.support import float64_model
-from tests.support.mtp_models import LIGHT
+from tests.support.mtp_models import DENSE, LIGHT
+from tests.support.routed_models import LAYERS
 from tests.support.running import assert_close, to_numpy
 from tests.support.small_models import random_ids, small
 from tests.support.thinking_models import commit, hidden, shared_thinking, think, thinking
@@ -49,7 +50,7 @@ def weights_of(model):
 @functools.cache
 def easy_and_hard():
     """A model whose tokens below 30 halt at once, and the others never."""
-    model = thinking()
+    model = thinking(**LAYERS, **DENSE, etd={"n_encoder_layers": 0})
     embeddings = to_numpy(model.embed_tokens.embeddings).copy()
     embeddings[:, 0] = np.where(np.arange(len(embeddings)) < 30, 8.0, -8.0)
     model.embed_tokens.embeddings.assign(embeddings)

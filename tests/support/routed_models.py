@@ -29,6 +29,12 @@ KINDS = {
     "both": {**ROUTES, **EXPERTS},
     "by token": {**ROUTES, **EXPERTS, **BY_TOKEN},
 }
+# A layer of each mixer, which think and are all there is. One kind has an MoE as well.
+LAYERS = {"num_layers": 2, "layer_types": ("full_attention", "linear_attention")}
+DENSE = {"num_experts": 0, "mlp_only_layers": ()}
+MOE = {"mlp_only_layers": (0,)}
+# Experts in what decides over the content of a cache stand for those in all projections.
+IN_CACHES = {"lora_expert": {"rank": 4, "target_modules": ["k_proj", "in_proj_qkvz"]}}
 # Routes and experts of rows together, and experts that every token picks.
 MIXED = ["both", "by token"]
 
@@ -46,7 +52,8 @@ TOLERANCE = 5e-5
 
 def routed(model=Qwen3NextBackbone, kind="both", **changes):
     """A small model with routers and experts as if they had learned, always the same."""
-    etd = {**ETD, **KINDS[kind], **changes.pop("etd", {})}
+    etd = {**ETD, "n_encoder_layers": 0, **KINDS[kind], **changes.pop("etd", {})}
+    changes = {**LAYERS, **(MOE if kind == "by token" else DENSE), **changes}
     if model is Qwen3NextBackbone:  # paths as they are inside of a language model
         changes = {"name": "model", **changes}
     made = small(model, etd=etd, **changes)
@@ -77,13 +84,13 @@ def learn(loop, seed=4):
 @functools.cache
 def shared_routed(kind):
     """One such backbone for all tests that leave it as they found it."""
-    return routed(kind=kind)
+    return routed(kind=kind, etd=IN_CACHES if kind == "both" else {})
 
 
 @contextlib.contextmanager
 def broken_layer(model):
     """The model with a first think layer that gives NaN for every row that runs it."""
-    kernel = model.decoder_layers[1].mixer.q_proj.kernel
+    kernel = model.decoder_layers[0].mixer.q_proj.kernel
     before = np.array(to_numpy(kernel.value))
     kernel.assign(np.full(kernel.shape, np.nan))
     try:

@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 
-from qwen3_next import Qwen3Next
+from qwen3_next import Qwen3Next, pad
 from qwen3_next.layers.ops import row_product
 from qwen3_next.models.compiled import compile_with_weights
 from tests.support.running import CHEAPEST, run_to_tensors
@@ -120,6 +120,14 @@ def with_turned_heads(monkeypatch):
     used, product = [], row_product.multiply_turned
     monkeypatch.setattr(row_product, "multiply_turned", lambda *xs: used.append(1) or product(*xs))
     return used
+
+
+def assert_greedy(model, prompts, tokens):
+    """Whether new tokens are the likeliest ones in whole sequences, read without a cache."""
+    whole = pad([np.concatenate(pair) for pair in zip(prompts, tokens, strict=True)])
+    predicted = logits(model, **whole).argmax(-1)
+    for row, prompt, new in zip(predicted, prompts, tokens):
+        np.testing.assert_array_equal(row[len(prompt) - 1 :][: len(new)], new)
 
 
 def random_ids(*shape, seed=0, vocab_size=SMALL["vocab_size"]):

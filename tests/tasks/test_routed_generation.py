@@ -6,16 +6,25 @@ import numpy as np
 
 from qwen3_next import MTPConfig, Qwen3Next, pad
 from qwen3_next.models.compiled import compile_with_weights
-from tests.support.routed_models import routed
+from tests.support.mtp_models import DENSE
+from tests.support.routed_models import learn, routed
 from tests.support.running import to_numpy, to_tensors
+from tests.support.small_models import ONE_LAYER
 
+# One layer, a DeltaNet, which thinks: its states must be those of the tokens that stay.
+LOOP = {
+    "n_think_layers": 1,
+    "router_warmup_steps": 1,
+    "lora_expert": {"rank": 4, "target_modules": ["in_proj_qkvz"]},
+}
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [30, 41], [17, 3, 59, 20, 11]]
 
 
 @functools.cache
 def speaking():
     mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1)
-    model = routed(Qwen3Next, mtp=mtp, etd={"router_warmup_steps": 1})
+    model = routed(Qwen3Next, mtp=mtp, **{**ONE_LAYER, **DENSE}, etd=LOOP)
+    learn(model.backbone.think_loop, seed=11)  # skips, runs and repeats it
     model.backbone.think_loop.steps.assign(1)  # the warm-up is over
     return model
 
@@ -47,7 +56,7 @@ def test_speculation_is_greedy_on_every_route():
     for a, b in zip(plain, drafted):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(stats["route"], speculative["route"])
-    assert len(np.unique(stats["route"], axis=0)) > 1
+    assert set(stats["route"].flat) == {0, 1, 2}
 
 
 def test_a_prompt_is_decided_as_a_whole_whatever_the_chunk(monkeypatch):
@@ -69,8 +78,7 @@ def test_what_was_decided_is_told():
     counts = np.array(stats["router_actions"]).sum(0)
     found = model.get_router_stats()
     assert [found[f"{name}_count"] for name in ("skip", "execute", "repeat")] == counts.tolist()
-    skipped = [1 + layer for layer in range(2) if (stats["route"][:, layer] == 0).any()]
-    assert found["skip_layers"] == skipped
+    assert found["skip_layers"] == [0]
     told = model.get_metrics()["etd"]
     assert told["router_actions"] == stats["router_actions"]
     assert told["expert_selections"] == stats["expert_selections"]

@@ -12,9 +12,10 @@ from qwen3_next import (
     describe,
     wrap_transformer_with_etd,
 )
+from tests.support.mtp_models import DENSE, LIGHT
 from tests.support.routed_models import ETD, EXPERTS, KINDS, ROUTES, learn
 from tests.support.running import to_numpy
-from tests.support.small_models import ONE_LAYER, TWO_LAYERS, random_ids, small
+from tests.support.small_models import ONE_LAYER, assert_greedy, random_ids, small
 
 IDS = random_ids(4, 16)
 LABELS = np.where((np.arange(16) < 7) | (np.arange(16) == 15), -100, np.roll(IDS, -1, axis=1))
@@ -24,10 +25,11 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [30, 41], [17, 3, 59, 20, 11]]
 # One layer, which thinks, for tests that compile a training step.
 ONE = {**ONE_LAYER, "layer_types": ("full_attention",)}
 LOOP = {**KINDS["both"], **ETD, "n_encoder_layers": 0, "n_think_layers": 1, "adaptive_depth": False}
+LOOP |= {"lora_expert": {"rank": 4, "target_modules": ["q_proj"]}}
 
 
 def one(model=Qwen3Next, etd=(), **changes):
-    made = small(model, **ONE, **changes, etd={**LOOP, **dict(etd)})
+    made = small(model, **{**ONE, **changes}, etd={**LOOP, **dict(etd)})
     learn(made.backbone.think_loop, seed=3)  # skips, runs and repeats it
     return made
 
@@ -101,7 +103,7 @@ def test_routers_experts_and_gates_learn_and_the_selection_bias_follows_the_sign
     router = {**ROUTES["layer_router"], "use_gumbel": True}
     budget = {"budget_weight": 2.0, "compute_budget": 0.2}
     experts = {"rank": 4, "bias_update_rate": 0.25, "target_modules": ["q_proj"]}
-    model = one(etd={"layer_router": {**router, **budget}, "lora_expert": experts})
+    model = one(etd={"layer_router": {**router, **budget}, "lora_expert": experts}, **DENSE)
     before, passes = values(model), mean_passes(model)
     model.compile(keras.optimizers.SGD(0.01))
     model.fit(IDS, LABELS, batch_size=4, verbose=0)
@@ -123,13 +125,12 @@ def mean_passes(model):
 
 
 def test_new_parts_with_a_loop_and_drafts_generate_what_the_model_did():
-    base = small(**ONE_LAYER, mtp=MTPConfig(num_predict_tokens=1, speculation_lookahead=1))
+    mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1)
+    base = small(**{**ONE_LAYER, **DENSE}, mtp=mtp)
     once = ETDConfig(0, 1, 0, max_think_iterations=1, adaptive_depth=False, **ROUTES, **EXPERTS)
     model = wrap_transformer_with_etd(base, once)
-    expected, _ = base.generate(PROMPTS, 8, use_speculative=False)
     tokens, _ = model.generate(PROMPTS, 8, use_speculative=True)
-    for a, b in zip(tokens, expected):
-        np.testing.assert_array_equal(a, b)
+    assert_greedy(base, PROMPTS, tokens)
 
 
 def test_a_classifier_decides_from_the_whole_row():
@@ -155,7 +156,7 @@ def test_second_runs_have_caches_that_are_counted():
 
 
 def test_decisions_without_routers_are_refused():
-    model = small(**TWO_LAYERS)
+    model = small(**LIGHT)
     with pytest.raises(ValueError, match="use_layer_router"):
         model.generate(PROMPTS, 2, route=[1])
     with pytest.raises(ValueError, match="use_lora_experts"):

@@ -137,7 +137,7 @@ IDS = random_ids(3, 9)
 
 @functools.cache
 def adapted():
-    return routed(Qwen3Next, "experts")
+    return routed(Qwen3Next, "experts", etd=ETD, **SMALL)
 
 
 @functools.cache
