@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from qwen3_next import variants
 from tests.support.memory import free_programs
 from tests.support.readme import README, blocks
 from tests.support.running import BACKEND
@@ -13,10 +12,6 @@ from tests.support.running import BACKEND
 @pytest.mark.skipif(BACKEND != "jax", reason="a long way through, once is enough")
 def test_the_readme_runs_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    # Experts in one of six layers: the text needs the layers, and each with experts takes seconds.
-    load = variants.load
-    tiny = {**load("tiny"), "mlp_only_layers": [1, 2, 3, 4, 5]}
-    monkeypatch.setattr(variants, "load", lambda name: tiny if name == "tiny" else load(name))
     names = {}
     for block in blocks(several_devices=False):
         exec(compile(block, "README.md", "exec"), names)

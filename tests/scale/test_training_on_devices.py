@@ -73,7 +73,7 @@ def assert_trains_as_one(mesh, kind, fsdp=False, **options):
 
 
 # "data=2,expert=4" is the mesh that Keras' own `ModelParallel` has below, MIXED that of the files.
-@pytest.mark.parametrize("mesh", ["data=8", "tensor=4"])
+@pytest.mark.parametrize("mesh", ["data=8", "expert=8", "tensor=4"])
 def test_every_mesh_trains_as_one_device(mesh):
     assert_trains_as_one(mesh, "experts")
 
