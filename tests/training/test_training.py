@@ -84,11 +84,10 @@ def test_loss_and_all_gradients_are_those_of_transformers(name):
 
 
 def test_packed_gradients_are_the_sum_of_separate_ones_checkpointed_or_not():
-    # Both batches have two rows and segments, so that operations share their programs.
+    # Both batches have two rows, so that operations share their programs.
     batch = {key: np.pad(x, ((0, 1), (0, 0))) for key, x in pack(ROWS, length=20).items()}
     _, _, packed = loss_and_gradients(small(**FREE), batch, batch["token_ids"], CHEAPEST)
     batch = pad(ROWS, length=20)
-    batch["segment_ids"] = batch["padding_mask"].astype("int32")
     labels = np.where(batch["padding_mask"], batch["token_ids"], -100)
     model = small(**FREE, gradient_checkpointing=True)
     _, _, separate = loss_and_gradients(model, batch, labels, CHEAPEST)
