@@ -45,7 +45,7 @@ ROWS = 16
 ROWS_OF_HALVES = 8
 # Where a kernel is smaller, there is nothing to gain, and expressions take time to compile.
 SMALLEST_KERNEL = 2**16
-# Where a kernel that is turned round saves a quarter to a third of a product, on both backends: not
+# Where a kernel that is turned round saves a fifth to a third of a product, on both backends: not
 # with 2 rows or 64, nor where it is smaller. Turning it round takes as long as 13 products save.
 SMALLEST_TURNED = 2**23
 FEW_ROWS = range(3, 33)
