@@ -39,8 +39,9 @@ class TextGeneration:
         same distribution as without it, and are the same with `temperature=0` (in float32; in
         bfloat16 passes of different widths round differently).
 
-        On a CPU a call whose steps read 3 to 32 tokens holds the kernel of a large head (2**23
-        numbers and more, float32, not tied) a second time, turned round, which is faster to read.
+        On a CPU a call of 16 steps and more that read 3 to 32 tokens each holds the kernel of a
+        large head (2**23 numbers and more, float32, not tied) a second time, turned round, which is
+        faster to read.
 
         Args:
             prompts: List of token-id sequences of any lengths, an array `(B, T)`, or a dict with
