@@ -17,7 +17,16 @@ BUDGET = 5.0  # seconds of repeated runs
 MOST_RUNS = 9
 # A program that never runs needs no machine code that is fast.
 SIMULATED = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
-WITH_CONFIG = ("prefill", "read", "read_prompts", "train", "decode", *FIRST_CALLS, *NOT_TIMED)
+WITH_CONFIG = (
+    "prefill",
+    "read",
+    "read_prompts",
+    "train",
+    "decode",
+    "products",
+    *FIRST_CALLS,
+    *NOT_TIMED,
+)
 
 
 def main():

@@ -166,6 +166,13 @@ def rows():
     yield Row("MoE block, 1 token", "moe", {**size, "tokens": 1}, ON_JAX)
     size = {"tokens": 512, "width": 512, "vocab": 151_936}
     yield Row("loss forward + backward, vocabulary 151,936", "loss", size, few)
+    # What no form of the layers can be faster than.
+    for what, size in (
+        ("prefill 1 x 1024", {"batch": 1, "length": 1024}),
+        ("prefill 1 x 4096", {"batch": 1, "length": 4096}),
+        ("train step 1 x 1024", {"batch": 1, "length": 1024, "backward": True}),
+    ):
+        yield Row(f"products with kernels alone: {what}", "products", size, few)
 
 
 def qwen3_moe():

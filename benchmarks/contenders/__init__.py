@@ -7,6 +7,7 @@
     first_predict(config, batch, length)  `predict`, `fit` for a step and `generate`, as a user
     first_fit(config, batch, length)      calls them: what counts is the first call
     first_generate(config, batch, length, new)
+    products(config, batch, length, backward)  what a model multiplies with its kernels, alone
     step_on_devices(config, mesh, fsdp, batch, length)  a train step on simulated devices, compiled
     delta_rule(length, heads, dim), delta_rule_grad(...), moe(...), moe_grad(...), loss(...)
 
@@ -60,6 +61,36 @@ def moe_inputs(tokens, width, experts, chosen, inner):
         (rng.standard_normal(s) * scale).astype("float32")
         for s, scale in zip(shapes, (1, 0.1, 0.04, 0.04))
     ]
+
+
+def kernel_products(config, batch, length):
+    """What each kernel multiplies, `(rows, kernel)`: of all tokens, or of an expert's even share.
+
+    Without attention's scores and the delta rule, which have no kernels.
+    """
+    c, rows = config, batch * length
+    width, attention = c["hidden_size"], c["num_attention_heads"] * c["head_dim"]
+    written = c["num_key_value_heads"] * c["head_dim"]
+    keys = c["linear_num_key_heads"] * c["linear_key_head_dim"]
+    values = c["linear_num_value_heads"] * c["linear_value_head_dim"]
+    inner, shared = c["moe_intermediate_size"], c["shared_expert_intermediate_size"]
+    share = rows * c["num_experts_per_tok"] // c["num_experts"]
+    expert = (share, width, 2 * inner), (share, inner, width)
+    moe = [*expert * c["num_experts"], (rows, width, 2 * shared), (rows, shared, width)]
+    shapes = [(rows, width, c["vocab_size"])]
+    for layer in range(c["num_layers"]):
+        if (layer + 1) % c["full_attention_interval"]:
+            shapes += [(rows, width, 2 * keys + 2 * values), (rows, values, width)]
+        else:
+            shapes += [(rows, width, 2 * attention + 2 * written), (rows, attention, width)]
+        shapes += moe
+    rng = np.random.default_rng(0)
+    for m, k, n in shapes:
+        yield tuple(rng.standard_normal(s, "float32") for s in ((m, k), (k, n)))
+
+
+def output_gradient(rows, kernel):
+    return np.random.default_rng(0).standard_normal((len(rows), kernel.shape[1]), "float32")
 
 
 def relative_error(value, reference):

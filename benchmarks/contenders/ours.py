@@ -6,7 +6,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
+from benchmarks.contenders import (
+    Work,
+    delta_rule_inputs,
+    kernel_products,
+    moe_inputs,
+    output_gradient,
+    relative_error,
+    token_ids,
+)
 from benchmarks.contenders.keras_work import fit, forward, gradient, predict
 from benchmarks.contenders.keras_work import train as train_work
 from qwen3_next import Qwen3Next, Qwen3NextConfig, create_hybrid_from_qwen3, describe_step
@@ -246,6 +254,20 @@ def moe(**size):
 
 def moe_grad(**size):
     return _moe(gradient, **size)
+
+
+def products(config, batch, length, backward=False):
+    pairs = list(kernel_products(config, batch, length))
+    ends = [output_gradient(*pair) for pair in pairs] if backward else []
+    rows, kernels = map(list, zip(*pairs))
+
+    def multiply(*arrays):
+        rows, kernels, ends = (arrays[i : i + len(pairs)] for i in (0, len(pairs), 2 * len(pairs)))
+        outputs = [x @ kernel for x, kernel in zip(rows, kernels)]
+        outputs += [end @ ops.transpose(kernel) for end, kernel in zip(ends, kernels)]
+        return outputs + [ops.transpose(x) @ end for x, end in zip(rows, ends)]
+
+    return forward(multiply, [], *rows, *kernels, *ends)
 
 
 def loss(tokens, width, vocab):

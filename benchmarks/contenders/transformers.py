@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from benchmarks.contenders import Work, delta_rule_inputs, moe_inputs, relative_error, token_ids
+from benchmarks.contenders import (
+    Work,
+    delta_rule_inputs,
+    kernel_products,
+    moe_inputs,
+    output_gradient,
+    relative_error,
+    token_ids,
+)
 
 
 def build(config):
@@ -138,6 +146,21 @@ def loss(tokens, width, vocab):
         return torch.nn.functional.cross_entropy(hidden @ kernel, labels)
 
     return _gradient(losses, [hidden, kernel])
+
+
+def products(config, batch, length, backward=False):
+    """Of torch alone."""
+    import torch
+
+    pairs = [tuple(map(torch.from_numpy, p)) for p in kernel_products(config, batch, length)]
+    ends = [torch.from_numpy(output_gradient(*pair)) for pair in pairs] if backward else []
+
+    def run():
+        outputs = [x @ kernel for x, kernel in pairs]
+        for (x, kernel), end in zip(pairs, ends):
+            outputs += [end @ kernel.T, x.T @ end]
+
+    return Work(run)
 
 
 def _forward(function, inputs):

@@ -91,7 +91,8 @@ def expert_mlp(
         x, weights = pad_end(x, 1), pad_end(weights, 1)
         experts = pad_end(experts, 1, fill=count)
     implementation = _pick(implementation, experts.shape, found is not None)
-    experts = ops.where(experts < 0, count, experts)  # sorted, those of no expert come last
+    # Sorted, those of no expert come last.
+    experts = ops.where((experts >= 0) & (experts < count), experts, count)
     if implementation == "in_place":
         output = _in_place(activation)(x, gate_up, down, weights, experts)
         return output[:rows], _tokens_per_expert(experts, count)

@@ -59,14 +59,24 @@ class ExpertInputs(NamedTuple):
 def sort_by_expert(
     experts: Annotated[Tensor, "N K"], count: int
 ) -> tuple[Annotated[Tensor, "N*K"], Annotated[Tensor, "N K"], Annotated[Tensor, "E"]]:
-    """Sort indices, inverse sort and tokens per expert of `ExpertInputs`; `experts` is int32."""
+    """Sort indices, inverse sort and tokens per expert of `ExpertInputs`.
+
+    Args:
+        experts: int32, from 0 to `count`, which is no expert and comes last.
+        count: E.
+    """
     flat = ops.reshape(experts, (-1,))
-    sort_indices = ops.cast(ops.argsort(flat), "int32")
-    inverse_sort = ops.cast(ops.argsort(sort_indices), "int32")
-    numbers = ops.arange(count + 1, dtype="int32")
-    bounds = ops.cast(ops.searchsorted(ops.take(flat, sort_indices), numbers), "int32")
-    inverse_sort = ops.reshape(inverse_sort, (-1, experts.shape[1]))
-    return sort_indices, inverse_sort, bounds[1:] - bounds[:-1]
+    pairs = ops.shape(flat)[0]
+    positions = ops.arange(pairs, dtype="int32")
+    if isinstance(pairs, int) and (count + 1) * pairs < 2**31:
+        # Expert and position in one number: XLA on a CPU sorts it several times as fast as pairs.
+        sort_indices = ops.sort(flat * pairs + positions) % pairs
+    else:
+        sort_indices = ops.cast(ops.argsort(flat), "int32")
+    inverse_sort = ops.scatter(ops.expand_dims(sort_indices, -1), positions, (pairs,))
+    # Not by a search for the experts' bounds, for which XLA on TensorFlow compares all with all.
+    tokens = ops.segment_sum(ops.ones_like(flat), flat, num_segments=count + 1)[:count]
+    return sort_indices, ops.reshape(inverse_sort, (-1, experts.shape[1])), tokens
 
 
 def forward(
