@@ -6,6 +6,7 @@ import keras
 
 from qwen3_next.config.validation import Rule, require
 from qwen3_next.tasks.checked_data import checked, values_kept
+from qwen3_next.tasks.stale_functions import drop_stale_functions
 from qwen3_next.tasks.task import build_optimizer
 
 _VALIDATION = Rule(
@@ -37,6 +38,7 @@ class CheckedTrainer(keras.Model):
             validation_data = self.check_data(validation_data)
         weights = {name: kwargs.get(name) for name in ("sample_weight", "class_weight")}
         x = self.check_data(x, y, **weights)
+        drop_stale_functions(self)
         build_optimizer(self)
         with values_kept(self, self._stepped_variables()):
             return super().fit(x, y, *args, validation_data=validation_data, **kwargs)
@@ -45,25 +47,30 @@ class CheckedTrainer(keras.Model):
         self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, *args, **kwargs
     ):
         x = self.check_data(x, y, sample_weight=sample_weight)
+        drop_stale_functions(self)
         with values_kept(self, self._stepped_variables()):
             return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         x = checked(self.check_inputs, x)
+        drop_stale_functions(self)
         with values_kept(self, self._stepped_variables()):
             return super().predict(x, *args, **kwargs)
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)
+        drop_stale_functions(self)
         build_optimizer(self)
         return super().train_on_batch(x, y, *args, **kwargs)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)
+        drop_stale_functions(self)
         return super().test_on_batch(x, y, *args, **kwargs)
 
     def predict_on_batch(self, x):
         self.check_inputs(x)
+        drop_stale_functions(self)
         return super().predict_on_batch(x)
 
     def check_data(self, x: Any, y: Any = None, **weights: Any) -> Any:

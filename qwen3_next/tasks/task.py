@@ -30,6 +30,7 @@ from qwen3_next.tasks.rows_on_devices import (
     rows_by_device,
 )
 from qwen3_next.tasks.running_on_replicas import Replicas
+from qwen3_next.tasks.stale_functions import check_trained_variables, drop_stale_functions
 from qwen3_next.training.replicas_of_step import train_on_replica
 from qwen3_next.training.thinking_metrics import ACTIONS, names_of, thinking_results
 
@@ -43,6 +44,8 @@ def build_optimizer(model: keras.Model) -> None:
         strategy = strategy_of(model)
         with contextlib.nullcontext() if strategy is None else strategy.scope():
             optimizer.build(model.trainable_variables)
+    if optimizer is not None:
+        check_trained_variables(model)
 
 
 class Task(IterationsOfRun, Replicas, ConfiguredModel):
@@ -251,6 +254,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
     def fit(self, x=None, y=None, batch_size=None, *args, validation_data=None, **kwargs):
         require_strategy_of(self, "fit")
+        drop_stale_functions(self)
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
         validates = isinstance(validation_data, list | tuple)
@@ -282,6 +286,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
     ):
         """As `keras.Model.evaluate`, with so many `think_iterations` if it says so."""
         require_strategy_of(self, "evaluate")
+        drop_stale_functions(self)
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, kwargs.get("steps"))
         with refused_by_all():
@@ -296,6 +301,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         Each of several processes brings its own rows and is given what belongs to them.
         """
         require_strategy_of(self, "predict")
+        drop_stale_functions(self)
         check_batch_size(x, batch_size, kwargs.get("steps"))
         check_steps_at_once(getattr(self, "steps_per_execution", 1))
         with refused_by_all():
@@ -337,17 +343,20 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)
+        drop_stale_functions(self)
         build_optimizer(self)
         with all_rows_everywhere():
             return super().train_on_batch(x, y, *args, **kwargs)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):
         self.check_batch(x, y)
+        drop_stale_functions(self)
         with all_rows_everywhere():
             return super().test_on_batch(x, y, *args, **kwargs)
 
     def predict_on_batch(self, x):
         self._check_inputs(x)
+        drop_stale_functions(self)
         return super().predict_on_batch(brought_together(x))
 
     def step_metrics(self) -> list[keras.metrics.Metric]:
