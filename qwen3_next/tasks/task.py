@@ -11,6 +11,7 @@ from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
 from qwen3_next.checkpoints.shared_saving import save_by_keras
 from qwen3_next.checkpoints.staging import replaced
+from qwen3_next.checkpoints.weights_of_file import require_weights_of
 from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
@@ -101,6 +102,18 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
     def save_weights(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save_weights`; the file is replaced once the new one is on the disk."""
         self._replace(super().save_weights, ".weights.h5", filepath, overwrite, kwargs)
+
+    def load_weights(
+        self, filepath: str | Path, skip_mismatch: bool = False, **kwargs: Any
+    ) -> None:
+        """As `keras.Model.load_weights`; a `.weights.h5` file must be that of such a model.
+
+        Raises:
+            ValueError: a file with other weights, without `skip_mismatch`. Nothing is loaded then.
+        """
+        if not skip_mismatch and not kwargs and str(filepath).endswith(".weights.h5"):
+            require_weights_of(self, filepath)
+        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
 
     def _replace(self, save, suffix, filepath, overwrite, options):
         path = Path(filepath)

@@ -9,12 +9,12 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import GroupedAdamW, Qwen3NextClassifier
+from qwen3_next import GroupedAdamW, MTPConfig, Qwen3NextClassifier
 from tests.support.mtp_models import LIGHT
 from tests.support.paths import ROOT
 from tests.support.published import assert_same_weights, weights
 from tests.support.running import BACKEND, CHEAPEST_STEPS
-from tests.support.small_models import TWO_LAYERS, logits_once, random_ids, small
+from tests.support.small_models import ONE_LAYER, TWO_LAYERS, logits_once, random_ids, small
 
 IDS = random_ids(2, 12)
 
@@ -90,6 +90,35 @@ def test_weights_alone_can_be_saved_and_loaded(tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     other.load_weights(tmp_path / "model.weights.h5")
     assert_same_weights(weights(other), weights(model))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        TWO_LAYERS,
+        {**ONE_LAYER, "tie_word_embeddings": True},
+        {**ONE_LAYER, "mtp": MTPConfig(1, speculation_lookahead=1)},
+    ],
+)
+def test_weights_of_another_model_are_refused_before_any_is_loaded(other, tmp_path):
+    model, other = small(**ONE_LAYER), small(**other)
+    before = weights(model)
+    for file, a, b in (("a", model, other), ("b", other, model)):
+        path = tmp_path / f"{file}.weights.h5"
+        a.save_weights(path)
+        with pytest.raises(ValueError, match=r"`filepath` must hold .*Received: filepath='.*h5'"):
+            b.load_weights(path)
+    assert_same_weights(weights(model), before)
+
+
+def test_weights_load_into_a_model_with_lora_and_without_its_optimizer(tmp_path):
+    model, other = (small(**ONE_LAYER, initializer_range=scale) for scale in (0.02, 0.1))
+    model.compile("adamw", run_eagerly=True)
+    model.train_on_batch(IDS)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.lm_head.enable_lora(2)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(other.lm_head.kernel, model.lm_head.kernel)
 
 
 def test_dtype_policy_and_options_survive_a_file(tmp_path):
