@@ -140,14 +140,12 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         super().__init__(config, name=name, dtype=dtype, **fields)
         require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         require(BOOLEAN, "freeze_backbone", freeze_backbone)
-        etd = self.config.etd
-        thinks = etd is not None and etd.has_weights
-        if freeze_backbone and self.config.mtp is None and not thinks:
+        if freeze_backbone and not self.config.learns_beside_backbone:
             raise ValueError(
                 "`freeze_backbone` leaves nothing to train without multi-token prediction or a "
                 "think loop with weights of its own (`adaptive_depth`, `input_injection`, "
                 "`use_layer_router` or `use_lora_experts`). "
-                f"Received: {freeze_backbone=}, mtp=None, etd={etd}"
+                f"Received: {freeze_backbone=}, mtp=None, etd={self.config.etd}"
             )
         self.gradient_checkpointing = gradient_checkpointing
         self.freeze_backbone = freeze_backbone
