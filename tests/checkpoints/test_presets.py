@@ -222,7 +222,7 @@ def test_a_model_of_several_inputs_is_refused(checkpoint, tmp_path):
 
 
 def test_a_frozen_backbone_learns_again_without_what_learned_beside_it(tmp_path):
-    model = small(**ONE_LAYER, mtp=MTPConfig(num_predict_tokens=1), freeze_backbone=True)
+    model = small(**ONE_LAYER, mtp=MTPConfig(), freeze_backbone=True)
     model.save_to_preset(tmp_path)
     assert load(tmp_path).freeze_backbone
     alone = load(tmp_path, mtp=None)
