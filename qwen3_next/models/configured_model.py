@@ -40,10 +40,6 @@ class ConfiguredModel(keras.Model):
             raise ValueError(f"`config` must be a Qwen3NextConfig. Received: {config=}")
         # Inputs are cast by hand: Keras would cast the float32 tensors of a cache as well.
         super().__init__(name=name, dtype=_policy(dtype), autocast=False)
-        dtypes = self.variable_dtype, self.compute_dtype
-        quantized = isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy)
-        if quantized or not all("float" in dtype for dtype in dtypes):
-            raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}")
         self.config = config
 
     def refuse_mtp(self) -> None:
@@ -165,6 +161,13 @@ def _policy(dtype):
         policy = keras.dtype_policies.get(dtype)
     except Exception as error:  # whatever Keras meets on its way through a damaged one
         raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}") from error
-    if not isinstance(policy, keras.dtype_policies.DTypePolicy):
+    if not isinstance(policy, keras.dtype_policies.DTypePolicy) or not _is_floating(policy):
         raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}")
     return policy
+
+
+def _is_floating(policy):
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return all(map(_is_floating, [policy.default_policy, *policy.values()]))
+    dtypes = policy.variable_dtype, policy.compute_dtype
+    return policy.quantization_mode is None and all("float" in dtype for dtype in dtypes)

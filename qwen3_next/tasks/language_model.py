@@ -13,7 +13,7 @@ from qwen3_next.layers import MultiTokenPrediction, Thinking
 from qwen3_next.layers.ops import row_product
 from qwen3_next.layers.ops.checks import require_shape
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.assembly import check_head, make_head
+from qwen3_next.models.assembly import check_head, make_head, require_unquantized
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache, check_capacity
 from qwen3_next.models.compiled import compile_with_weights
@@ -313,8 +313,9 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         """Hidden states `(..., D)` -> logits `(..., vocab)`."""
         if self.lm_head is None:
             return ops.matmul(hidden, ops.cast(self.head_kernel(), hidden.dtype))
+        plain = self.lm_head.quantization_mode is None
         halves = self.lm_head.compute_dtype == "bfloat16"  # XLA:CPU would copy them as float32
-        if halves and row_product.pays(hidden.shape[:-1], self.lm_head.kernel):
+        if plain and halves and row_product.pays(hidden.shape[:-1], self.lm_head.kernel):
             row = ops.reshape(ops.cast(hidden, "bfloat16"), (1, -1))
             product = row_product.multiply_row(row, self.head_kernel())
             return ops.reshape(product, (*hidden.shape[:-1], -1))
@@ -323,6 +324,7 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
     def head_kernel(self) -> Annotated[Tensor, "D V"]:
         """Kernel `(D, vocab)` of the head."""
         if self.lm_head is not None:
+            require_unquantized("lm_head", self.lm_head)
             return ops.convert_to_tensor(self.lm_head.kernel)
         return ops.transpose(ops.convert_to_tensor(self.backbone.embed_tokens.embeddings))
 
