@@ -113,6 +113,19 @@ class ConfiguredModel(keras.Model):
         """Refused: the fused loss and the routed experts read weights as they are."""
         raise ValueError(f"{type(self).__name__} cannot be quantized. Received: {mode=}")
 
+    @property
+    def dtype_policy(self) -> Any:
+        """Dtype policy of all layers, as it was given at construction."""
+        return super().dtype_policy
+
+    @dtype_policy.setter
+    def dtype_policy(self, value: Any) -> None:
+        # Layers keep the policy they were made with, and weights their dtype.
+        raise ValueError(
+            f"{type(self).__name__} takes its dtype policy at construction: give `dtype=` there. "
+            f"Received: dtype_policy={shown(value)}"
+        )
+
     def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         """Shape of the output for token ids `(batch, length)`, where either may be `None`."""
         raise NotImplementedError

@@ -30,6 +30,13 @@ def test_the_kernel_of_a_quantized_head_is_not_read():
         Qwen3Next(model.config, lm_head=model.lm_head)
 
 
+def test_a_dtype_policy_is_given_at_construction():
+    for model in (shared(), shared().backbone):
+        with pytest.raises(ValueError, match=r"`dtype=`.*Received: dtype_policy='mixed_bfloat16'"):
+            model.dtype_policy = "mixed_bfloat16"
+    assert shared().dtype_policy.name == "float32"
+
+
 @pytest.mark.parametrize("key", ["a", None])
 def test_no_policy_of_a_map_is_quantized(key):
     policies = keras.dtype_policies.DTypePolicyMap(None if key else "int8_from_float32")
