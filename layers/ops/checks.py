@@ -54,10 +54,14 @@ def as_array(name: str, x: Any) -> Tensor | None:
     """Lists as tensors; `TypeError` for what cannot be one."""
     if x is None or hasattr(x, "dtype"):
         return x
+    error = None
     try:
-        return ops.convert_to_tensor(x)
-    except (TypeError, ValueError) as error:
+        found = ops.convert_to_tensor(x)
+    except (TypeError, ValueError) as caught:
+        error = caught
+    if error is not None or keras.backend.standardize_dtype(found.dtype) == "string":
         raise TypeError(f"`{name}` must be an array of numbers. Received: {name}={x!r}") from error
+    return found
 
 
 def as_floats(name: str, x: Any) -> Tensor | None:

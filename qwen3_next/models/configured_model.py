@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import keras
+import numpy as np
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import Rule, require, shown
@@ -12,7 +13,7 @@ from qwen3_next.models.inputs import check_token_ids, require_inputs
 from qwen3_next.models.placement import check_placement
 from qwen3_next.models.strategies import require_mirrored_strategy
 from qwen3_next.models.trainable_layers import FIELD, set_trainable_by_layer, trainable_by_layer
-from qwen3_next.models.values import values_needed
+from qwen3_next.models.values import require_values, values_needed
 
 _FLOATING = "`dtype` must be a policy of floating-point types"
 _FIELDS = Rule(
@@ -80,6 +81,10 @@ class ConfiguredModel(keras.Model):
         check_token_ids(inputs, self.config.vocab_size)
         with values_needed(self):
             return super().__call__(inputs, *args, **kwargs)
+
+    def get_weights(self) -> list[np.ndarray]:
+        require_values(self.weights)
+        return super().get_weights()
 
     def export(
         self,

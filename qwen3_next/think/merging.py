@@ -8,6 +8,7 @@ from keras import ops
 from qwen3_next.config.lora_expert_config import BLOCK_OUTPUT, LoRAExpertConfig
 from qwen3_next.config.validation import integer, require
 from qwen3_next.models.trainable_layers import FIELD, set_trainable_like
+from qwen3_next.models.values import require_values
 from qwen3_next.tasks.task import Task
 
 
@@ -49,6 +50,7 @@ def merge_lora_expert(model: Task, expert: int) -> Any:
             "`model` must be a Qwen3Next or a Qwen3NextClassifier with LoRA experts, "
             f"`ETDConfig(use_lora_experts=True)`. Received: model={model!r}"
         )
+    require_values(model.weights)
     require(integer(0, etd.num_lora_experts - 1), "expert", expert)
     if BLOCK_OUTPUT in (etd.lora_expert.target_modules or ()):
         raise ValueError(
