@@ -43,7 +43,8 @@ class HeadDense(keras.layers.EinsumDense):
 
 def _is_product(layer: keras.layers.Layer) -> bool:
     """Whether it does nothing but multiply."""
-    return layer.bias is None and layer.activation is keras.activations.linear
+    plain = layer.bias is None and layer.activation is keras.activations.linear
+    return plain and layer.quantization_mode is None
 
 
 def dense(units: int, initializer_range: float, name: str, dtype: object) -> keras.layers.Dense:

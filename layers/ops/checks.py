@@ -3,12 +3,17 @@
 require_shape     a shape, as far as it is known
 require_tokens    rows with tokens
 require_floats    a float dtype
+as_array          lists as tensors
+as_floats         the same, of a float dtype
 as_mask           a mask of any dtype as bool
+exact_int32       integers that int32 can hold, nothing else
 to_integers       integers as int32, nothing else
 to_int32          the same, of what is known to be integers
+known_values      the values of what has some already
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -45,9 +50,52 @@ def require_floats(name: str, x: Tensor) -> None:
         raise ValueError(f"`{name}` must be floats. Received: {name}.dtype={x.dtype}")
 
 
-def as_mask(x: Tensor | None) -> Tensor | None:
-    """A mask as bool, true where it is not 0: of other numbers `~` and sums make something else."""
-    return None if x is None else ops.cast(x, "bool")
+def as_array(name: str, x: Any) -> Tensor | None:
+    """Lists as tensors; `TypeError` for what cannot be one."""
+    if x is None or hasattr(x, "dtype"):
+        return x
+    error = None
+    try:
+        found = ops.convert_to_tensor(x)
+    except (TypeError, ValueError) as caught:
+        error = caught
+    if error is not None or keras.backend.standardize_dtype(found.dtype) == "string":
+        raise TypeError(f"`{name}` must be an array of numbers. Received: {name}={x!r}") from error
+    return found
+
+
+def as_floats(name: str, x: Any) -> Tensor | None:
+    """The same; `ValueError` unless it is of a float dtype."""
+    x = as_array(name, x)
+    if x is not None:
+        require_floats(name, x)
+    return x
+
+
+def as_mask(x: Tensor | None, name: str = "padding_mask") -> Tensor | None:
+    """A mask as bool, true where it is not 0: of other numbers `~` and sums make something else.
+
+    Raises `ValueError` for NaN, where values are known: it is neither.
+    """
+    x = as_array(name, x)
+    if x is None:
+        return None
+    if "float" in keras.backend.standardize_dtype(x.dtype):
+        values = known_values(x)
+        if values is not None and np.isnan(np.asarray(values, "float32")).any():
+            raise ValueError(f"`{name}` must not hold NaN. Received: {name}={x}")
+    return ops.cast(x, "bool")
+
+
+def exact_int32(name: str, x: Any) -> Tensor:
+    """`to_integers`; `ValueError` for what int32 cannot hold, too, where values are known."""
+    x = as_array(name, x)
+    if keras.backend.standardize_dtype(x.dtype) in ("int64", "uint32", "uint64"):
+        values = known_values(x)
+        wrong = np.zeros(0) if values is None else values[values != values.astype("int32")]
+        if wrong.size:
+            raise ValueError(f"`{name}` must fit in int32. Received: {name} with {wrong[0]}")
+    return to_integers(name, x)
 
 
 def to_integers(name: str, x: Tensor) -> Tensor:
@@ -68,3 +116,24 @@ def to_int32(x: Tensor) -> Tensor:
     if keras.backend.standardize_dtype(x.dtype) not in ("int64", "uint32", "uint64"):
         return narrow
     return ops.where(ops.cast(narrow, x.dtype) == x, narrow, -1)
+
+
+def known_values(x: Any) -> np.ndarray | None:
+    """The values of an array or a tensor, `None` where this process has none yet, or a share."""
+    if isinstance(x, np.ndarray):
+        return x
+    if not ops.is_tensor(x) or isinstance(x, keras.KerasTensor) or _is_traced(x):
+        return None
+    return ops.convert_to_numpy(x) if getattr(x, "is_fully_addressable", True) else None
+
+
+def _is_traced(x):
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return isinstance(x, jax.core.Tracer)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.is_symbolic_tensor(x)
+    return False

@@ -14,6 +14,7 @@ from typing import Annotated
 
 from keras import ops
 
+from .checks import exact_int32
 from .tensor_types import Tensor
 
 
@@ -61,8 +62,11 @@ def segment_index(
 
     Returns:
         `(B, T)` int32, non-decreasing along T and 0 at the first real token.
+
+    Raises:
+        ValueError: ids of another dtype, or known ones that int32 cannot hold.
     """
-    ids = ops.cast(segment_ids, "int32")
+    ids = exact_int32("segment_ids", segment_ids)
     if padding_mask is not None:
         sort_indices, _ = compaction(padding_mask)
         ids = ops.take_along_axis(ids, sort_indices, axis=-1)

@@ -133,6 +133,8 @@ def _opened(cls, preset, dtype, options):
         if "num_labels" in cls.constructor_options():
             require(integer(1), "num_labels", arguments.get("num_labels"))
         config = config.replace(**options)
+        if "freeze_backbone" not in own and not config.learns_beside_backbone:
+            arguments.pop("freeze_backbone", None)  # what was to learn beside it was taken away
         rows = weight_table(config, arguments.get("num_labels"))
         if is_own:
             sources = [Source(r.path, (r.path,), r.shape, SAME, r.optional) for r in rows]

@@ -20,6 +20,7 @@ from qwen3_next.layers.ops.backend.shards import (
     told_by_first,
     whole_array,
 )
+from qwen3_next.models.values import require_values
 
 
 def save_once(
@@ -36,7 +37,9 @@ def save_once(
 
     Raises:
         OSError: in the other processes, where the first could not save.
+        ValueError: variables whose values Keras has taken.
     """
+    require_values(variables)
     if is_shared(variables):
         _save_by_first(save, variables)
     else:
@@ -53,7 +56,11 @@ def save_by_keras(
         write: `write(path)` writes a file with the same weights, to find the order in which Keras
             reads them.
         variables: All that Keras may read. What every device has a copy of is read as it is.
+
+    Raises:
+        ValueError: variables whose values Keras has taken.
     """
+    require_values(variables)
     if not is_shared(variables):
         save()
         return

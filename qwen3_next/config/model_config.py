@@ -222,6 +222,11 @@ class Qwen3NextConfig(Config):
         """Indices of the MoE layers."""
         return [layer for layer in range(self.num_layers) if self.is_moe(layer)]
 
+    @property
+    def learns_beside_backbone(self) -> bool:
+        """Whether a model has weights to train beyond embedding, layers, final norm and head."""
+        return self.mtp is not None or (self.etd is not None and self.etd.has_weights)
+
     def _check_together(self):
         for name, divisor in (
             ("num_attention_heads", "num_key_value_heads"),

@@ -195,6 +195,17 @@ def check_head(name: str, head: Any, shape: tuple[int, int]) -> None:
             f"and activation. Received: {name}={head}, with a kernel of shape {found or None}, "
             f"{bias=}, {activation=}"
         )
+    require_unquantized(name, head)
+
+
+def require_unquantized(name: str, layer: keras.layers.Layer) -> None:
+    """Raises `ValueError` for a layer whose kernel does not hold the numbers it multiplies by."""
+    for part in layer._flatten_layers():
+        if part.quantization_mode is not None:
+            raise ValueError(
+                f"`{name}` must not be quantized: its weights are read as they are. "
+                f"Received: {part.path} with quantization_mode={part.quantization_mode!r}"
+            )
 
 
 def make_head(config: Qwen3NextConfig, units: int, name: str, dtype: Any) -> keras.layers.Dense:

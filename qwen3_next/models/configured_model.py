@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import keras
+import numpy as np
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import Rule, require, shown
@@ -12,7 +13,7 @@ from qwen3_next.models.inputs import check_token_ids, require_inputs
 from qwen3_next.models.placement import check_placement
 from qwen3_next.models.strategies import require_mirrored_strategy
 from qwen3_next.models.trainable_layers import FIELD, set_trainable_by_layer, trainable_by_layer
-from qwen3_next.models.values import values_needed
+from qwen3_next.models.values import require_values, values_needed
 
 _FLOATING = "`dtype` must be a policy of floating-point types"
 _FIELDS = Rule(
@@ -40,10 +41,6 @@ class ConfiguredModel(keras.Model):
             raise ValueError(f"`config` must be a Qwen3NextConfig. Received: {config=}")
         # Inputs are cast by hand: Keras would cast the float32 tensors of a cache as well.
         super().__init__(name=name, dtype=_policy(dtype), autocast=False)
-        dtypes = self.variable_dtype, self.compute_dtype
-        quantized = isinstance(self.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy)
-        if quantized or not all("float" in dtype for dtype in dtypes):
-            raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}")
         self.config = config
 
     def refuse_mtp(self) -> None:
@@ -85,6 +82,10 @@ class ConfiguredModel(keras.Model):
         with values_needed(self):
             return super().__call__(inputs, *args, **kwargs)
 
+    def get_weights(self) -> list[np.ndarray]:
+        require_values(self.weights)
+        return super().get_weights()
+
     def export(
         self,
         filepath: str | Path,
@@ -116,6 +117,19 @@ class ConfiguredModel(keras.Model):
     def quantize(self, mode: Any = None, **kwargs: Any) -> None:
         """Refused: the fused loss and the routed experts read weights as they are."""
         raise ValueError(f"{type(self).__name__} cannot be quantized. Received: {mode=}")
+
+    @property
+    def dtype_policy(self) -> Any:
+        """Dtype policy of all layers, as it was given at construction."""
+        return super().dtype_policy
+
+    @dtype_policy.setter
+    def dtype_policy(self, value: Any) -> None:
+        # Layers keep the policy they were made with, and weights their dtype.
+        raise ValueError(
+            f"{type(self).__name__} takes its dtype policy at construction: give `dtype=` there. "
+            f"Received: dtype_policy={shown(value)}"
+        )
 
     def output_shape_of(self, batch: int | None, length: int | None) -> tuple:
         """Shape of the output for token ids `(batch, length)`, where either may be `None`."""
@@ -165,6 +179,13 @@ def _policy(dtype):
         policy = keras.dtype_policies.get(dtype)
     except Exception as error:  # whatever Keras meets on its way through a damaged one
         raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}") from error
-    if not isinstance(policy, keras.dtype_policies.DTypePolicy):
+    if not isinstance(policy, keras.dtype_policies.DTypePolicy) or not _is_floating(policy):
         raise ValueError(f"{_FLOATING}. Received: dtype={shown(dtype)}")
     return policy
+
+
+def _is_floating(policy):
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        return all(map(_is_floating, [policy.default_policy, *policy.values()]))
+    dtypes = policy.variable_dtype, policy.compute_dtype
+    return policy.quantization_mode is None and all("float" in dtype for dtype in dtypes)

@@ -9,13 +9,13 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.config.validation import Rule, require, shown
-from qwen3_next.layers.ops.checks import to_integers
+from qwen3_next.layers.ops.checks import as_mask, exact_int32, known_values, to_integers
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.sequence import token_ranks
 from qwen3_next.layers.ops.tensor_types import Tensor
 
 KEYS = ("token_ids", "padding_mask", "segment_ids", "prompt_mask", "route", "branch")
-BY_TOKEN = {"padding_mask": "bool", "segment_ids": "int32", "prompt_mask": "bool"}
+BY_TOKEN = ("padding_mask", "segment_ids", "prompt_mask")
 BY_ROW = {"route": (2,), "branch": (1, 2)}  # with so many dims
 _INPUTS = Rule(
     "an array (batch, tokens) of token ids, or a dict of arrays",
@@ -77,7 +77,7 @@ def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
     if token_ids.shape[1] == 0:
         raise ValueError("`token_ids` must hold at least one token per row. Received: 0 tokens")
     others = {}
-    for key, dtype in BY_TOKEN.items():
+    for key in BY_TOKEN:
         if fields.get(key) is not None:
             value = _tensor(key, fields[key], "buif")
             if not _same_shape(value.shape, token_ids.shape):
@@ -85,7 +85,7 @@ def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
                     f"`{key}` must have the shape of `token_ids`, {tuple(token_ids.shape)}. "
                     f"Received: {key}.shape={tuple(value.shape)}"
                 )
-            others[key] = ops.cast(value, dtype)
+            others[key] = _by_token(key, value)
     for key, dims in BY_ROW.items():
         if fields.get(key) is not None:
             value = _integers(key, fields[key])
@@ -141,12 +141,15 @@ def require_inputs(inputs: Any) -> None:
 
 
 def check_token_ids(inputs: Any, vocab_size: int) -> None:
-    """Raises `ValueError` for a token id outside the vocabulary.
+    """Raises `ValueError` for a token id outside the vocabulary, and for masks and segment ids
+    that a cast would change.
 
     Looks at arrays that are on the host or were computed already; inside a compiled function
     there are no values to look at.
     """
     token_ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
+    for key in BY_TOKEN if isinstance(inputs, dict) else ():
+        _check_by_token(key, inputs.get(key))
     values = host_values("token_ids", token_ids)
     if values is None or values.size == 0 or not np.issubdtype(values.dtype, np.integer):
         return  # `unpack` refuses what are no integers
@@ -214,11 +217,7 @@ def host_values(name: str, x: Any) -> np.ndarray | None:
     """An argument as a NumPy array, or `None` where it has no values yet."""
     if type(x) in (list, tuple):
         return host_array(name, x)
-    if isinstance(x, np.ndarray):
-        return x
-    if not ops.is_tensor(x) or isinstance(x, keras.KerasTensor) or _is_traced(x):
-        return None
-    return ops.convert_to_numpy(x)
+    return known_values(x)
 
 
 def _is_array(x):
@@ -253,20 +252,21 @@ def _tensor(name, x, kinds):
     return ops.convert_to_tensor(x)
 
 
+def _check_by_token(key, x):
+    if ops.is_tensor(x) and keras.backend.standardize_dtype(x.dtype) in ("bool", "int32"):
+        return  # nothing to find, so nothing to fetch
+    values = host_values(key, x)
+    if values is not None and values.dtype.kind in "uif":
+        _by_token(key, values)  # Keras narrows it on the way to `unpack`
+
+
+def _by_token(key, value):
+    """Masks as bool and segment ids as int32; `ValueError` for what a cast would change."""
+    return exact_int32(key, value) if key == "segment_ids" else as_mask(value, key)
+
+
 def _integers(name, x):
     return to_integers(name, _tensor(name, x, "buif"))
-
-
-def _is_traced(x):
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return isinstance(x, jax.core.Tracer)
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.is_symbolic_tensor(x)
-    return False
 
 
 def _same_shape(a, b):

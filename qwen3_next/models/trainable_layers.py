@@ -38,6 +38,12 @@ def set_trainable_by_layer(model: keras.Model, saved: Any) -> None:
         layer.trainable = flags[path]
 
 
+def set_trainable_like(model: keras.Model, other: keras.Model) -> None:
+    """Sets `trainable` of every layer to that of the layer of the same path in another model."""
+    saved, known = trainable_by_layer(other), dict(_layers(model))
+    set_trainable_by_layer(model, {path: saved[path] for path in saved if path in known})
+
+
 def _layers(layer: keras.layers.Layer, path: str = "") -> Iterator[tuple[str, keras.layers.Layer]]:
     """Every layer with weights, and the names that lead to it; what holds others comes first."""
     yield path, layer

@@ -5,6 +5,12 @@ from collections.abc import Iterable, Iterator
 
 import keras
 
+_TAKEN = (
+    "On JAX a model can be neither called nor saved or read while `fit`, `evaluate` or `predict` "
+    "runs over data, neither by another thread nor by a callback between two batches: Keras keeps "
+    "the values of its variables until the end of the epoch. "
+)
+
 
 def without_values(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
     """The variables that have no value at the moment."""
@@ -23,12 +29,17 @@ def values_needed(model: keras.Model) -> Iterator[None]:
     except Exception as error:
         if not without_values(model.variables):
             raise
+        raise ValueError(f"{_TAKEN}Received: a call of {model.name!r} during such a run") from error
+
+
+def require_values(variables: Iterable[keras.Variable]) -> None:
+    """Raises `ValueError` for variables that are to be read and have no value."""
+    missing = without_values(variables)
+    if missing:
         raise ValueError(
-            "On JAX a model cannot be called while `fit`, `evaluate` or `predict` runs over data, "
-            "neither by another thread nor by a callback between two batches: Keras keeps the "
-            "values of its variables until the end of the epoch. "
-            f"Received: a call of {model.name!r} during such a run"
-        ) from error
+            f"{_TAKEN}Received: {len(missing)} variables without a value, the first of them "
+            f"{missing[0].path}"
+        )
 
 
 def _has_value(variable):

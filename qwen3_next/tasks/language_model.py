@@ -13,7 +13,7 @@ from qwen3_next.layers import MultiTokenPrediction, Thinking
 from qwen3_next.layers.ops import row_product
 from qwen3_next.layers.ops.checks import require_shape
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.assembly import check_head, make_head
+from qwen3_next.models.assembly import check_head, make_head, require_unquantized
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache, check_capacity
 from qwen3_next.models.compiled import compile_with_weights
@@ -140,14 +140,12 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         super().__init__(config, name=name, dtype=dtype, **fields)
         require(BOOLEAN, "gradient_checkpointing", gradient_checkpointing)
         require(BOOLEAN, "freeze_backbone", freeze_backbone)
-        etd = self.config.etd
-        thinks = etd is not None and etd.has_weights
-        if freeze_backbone and self.config.mtp is None and not thinks:
+        if freeze_backbone and not self.config.learns_beside_backbone:
             raise ValueError(
                 "`freeze_backbone` leaves nothing to train without multi-token prediction or a "
                 "think loop with weights of its own (`adaptive_depth`, `input_injection`, "
                 "`use_layer_router` or `use_lora_experts`). "
-                f"Received: {freeze_backbone=}, mtp=None, etd={etd}"
+                f"Received: {freeze_backbone=}, mtp=None, etd={self.config.etd}"
             )
         self.gradient_checkpointing = gradient_checkpointing
         self.freeze_backbone = freeze_backbone
@@ -315,8 +313,9 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         """Hidden states `(..., D)` -> logits `(..., vocab)`."""
         if self.lm_head is None:
             return ops.matmul(hidden, ops.cast(self.head_kernel(), hidden.dtype))
+        plain = self.lm_head.quantization_mode is None
         halves = self.lm_head.compute_dtype == "bfloat16"  # XLA:CPU would copy them as float32
-        if halves and row_product.pays(hidden.shape[:-1], self.lm_head.kernel):
+        if plain and halves and row_product.pays(hidden.shape[:-1], self.lm_head.kernel):
             row = ops.reshape(ops.cast(hidden, "bfloat16"), (1, -1))
             product = row_product.multiply_row(row, self.head_kernel())
             return ops.reshape(product, (*hidden.shape[:-1], -1))
@@ -325,6 +324,7 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
     def head_kernel(self) -> Annotated[Tensor, "D V"]:
         """Kernel `(D, vocab)` of the head."""
         if self.lm_head is not None:
+            require_unquantized("lm_head", self.lm_head)
             return ops.convert_to_tensor(self.lm_head.kernel)
         return ops.transpose(ops.convert_to_tensor(self.backbone.embed_tokens.embeddings))
 

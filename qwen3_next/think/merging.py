@@ -7,6 +7,8 @@ from keras import ops
 
 from qwen3_next.config.lora_expert_config import BLOCK_OUTPUT, LoRAExpertConfig
 from qwen3_next.config.validation import integer, require
+from qwen3_next.models.trainable_layers import FIELD, set_trainable_like
+from qwen3_next.models.values import require_values
 from qwen3_next.tasks.task import Task
 
 
@@ -16,7 +18,7 @@ def merge_lora_expert(model: Task, expert: int) -> Any:
         W' = W + (alpha / rank) A_n B_n
 
     for every projection that the expert changes. It gives the logits that the model gives with
-    `branch=expert`. The model itself stays as it is.
+    `branch=expert`. The model itself stays as it is, and what is frozen in it is so in the copy.
 
     Args:
         model: `Qwen3Next` or `Qwen3NextClassifier` with LoRA experts.
@@ -48,6 +50,7 @@ def merge_lora_expert(model: Task, expert: int) -> Any:
             "`model` must be a Qwen3Next or a Qwen3NextClassifier with LoRA experts, "
             f"`ETDConfig(use_lora_experts=True)`. Received: model={model!r}"
         )
+    require_values(model.weights)
     require(integer(0, etd.num_lora_experts - 1), "expert", expert)
     if BLOCK_OUTPUT in (etd.lora_expert.target_modules or ()):
         raise ValueError(
@@ -60,8 +63,13 @@ def merge_lora_expert(model: Task, expert: int) -> Any:
         "lora_expert": LoRAExpertConfig(),
         "expert_warmup_steps": type(etd).expert_warmup_steps,
     }
-    fields = model.get_config()
-    merged = type(model).from_config({**fields, "etd": etd.replace(**without).to_dict()})
+    config = model.config.replace(etd=etd.replace(**without))
+    fields = {**model.get_config(), **config.to_dict()}
+    del fields[FIELD]  # it names experts as well
+    if fields.get("freeze_backbone"):
+        fields["freeze_backbone"] = config.learns_beside_backbone
+    merged = type(model).from_config(fields)
+    set_trainable_like(merged, model)
     values = {variable.path: variable for variable in model.weights}
     for variable in merged.weights:
         variable.assign(ops.copy(values[variable.path].value))

@@ -37,7 +37,7 @@ class GroupedAdamW(keras.optimizers.Adam):
         learning_rate: Float or schedule, as for `keras.optimizers.AdamW`.
         multipliers: Dict from group to factor, at least 0.
         weight_decay: Decoupled weight decay. Decay rates of the delta rule and plain norm weights
-            are left out.
+            are left out, and what `exclude_from_weight_decay` names.
         **kwargs: As for `keras.optimizers.Adam`, such as `gradient_accumulation_steps`.
 
     Raises:
@@ -84,11 +84,15 @@ class GroupedAdamW(keras.optimizers.Adam):
 
         # By index, as the moments are kept: on TensorFlow an update gets a variable without a path.
         self._factors = [self._factor(variable.path) for variable in variables]
-        self._decayed = [not re.search(NOT_DECAYED, variable.path) for variable in variables]
+        self._decayed = [self._is_decayed(variable) for variable in variables]
 
     def _factor(self, path):
         matching = (f for group, f in self.multipliers.items() if _matches(group, path))
         return next(matching, 1.0)
+
+    def _is_decayed(self, variable):
+        # Keras' own asks whether `exclude_from_weight_decay` named it.
+        return not re.search(NOT_DECAYED, variable.path) and self._use_weight_decay(variable)
 
     def update_step(self, gradient, variable, learning_rate):
         index = self._get_variable_index(variable)

@@ -14,6 +14,8 @@ from qwen3_next.checkpoints.coverage import listed
 from qwen3_next.checkpoints.interchange import table_of
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.layers.initializers import weights_to_be_loaded
+from qwen3_next.models.assembly import require_unquantized
+from qwen3_next.models.values import require_values
 from qwen3_next.models.weight_rows import Weight
 from qwen3_next.models.weight_table import weight_table
 from qwen3_next.tasks.task import Task
@@ -27,6 +29,8 @@ class NamedWeights(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, model: Task) -> None:
+        require_values(model.weights)
+        require_unquantized("model", model)
         found = {variable.path: variable for variable in model.weights}
         self.rows = {row.path: row for row in table_of(model)}
         self._variables = {path: found[path] for path in self.rows}

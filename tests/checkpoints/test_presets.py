@@ -221,6 +221,16 @@ def test_a_model_of_several_inputs_is_refused(checkpoint, tmp_path):
         load(tmp_path)
 
 
+def test_a_frozen_backbone_learns_again_without_what_learned_beside_it(tmp_path):
+    model = small(**ONE_LAYER, mtp=MTPConfig(), freeze_backbone=True)
+    model.save_to_preset(tmp_path)
+    assert load(tmp_path).freeze_backbone
+    alone = load(tmp_path, mtp=None)
+    assert not alone.freeze_backbone and alone.backbone.trainable_variables
+    with pytest.raises(ValueError, match=r"`freeze_backbone` leaves nothing.*Received"):
+        load(tmp_path, mtp=None, freeze_backbone=True)
+
+
 def test_a_preset_keeps_the_counters_of_training(tmp_path):
     mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1, warmup_steps=5)
     config = Qwen3NextConfig(**config_from_hugging_face(published(SMALLEST)[0]))

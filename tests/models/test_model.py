@@ -153,6 +153,10 @@ def test_compiled_code_sees_new_weights():
         (np.full((2, 3), -1), "vocab_size=61"),
         ({"token_ids": np.zeros((2, 3), int), "padding_mask": np.ones((2, 4))}, "padding_mask"),
         ({"token_ids": np.zeros((2, 3), int), "segment_ids": np.ones((2,), int)}, "segment_ids"),
+        ({"token_ids": IDS[:2, :2], "segment_ids": np.full((2, 2), 1.2)}, "segment_ids.*integers"),
+        ({"token_ids": IDS[:2, :2], "segment_ids": np.ones((2, 2), bool)}, "segment_ids.*integers"),
+        ({"token_ids": IDS[:2, :2], "segment_ids": np.full((2, 2), 2**32 + 1)}, "segment.*int32"),
+        ({"token_ids": IDS[:2, :2], "padding_mask": np.full((2, 2), np.nan)}, "padding_mask.*NaN"),
         ({"token_ids": np.zeros((2, 3), int), "mask": np.ones((2, 3))}, "mask"),
         ({"padding_mask": np.ones((2, 3))}, "token_ids"),
         (np.zeros((1, 257), int), "max_position_embeddings"),
@@ -161,6 +165,21 @@ def test_compiled_code_sees_new_weights():
 def test_bad_inputs_are_named(inputs, message):
     with pytest.raises(ValueError, match=message):
         shared()(inputs)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"segment_ids": np.full((2, 8), 2**32 + 1)}, "`segment_ids` must fit in int32.*Received"),
+        ({"segment_ids": np.ones((2, 8))}, "`segment_ids` must be integers.*Received"),
+        ({"padding_mask": np.full((2, 8), np.nan)}, "`padding_mask` must not hold NaN.*Received"),
+    ],
+)
+def test_what_training_would_cast_is_refused(changed, message):
+    model = small(**ONE_LAYER)
+    model.compile("adamw")
+    with pytest.raises(ValueError, match=message):
+        model.fit({"token_ids": IDS[:2, :8], **changed}, verbose=0)
 
 
 def test_a_full_cache_says_so():

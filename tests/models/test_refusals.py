@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextBackbone, Qwen3NextClassifier
+from qwen3_next.transfer.named_weights import NamedWeights
 from tests.support.small_models import ONE_LAYER, SMALL, random_ids, shared, small
 
 IDS = random_ids(2, 8)
@@ -13,6 +14,36 @@ IDS = random_ids(2, 8)
 def test_quantization_is_refused():
     with pytest.raises(ValueError, match=r"quantized.*mode='int8'"):
         shared().quantize("int8")
+
+
+def test_the_kernel_of_a_quantized_head_is_not_read():
+    model = small(**ONE_LAYER)
+    model.lm_head.quantize("int8")
+    refused = {"match": r"`lm_head` must not be quantized.*Received.*'int8'"}
+    model.compile("adamw", run_eagerly=True)
+    for read in (model.fit, model.evaluate, lambda ids: model.generate([[1, 2]], 2)):
+        with pytest.raises(ValueError, **refused):
+            read(IDS)
+    with pytest.raises(ValueError, match=r"`model` must not be quantized.*Received"):
+        NamedWeights(model)
+    with pytest.raises(ValueError, **refused):
+        Qwen3Next(model.config, lm_head=model.lm_head)
+
+
+def test_a_dtype_policy_is_given_at_construction():
+    for model in (shared(), shared().backbone):
+        with pytest.raises(ValueError, match=r"`dtype=`.*Received: dtype_policy='mixed_bfloat16'"):
+            model.dtype_policy = "mixed_bfloat16"
+    assert shared().dtype_policy.name == "float32"
+
+
+@pytest.mark.parametrize("key", ["a", None])
+def test_no_policy_of_a_map_is_quantized(key):
+    policies = keras.dtype_policies.DTypePolicyMap(None if key else "int8_from_float32")
+    if key:
+        policies[key] = keras.dtype_policies.get("int8_from_float32")
+    with pytest.raises(ValueError, match=r"`dtype` must be a policy of floating.*Received"):
+        small(**ONE_LAYER, dtype=policies)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint8", "bool", "int8_from_float32"])

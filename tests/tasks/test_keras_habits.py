@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import MTPConfig
+from qwen3_next import DistillationTrainer, MTPConfig, merge_linear
 from tests.support.mtp_models import DENSE, LIGHT
 from tests.support.running import BACKEND, CHEAPEST_STEPS
 from tests.support.small_models import ONE_LAYER, logits_once, random_ids, small
@@ -75,6 +75,33 @@ def test_a_call_during_a_run_says_what_is_wrong(model, call):
     assert [type(error) for error in errors] == [ValueError]
     assert "`fit`" in str(errors[0])
     calls[call]()
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX alone keeps values elsewhere during a run")
+def test_what_reads_weights_during_a_run_says_what_is_wrong(model, tmp_path):
+    trainer = DistillationTrainer(small(**LIGHT), model)
+    reads = {
+        "save": lambda: model.save(tmp_path / "model.keras"),
+        "save_weights": lambda: model.save_weights(tmp_path / "model.weights.h5"),
+        "save_to_preset": lambda: model.save_to_preset(tmp_path / "preset"),
+        "export": lambda: model.export_to_transformers(tmp_path / "published"),
+        "get_weights": model.get_weights,
+        "merge": lambda: merge_linear([model, model], [0.5, 0.5]),
+        "trainer": lambda: trainer.save(tmp_path / "trainer.keras"),
+    }
+    errors = {}
+
+    def read(batch, logs):
+        for name, function in reads.items():
+            with pytest.raises(ValueError) as error:
+                function()
+            errors[name] = str(error.value)
+
+    model.fit(IDS, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=read)])
+    assert errors.keys() == reads.keys()
+    for message in errors.values():
+        assert "`fit`" in message and "Received: " in message
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="checked where it is compiled")

@@ -198,6 +198,23 @@ def test_a_merged_model_shares_no_array_with_the_first():
         assert variable.value is not arrays[variable.path]
 
 
+def test_what_is_frozen_is_so_in_the_merged_model():
+    frozen = routed(Qwen3Next, "experts", freeze_backbone=True)
+    merged = merge_lora_expert(frozen, 0)
+    assert merged.trainable_variables == [] and not merged.freeze_backbone
+    both = routed(Qwen3Next, "both", freeze_backbone=True)
+    for experts in both.backbone.think_loop.experts:
+        for expert in experts.values():
+            expert.trainable = False
+    both.backbone.norm.trainable = True
+    merged = merge_lora_expert(both, 0)
+    assert merged.freeze_backbone
+    left = {v.path for v in merged.weights}
+    expected = [v.path for v in both.trainable_variables if v.path in left]
+    assert [v.path for v in merged.trainable_variables] == expected
+    assert "model/norm/weight" in expected and any("router" in path for path in expected)
+
+
 def test_what_cannot_be_merged_is_refused():
     by_token = small(etd={**ETD, **EXPERTS, **BY_TOKEN, **FIXED})
     with pytest.raises(ValueError, match="'block_output' change what a layer returns"):

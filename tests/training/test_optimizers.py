@@ -46,6 +46,18 @@ def test_weight_decay_is_that_of_adamw():
     )
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_is_excluded_is_not_decayed(by_name):
+    left, shrunk = (keras.Variable([2.0], name=name) for name in ("left", "shrunk"))
+    optimizer = GroupedAdamW(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(
+        **({"var_names": ["^l"]} if by_name else {"var_list": [left]})
+    )
+    optimizer.build([left, shrunk])
+    optimizer.apply([keras.ops.zeros((1,))] * 2)
+    assert (float(left[0]), round(float(shrunk[0]), 6)) == (2.0, 1.9)
+
+
 def test_bad_optimizer_groups_are_named():
     with pytest.raises(ValueError, match="experts"):
         GroupedAdamW(1e-3, {"experts": -1.0})

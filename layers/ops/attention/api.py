@@ -11,10 +11,12 @@ from typing import Annotated
 
 from keras import ops
 
+from qwen3_next.config.validation import OPTIONAL_NUMBER, require
+
 from ..backend.autodiff import Shards, custom_gradient
 from ..backend.platform import choose, platform
 from ..backend.sharding import Devices, devices, spec
-from ..checks import as_mask, require_shape, require_tokens
+from ..checks import as_floats, as_mask, exact_int32, require_shape, require_tokens
 from ..padding import from_blocks, pad_end, to_blocks
 from ..tensor_types import Tensor
 from . import chunked_attention
@@ -66,14 +68,21 @@ def attention(
         `(B, T, H, D)` in the dtype of `value`.
 
     Raises:
-        ValueError: shapes that do not fit together, rows without tokens, a dropout rate out of
-            range or without a seed, or an implementation that is unknown or cannot do what is
-            asked.
+        ValueError: shapes or dtypes that do not fit together, rows without tokens, a scale that is
+            no number, a dropout rate out of range or without a seed, or an implementation that is
+            unknown or cannot do what is asked.
     """
+    query, key, value = as_floats("query", query), as_floats("key", key), as_floats("value", value)
+    limits = None if limits is None else exact_int32("limits", limits)
+    if query_segments is not None:
+        query_segments = exact_int32("query_segments", query_segments)
+    if key_segments is not None:
+        key_segments = exact_int32("key_segments", key_segments)
     queries = Queries(query, limits, query_segments)
-    keys = Keys(key, value, as_mask(key_mask), key_segments)
+    keys = Keys(key, value, as_mask(key_mask, "key_mask"), key_segments)
     _check_shapes(queries, keys)
     _check_dropout(dropout, dropout_seed)
+    require(OPTIONAL_NUMBER, "scale", scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     plain = limits is None and key_mask is None and query_segments is None and not dropout
     half = value.dtype in ("bfloat16", "float16")

@@ -19,7 +19,7 @@ from keras import ops
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
 from ..backend.loops import zero_after
-from ..checks import as_mask, require_shape, require_tokens
+from ..checks import as_array, as_floats, as_mask, require_shape, require_tokens
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
 from ..sums import column_sums
@@ -64,8 +64,10 @@ def causal_conv1d(
         `CausalConv1DOutput(output, state)`; the state keeps the tokens of the last segment only.
 
     Raises:
-        ValueError: shapes that do not fit together, or rows without tokens.
+        ValueError: shapes or dtypes that do not fit together, or rows without tokens.
     """
+    inputs, kernel = as_floats("inputs", inputs), as_floats("kernel", kernel)
+    state, segment_ids = as_floats("state", state), as_array("segment_ids", segment_ids)
     padding_mask = as_mask(padding_mask)
     _check(inputs, kernel, state, padding_mask, segment_ids)
     taps, channels = kernel.shape

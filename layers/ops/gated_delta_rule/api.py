@@ -15,10 +15,12 @@ from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
+from qwen3_next.config.validation import OPTIONAL_NUMBER, require
+
 from ..backend.autodiff import Shards, custom_gradient, full_precision
 from ..backend.platform import choose, platform
 from ..backend.sharding import devices, spec
-from ..checks import as_mask
+from ..checks import as_array, as_mask
 from ..padding import from_blocks
 from ..sequence import segment_index
 from ..tensor_types import Tensor
@@ -30,6 +32,7 @@ from .delta_inputs import (
     by_group,
     check_shapes,
     chunk_size_for,
+    floats_given,
     state_by_group,
     to_chunks,
 )
@@ -92,12 +95,14 @@ def gated_delta_rule(
         `GatedDeltaRuleOutput(output, state)`.
 
     Raises:
-        ValueError: shapes that do not fit together, rows without tokens, a chunk size that is no
-            power of two, or an unknown implementation.
+        ValueError: shapes or dtypes that do not fit together, a scale that is no number, rows
+            without tokens, a chunk size that is no power of two, or an unknown implementation.
     """
-    given = DeltaInputs(query, key, value, log_decay, beta, segment_ids)
-    padding_mask = as_mask(padding_mask)
-    check_shapes(given, state, padding_mask)
+    given, state = floats_given(DeltaInputs(query, key, value, log_decay, beta), state)
+    query, key, value = given[:3]
+    segment_ids, padding_mask = as_array("segment_ids", segment_ids), as_mask(padding_mask)
+    check_shapes(given._replace(segment=segment_ids), state, padding_mask)
+    require(OPTIONAL_NUMBER, "scale", scale)
     if chunk_size is None:
         chunk_size = CPU_CHUNK if platform() == "cpu" else CHUNK
     if chunk_size < 1 or chunk_size & (chunk_size - 1):

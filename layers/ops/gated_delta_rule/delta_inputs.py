@@ -13,6 +13,7 @@ token and turned head by head inside the loop over them, while they are in the c
 Shapes: B batch, T tokens, H value heads, G key heads, R = H / G, C tokens of a chunk, N chunks.
 
     DeltaInputs                     the inputs, in any of these layouts
+    floats_given                    what is given, checked to be floats
     check_shapes                    whether what is given fits together
     by_group, state_by_group        from what is given
     chunk_size_for, to_chunks       into chunks
@@ -26,7 +27,7 @@ from typing import Annotated, NamedTuple
 
 from keras import ops
 
-from ..checks import require_shape, require_tokens
+from ..checks import as_floats, require_shape, require_tokens
 from ..padding import to_blocks
 from ..tensor_types import Tensor
 
@@ -49,6 +50,12 @@ class DeltaInputs(NamedTuple):
     log_decay: Tensor
     beta: Tensor
     segment: Tensor = None
+
+
+def floats_given(given: DeltaInputs, state: Tensor | None) -> tuple[DeltaInputs, Tensor | None]:
+    """Inputs and state as tensors; `ValueError` for integers, which outputs would be cast to."""
+    floats = {name: as_floats(name, getattr(given, name)) for name in DeltaInputs._fields[:5]}
+    return given._replace(**floats), as_floats("state", state)
 
 
 def check_shapes(

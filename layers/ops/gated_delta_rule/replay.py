@@ -17,6 +17,8 @@ from typing import Annotated, NamedTuple
 
 from keras import ops
 
+from qwen3_next.config.validation import OPTIONAL_NUMBER, require
+
 from ..backend.autodiff import full_precision
 from ..checks import as_mask, require_shape
 from ..tensor_types import Tensor
@@ -29,6 +31,7 @@ from .delta_inputs import (
     by_token,
     check_shapes,
     chunk_size_for,
+    floats_given,
     state_by_group,
     to_chunks,
 )
@@ -73,9 +76,11 @@ def gated_delta_rule_with_replay(
     Raises:
         ValueError: shapes that do not fit together, or no or too many tokens.
     """
-    given = DeltaInputs(query, key, value, log_decay, beta)
+    given, state = floats_given(DeltaInputs(query, key, value, log_decay, beta), state)
+    value = given.value
     padding_mask = as_mask(padding_mask)
     check_shapes(given, state, padding_mask)
+    require(OPTIONAL_NUMBER, "scale", scale)
     length = value.shape[1]
     if length is None or length > MOST_TOKENS:
         raise ValueError(

@@ -16,7 +16,7 @@ from keras import ops
 
 from ..backend.autodiff import custom_gradient
 from ..backend.platform import BACKEND, choose, platform
-from ..checks import require_shape
+from ..checks import as_array, as_floats, exact_int32, known_values, require_shape
 from ..tensor_types import Tensor
 from . import tiled_matmul
 from .tiles import tile_sizes
@@ -46,19 +46,30 @@ def grouped_matmul(
         `(R, F)` in the dtype of `rows`.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown implementation.
+        ValueError: shapes, dtypes or known sizes that do not fit together, or an unknown
+            implementation.
     """
+    rows, weights = as_floats("rows", rows), as_floats("weights", weights)
     require_shape("rows", rows, (None, None))
     require_shape("weights", weights, (None, rows.shape[1], None))
-    require_shape("group_sizes", group_sizes, (weights.shape[0],))
+    given = as_array("group_sizes", group_sizes)
+    require_shape("group_sizes", given, (weights.shape[0],))
+    group_sizes = exact_int32("group_sizes", given)
+    sizes, count = known_values(given), rows.shape[0]
+    if sizes is not None and (
+        (sizes < 0).any() or (count is not None and sizes.sum(dtype="int64") > count)
+    ):
+        raise ValueError(
+            "`group_sizes` must be at least 0 and sum to the number of rows at most. "
+            f"Received: group_sizes={sizes}, rows.shape={tuple(rows.shape)}"
+        )
     weights = ops.cast(weights, rows.dtype)
-    group_sizes = ops.cast(group_sizes, "int32")
     if pick(implementation) == "ragged_dot":
         import jax
 
         return jax.lax.ragged_dot(rows, weights, group_sizes)
-    sizes = tile_sizes(rows.shape[0], weights.shape[0])
-    return _differentiable(sizes)(rows, weights, group_sizes)
+    tiles = tile_sizes(rows.shape[0], weights.shape[0])
+    return _differentiable(tiles)(rows, weights, group_sizes)
 
 
 def pick(implementation: str | None) -> str:

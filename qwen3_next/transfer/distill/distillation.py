@@ -13,6 +13,7 @@ from qwen3_next.config.validation import shown
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.inputs import check_token_ids, next_token_labels, unpack
 from qwen3_next.models.strategies import require_no_strategy
+from qwen3_next.models.values import require_values
 from qwen3_next.tasks.checked_trainer import CheckedTrainer
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
@@ -271,6 +272,7 @@ class DistillationTrainer(CheckedTrainer):
 
     def save(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save`, without the teacher; a `.keras` file is replaced at the end."""
+        require_values(self._stepped_variables())
         path = Path(filepath)
         if path.suffix != ".keras" or kwargs or (path.exists() and not overwrite):
             super().save(filepath, overwrite=overwrite, **kwargs)

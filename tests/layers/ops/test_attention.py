@@ -276,3 +276,35 @@ def test_an_error_names_the_argument(name, options):
     arguments = dict(zip(("query", "key", "value"), inputs())) | options
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        *(({name: [[[[1]]]]}, f"`{name}` must be floats") for name in ("query", "key", "value")),
+        ({"limits": np.ones((BATCH, LENGTH))}, "`limits` must be integers"),
+        ({"limits": np.full((1, LENGTH), 2**40)}, "`limits` must fit in int32"),
+        ({"query_segments": np.ones((BATCH, LENGTH))}, "`query_segments` must be integers"),
+        ({"key_segments": np.ones((BATCH, LENGTH), bool)}, "`key_segments` must be integers"),
+        ({"key_mask": np.full((BATCH, LENGTH), np.nan)}, "`key_mask` must not hold NaN"),
+        ({"scale": np.nan}, "`scale` must be"),
+        ({"scale": "a"}, "`scale` must be"),
+    ],
+)
+def test_what_a_cast_would_change_is_refused(changes, message):
+    arguments = dict(zip(("query", "key", "value"), inputs())) | changes
+    with pytest.raises(ValueError, match=f"{message}.*Received"):
+        attention(**arguments)
+
+
+def test_limits_and_segments_may_be_of_any_integers():
+    arrays, limits = inputs(), np.arange(LENGTH)[None]
+
+    def wide(*arrays):
+        segments = {"query_segments": SEGMENTS.astype("int64"), "key_segments": SEGMENTS}
+        return attention(*arrays, limits=ops.convert_to_tensor(limits), **segments)
+
+    def narrow(*arrays):
+        return attention(*arrays, query_segments=SEGMENTS, key_segments=SEGMENTS)
+
+    assert_close(run(wide, *arrays), run(narrow, *arrays), TOLERANCE)

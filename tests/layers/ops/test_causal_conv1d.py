@@ -192,3 +192,17 @@ def test_rows_and_tokens_that_only_the_run_tells_have_the_same_gradients():
         return conv()(*arrays)[0]
 
     assert_same_at_run_time(output, inputs()[:2], [2, 0], TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        *(({name: [[[1]]]}, f"`{name}` must be floats") for name in ("inputs", "kernel", "state")),
+        ({"segment_ids": np.ones((2, LENGTH))}, "`segment_ids` must be integers"),
+        ({"padding_mask": np.full((2, LENGTH), np.nan)}, "`padding_mask` must not hold NaN"),
+    ],
+)
+def test_what_a_cast_would_change_is_refused(changes, message):
+    arguments = dict(zip(("inputs", "kernel", "state"), inputs())) | changes
+    with pytest.raises(ValueError, match=f"{message}.*Received"):
+        causal_conv1d(**arguments)

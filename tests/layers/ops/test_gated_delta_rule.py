@@ -331,3 +331,33 @@ def test_rows_and_tokens_that_only_the_run_tells_have_the_same_gradients():
         return rule()(*arrays)[0]
 
     assert_same_at_run_time(output, inputs()[:5], [2] * 5, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        *(
+            ({name: np.ones(2, "int32")}, f"`{name}` must be floats")
+            for name in ("query", "key", "value", "log_decay", "beta", "state")
+        ),
+        ({"query": [[[[1, 2]]]]}, "`query` must be floats"),
+        *(({"scale": scale}, "`scale` must be") for scale in (np.nan, np.inf, "a")),
+        ({"segment_ids": np.ones((2, 8))}, "`segment_ids` must be integers"),
+        ({"segment_ids": np.ones((2, 8), bool)}, "`segment_ids` must be integers"),
+        ({"segment_ids": np.full((2, 8), 2**32 + 1)}, "`segment_ids` must fit in int32"),
+        ({"padding_mask": np.full((2, 8), np.nan)}, "`padding_mask` must not hold NaN"),
+    ],
+)
+def test_what_a_cast_would_change_is_refused(changes, message):
+    names = ("query", "key", "value", "log_decay", "beta", "state")
+    arguments = dict(zip(names, inputs(8), strict=True)) | changes
+    with pytest.raises(ValueError, match=f"{message}.*Received"):
+        gated_delta_rule(**arguments)
+
+
+def test_lists_are_arrays():
+    arrays = inputs(3)
+    listed = gated_delta_rule(*(x.tolist() for x in arrays[:5]), state=arrays[5].tolist())
+    assert_close(to_numpy(listed.output), run(rule(), *arrays)[0], TOLERANCE)
+    with pytest.raises(TypeError, match=r"`key` must be an array.*Received"):
+        gated_delta_rule(arrays[0], "a", *arrays[2:5])

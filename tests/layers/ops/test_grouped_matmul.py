@@ -182,3 +182,20 @@ def test_an_error_names_the_argument(name, place, shape):
     arrays[place] = np.zeros(shape, arrays[place].dtype)
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         grouped_matmul(*arrays)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (np.ones(5, "float32"), "must be integers"),
+        ([10, 10, 10, 10, -1], "must be at least 0 and sum to"),
+        ([10, 10, 10, 10, 11], "must be at least 0 and sum to"),
+        (np.full(5, 2**32), "must fit in int32"),
+    ],
+)
+def test_group_sizes_are_those_of_the_rows(sizes, message):
+    rows, weights, _ = inputs(SIZES["even"])
+    with pytest.raises(ValueError, match=f"`group_sizes` {message}.*Received"):
+        grouped_matmul(rows, weights, sizes)
+    with pytest.raises(ValueError, match=r"`rows` must be floats.*Received"):
+        grouped_matmul(rows.astype("int32"), weights, SIZES["even"])
