@@ -87,6 +87,8 @@ class Qwen3NextClassifier(Task):
     ```
     """
 
+    has_one_label = True
+
     def __init__(
         self,
         config: Qwen3NextConfig | None = None,

@@ -17,7 +17,14 @@ from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.inputs import check_token_ids
 from qwen3_next.models.placement import check_placement
 from qwen3_next.models.strategies import require_strategy_of, strategy_of
-from qwen3_next.tasks.checked_data import checked, values_kept
+from qwen3_next.tasks.checked_data import (
+    by_name,
+    check_rows,
+    checked,
+    fit_options,
+    refuse_class_weight,
+    values_kept,
+)
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
 from qwen3_next.tasks.rows_on_devices import (
@@ -53,6 +60,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
     predict_function: Any
     thinking_metrics: list[keras.metrics.Metric]
+    has_one_label: bool = False  # for each row
     thinking_of_generation: dict[str, Any] | None = None  # of the last call of `generate`
 
     @classmethod
@@ -249,25 +257,28 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         """Raises `ValueError` for labels that are no class of the model."""
         raise NotImplementedError
 
-    def fit(self, x=None, y=None, batch_size=None, *args, validation_data=None, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
+        given = fit_options(args, kwargs)
+        validation_data = given.pop("validation_data", None)
         require_strategy_of(self, "fit")
         self.thinking_of_generation = None
-        check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
+        check_batch_size(x, batch_size, given.get("steps_per_epoch"))
         validates = isinstance(validation_data, list | tuple)
         validated, labels, weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         if validates:
-            size = kwargs.get("validation_batch_size") or batch_size
-            check_batch_size(validated, size, kwargs.get("validation_steps"))
+            size = given.get("validation_batch_size") or batch_size
+            check_batch_size(validated, size, given.get("validation_steps"))
         with refused_by_all():
             if validates:
                 checked(self.check_batch, validated, labels, sample_weight=weight)
             elif validation_data is not None:
                 validation_data = checked(self.check_batch, validation_data)
-            weights = {name: kwargs.get(name) for name in ("sample_weight", "class_weight")}
+            weights = {name: given.get(name) for name in ("sample_weight", "class_weight")}
             x = checked(self.check_batch, x, y, **weights)
+            self._check_class_weight(weights["class_weight"])
         build_optimizer(self)
         with self._running_over_data():
-            return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
+            return super().fit(x, y, batch_size, validation_data=validation_data, **given)
 
     def evaluate(
         self,
@@ -336,15 +347,18 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         return self.predict_function
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
-        self.check_batch(x, y)
+        given = by_name("train_on_batch", 2, args, kwargs)
+        check_rows(self.check_batch, x, y, given.get("sample_weight"))
+        self._check_class_weight(given.get("class_weight"))
         build_optimizer(self)
         with all_rows_everywhere():
-            return super().train_on_batch(x, y, *args, **kwargs)
+            return super().train_on_batch(x, y, **given)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):
-        self.check_batch(x, y)
+        given = by_name("test_on_batch", 2, args, kwargs)
+        check_rows(self.check_batch, x, y, given.get("sample_weight"))
         with all_rows_everywhere():
-            return super().test_on_batch(x, y, *args, **kwargs)
+            return super().test_on_batch(x, y, **given)
 
     def predict_on_batch(self, x):
         self._check_inputs(x)
@@ -369,3 +383,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
     def _check_inputs(self, x, y=None):
         check_token_ids(x, self.config.vocab_size)
+
+    def _check_class_weight(self, class_weight):
+        if not self.has_one_label:
+            refuse_class_weight(class_weight)
