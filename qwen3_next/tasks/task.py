@@ -14,7 +14,7 @@ from qwen3_next.checkpoints.staging import replaced
 from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
-from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.models.decisions import check_inputs
 from qwen3_next.models.placement import check_placement
 from qwen3_next.models.strategies import require_strategy_of, strategy_of
 from qwen3_next.tasks.checked_data import (
@@ -245,11 +245,11 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         self.backbone.update_expert_bias(rate)
 
     def check_batch(self, x: Any, y: Any) -> None:
-        """Raises `ValueError` for token ids or labels that the model has no row for.
+        """Raises `ValueError` for token ids, decisions or labels that the model has no row for.
 
         Labels are checked where the loss takes them for indices.
         """
-        check_token_ids(x, self.config.vocab_size)
+        check_inputs(self.config, x)
         if isinstance(getattr(self, "loss", None), keras.losses.SparseCategoricalCrossentropy):
             self.check_labels(y)
 
@@ -382,7 +382,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         return [*self.variables, *own, *self.metrics_variables]
 
     def _check_inputs(self, x, y=None):
-        check_token_ids(x, self.config.vocab_size)
+        check_inputs(self.config, x)
 
     def _check_class_weight(self, class_weight):
         if not self.has_one_label:

@@ -18,7 +18,8 @@ from qwen3_next.config.validation import (
 )
 from qwen3_next.layers.ops.checks import require_shape
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.inputs import check_token_ids, host_array, unpack
+from qwen3_next.models.decisions import check_inputs
+from qwen3_next.models.inputs import host_array, unpack
 from qwen3_next.models.strategies import require_no_strategy
 from qwen3_next.tasks.checked_trainer import CheckedTrainer
 from qwen3_next.tasks.task import Task
@@ -195,8 +196,8 @@ class RouterTrainer(CheckedTrainer):
         return super().train_step(*args)
 
     def check_inputs(self, x: Any, y: Any = None) -> None:
-        """Raises `ValueError` for token ids that the model has no row for."""
-        check_token_ids(x, self.model.config.vocab_size)
+        """Raises `ValueError` for inputs that the model has no row for."""
+        check_inputs(self.model.config, x)
 
     def check_batch(self, x: Any, y: Any) -> None:
         """Raises `ValueError` also for labels that are no actions."""

@@ -252,6 +252,18 @@ def refusing():
         (lambda: refusing().predict(ROWS[:0], verbose=0), "`x` must hold at least one row"),
         (lambda: refusing().fit(ROWS[:0], TWO_LABELS[:0]), "`x` must hold at least one row"),
         (lambda: refusing().fit(ROWS, TWO_LABELS, validation_data=[]), "`validation_data` must be"),
+        (
+            lambda: refusing().fit(ROWS, TWO_LABELS, class_weight={0: 2.0}, verbose=0),
+            "`class_weight` is for rows with one label",
+        ),
+        (lambda: refusing().fit(ROWS, TWO_LABELS, batch_size=0), "`batch_size` must be"),
+        (lambda: refusing().fit(ROWS, TWO_LABELS, 2.5), "`batch_size` must be"),
+        (
+            lambda: refusing().evaluate(
+                {"token_ids": ROWS, "route": TWO_LABELS + 6}, TWO_LABELS, verbose=0
+            ),
+            "`route` must hold actions",
+        ),
     ],
 )
 def test_other_data_is_refused_by_name(call, name):
