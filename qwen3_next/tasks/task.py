@@ -27,6 +27,7 @@ from qwen3_next.tasks.checked_data import (
 )
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
+from qwen3_next.tasks.metrics_from_logits import metrics_from_logits
 from qwen3_next.tasks.rows_on_devices import (
     all_rows_everywhere,
     brought_together,
@@ -149,10 +150,15 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         metrics: Any = None,
         **kwargs: Any,
     ) -> None:
-        """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
+        """As `keras.Model.compile`; losses and metrics given by name are those of logits."""
         loss = loss_from_logits(loss)
         self.forget_functions()
         self.check_compilation(loss, kwargs)
+        outputs = self.output_shape_of(None, None)[-1]
+        metrics, kwargs["weighted_metrics"] = (
+            metrics_from_logits(given, loss, outputs)
+            for given in (metrics, kwargs.get("weighted_metrics"))
+        )
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
         self.check_optimizer()
 
