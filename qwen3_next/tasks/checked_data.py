@@ -30,6 +30,9 @@ _WEIGHTS = Rule(
     "an array of finite numbers of at least 0",
     lambda x: hasattr(x, "shape") or isinstance(x, list | tuple),
 )
+STEPS_AT_ONCE = Rule(
+    "'auto' or an integer of at least 1", lambda value: value == "auto" or integer(1).fits(value)
+)
 
 
 def by_name(method: str, first: int, args: tuple, options: dict[str, Any]) -> dict[str, Any]:

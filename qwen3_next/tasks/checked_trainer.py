@@ -6,6 +6,7 @@ import keras
 
 from qwen3_next.config.validation import Rule, optional_integer, require
 from qwen3_next.tasks.checked_data import (
+    STEPS_AT_ONCE,
     by_name,
     check_rows,
     checked,
@@ -34,6 +35,11 @@ class CheckedTrainer(keras.Model):
     def check_batch(self, x: Any, y: Any) -> None:
         """Raises `ValueError` for inputs or labels that cannot be learned from."""
         raise NotImplementedError
+
+    def compile(self, *args, **kwargs):
+        given = by_name("compile", 0, args, kwargs)
+        require(STEPS_AT_ONCE, "steps_per_execution", given.get("steps_per_execution", 1))
+        super().compile(**given)
 
     def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
         given = fit_options(args, kwargs)

@@ -194,6 +194,11 @@ class Qwen3NextClassifier(Task):
             y_pred = y_pred.logits
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
+    def check_batch(self, x: Any, y: Any) -> None:
+        super().check_batch(x, y)
+        if y is None:
+            raise ValueError("A classifier learns from labels, `y`. Received: y=None")
+
     def check_labels(self, labels: Any) -> None:
         """Raises `ValueError` for labels that are no class."""
         check_labels(labels, self.num_labels, ignored=False)

@@ -21,7 +21,10 @@ from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.decisions import check_inputs
 from qwen3_next.models.inputs import host_array, unpack
 from qwen3_next.models.strategies import require_no_strategy
+from qwen3_next.tasks.checked_data import by_name
 from qwen3_next.tasks.checked_trainer import CheckedTrainer
+from qwen3_next.tasks.losses_from_logits import loss_from_logits
+from qwen3_next.tasks.metrics_from_logits import metrics_from_logits
 from qwen3_next.tasks.task import Task
 
 ACTIONS = 3
@@ -174,6 +177,14 @@ class RouterTrainer(CheckedTrainer):
             if not any(id(variable) in kept for variable in layer.variables):
                 layer.trainable = False
         self.built = True
+
+    def compile(self, *args, **kwargs):
+        """As `keras.Model.compile`; losses and metrics given by name are those of logits."""
+        given = by_name("compile", 0, args, kwargs)
+        loss = given["loss"] = loss_from_logits(given.get("loss"))
+        for name in ("metrics", "weighted_metrics"):
+            given[name] = metrics_from_logits(given.get(name), loss, ACTIONS)
+        super().compile(**given)
 
     def call(self, inputs: Any, training: bool | None = None) -> Annotated[Tensor, "B L 3"]:
         inputs = unpack(inputs)

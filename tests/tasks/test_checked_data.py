@@ -187,3 +187,18 @@ def test_labels_of_a_classifier_are_classes(label):
     classifier.compile("sgd")
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         classifier.fit(IDS, np.array([0, 1, 2, 0, 1, label]), verbose=0)
+
+
+def test_a_classifier_learns_from_labels():
+    classifier = small(Qwen3NextClassifier, num_labels=3, **LIGHT)
+    classifier.compile("sgd")
+    for run in (classifier.fit, classifier.evaluate, classifier.train_on_batch):
+        with pytest.raises(ValueError, match=r"`y`. Received: y=None"):
+            run(IDS)
+    classifier.fit(IDS, np.arange(6) % 3, class_weight={1: 2.0}, verbose=0)
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 2.5, "a", True])
+def test_steps_at_once_are_counted(steps):
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be .*Received: steps_per_"):
+        small(**LIGHT).compile("sgd", steps_per_execution=steps)

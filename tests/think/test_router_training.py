@@ -271,6 +271,18 @@ def test_other_data_is_refused_by_name(call, name):
         call()
 
 
+def test_losses_and_metrics_by_name_are_those_of_logits():
+    trainer, name = trainer_of(routable()), "sparse_categorical_crossentropy"
+    logits = trainer.predict(ROWS, verbose=0).astype("float64")
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(shares, TWO_LABELS[..., None], axis=-1)).mean()
+    trainer.compile("sgd", name, metrics=[name])
+    found = trainer.evaluate(ROWS, TWO_LABELS, verbose=0)
+    np.testing.assert_allclose(found, [expected, expected], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be .*Received: steps_per"):
+        trainer.compile("sgd", name, steps_per_execution=0)
+
+
 @pytest.mark.parametrize("label", [-1, 3, 1.5])
 def test_the_loss_of_a_label_that_is_no_action_is_not_a_number(label):
     losses = to_numpy(FocalLoss().call(np.array([[label, 1]]), LOGITS[:1]))
