@@ -26,10 +26,8 @@ _EPOCHS = Rule(
         integer(1).fits(value) or (isinstance(value, Container) and not isinstance(value, str))
     ),
 )
-_WEIGHTS = Rule(
-    "an array of finite numbers of at least 0",
-    lambda x: hasattr(x, "shape") or isinstance(x, list | tuple),
-)
+# Keras takes a list for one of several inputs.
+_WEIGHTS = Rule("an array of finite numbers of at least 0", lambda x: hasattr(x, "shape"))
 STEPS_AT_ONCE = Rule(
     "'auto' or an integer of at least 1", lambda value: value == "auto" or integer(1).fits(value)
 )

@@ -129,8 +129,9 @@ def test_weights_of_classes_are_for_rows_with_one_label():
         -np.ones(6),
         np.array(list("abcdef")),
         "abcdef",
+        [1.0] * 6,
     ],
-    ids=["tokens", "dims", "rows", "NaN", "negative", "strings", "string"],
+    ids=["tokens", "dims", "rows", "NaN", "negative", "strings", "string", "list"],
 )
 def test_weights_are_numbers_of_rows_or_of_labels(weight):
     for run in (model().fit, model().evaluate):
