@@ -5,6 +5,7 @@ one runs the decoding loop. Their shapes come from buckets, so that they compile
 of prompt lengths, and everything else (sampling, stop tokens, limits) is data.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -134,6 +135,13 @@ class Generator:
     ) -> Iterator[np.ndarray]:
         """See `Qwen3Next.stream`."""
         self.model.backbone.schedule.check_iterations(think_iterations)
+        names = list(inspect.signature(make_sampling).parameters)[1:]
+        unknown = sorted(sampling.keys() - set(names))
+        if unknown:
+            raise TypeError(
+                "`stream` decodes plainly and takes `think_iterations`, `route`, `branch` and "
+                f"{names}. Received: {unknown}"
+            )
         # Not a generator itself, so that bad arguments raise here and not at the first token.
         mode, sample_options = make_sampling(self.model.config.vocab_size, **sampling)
         arrays = self._read(prompts, max_new_tokens, think_iterations, route, branch)

@@ -11,7 +11,7 @@ from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import shown
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.inputs import Inputs, host_array, host_values
+from qwen3_next.models.inputs import BY_ROW, Inputs, check_token_ids, host_array, host_values
 
 ACTIONS = (0, 1, 2)
 
@@ -52,6 +52,22 @@ def route_of_rows(config: Qwen3NextConfig, route: Any, rows: int) -> np.ndarray:
         array = np.broadcast_to(array, (rows, *array.shape))
     _check_route(config, array, rows)
     return array.astype("int32")
+
+
+def check_inputs(config: Qwen3NextConfig, inputs: Any) -> None:
+    """Raises `ValueError` for token ids and decisions that the model cannot follow, before a
+    compiled step meets their values; shapes are left to it."""
+    check_token_ids(inputs, config.vocab_size)
+    if not isinstance(inputs, dict) or not hasattr(inputs.get("token_ids"), "shape"):
+        return
+    found = {name: host_values(name, inputs.get(name)) for name in BY_ROW}
+    for name, values in found.items():
+        if values is not None and not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"`{name}` must be integers. Received: {name}.dtype={values.dtype}")
+    branch = found["branch"]
+    # One expert for each iteration, of which a run may have others than the configuration.
+    iterations = branch.shape[1] if branch is not None and branch.ndim == 2 else None
+    check_decisions(config, Inputs(inputs["token_ids"], **found), iterations)
 
 
 def check_decisions(

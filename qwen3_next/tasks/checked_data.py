@@ -6,18 +6,67 @@ methods take passes here: arrays at once, data sets and generators batch by batc
 """
 
 import contextlib
+import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from qwen3_next.config.validation import shown
+from qwen3_next.config.validation import Rule, integer, require, shown
+from qwen3_next.models.inputs import host_values
 from qwen3_next.models.values import without_values
 
 Check = Callable[[Any, Any], None]
+_EPOCHS = Rule(
+    "an integer of at least 1 or a list of epochs",
+    lambda value: (
+        integer(1).fits(value) or (isinstance(value, Container) and not isinstance(value, str))
+    ),
+)
+# Keras takes a list for one of several inputs.
+_WEIGHTS = Rule("an array of finite numbers of at least 0", lambda x: hasattr(x, "shape"))
+STEPS_AT_ONCE = Rule(
+    "'auto' or an integer of at least 1", lambda value: value == "auto" or integer(1).fits(value)
+)
+
+
+def by_name(method: str, first: int, args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+    """What Keras' method is given behind its `first` arguments, by name, in Keras' order.
+
+    Raises:
+        TypeError: more arguments than Keras has, or one of them twice.
+    """
+    names = list(inspect.signature(getattr(keras.Model, method)).parameters)[1 + first :]
+    if len(args) > len(names):
+        raise TypeError(
+            f"`{method}` takes at most {first + len(names)} arguments. "
+            f"Received: {first + len(args)} arguments by position"
+        )
+    given = dict(zip(names, args, strict=False))
+    twice = sorted(given.keys() & options.keys())
+    if twice:
+        raise TypeError(f"`{method}` takes an argument once. Received: {twice} twice")
+    return {**given, **options}
+
+
+def fit_options(args: tuple, options: dict[str, Any]) -> dict[str, Any]:
+    """`by_name` of `fit(x, y, batch_size, ...)`, checked as far as Keras does not."""
+    given = by_name("fit", 3, args, options)
+    require(_EPOCHS, "validation_freq", given.get("validation_freq", 1))
+    return given
+
+
+def refuse_class_weight(class_weight: Any) -> None:
+    """Raises `ValueError` for weights of classes where a row has several labels: Keras takes these
+    for one-hot, and weighs the row by the place of the largest."""
+    if class_weight is not None:
+        raise ValueError(
+            "`class_weight` is for rows with one label each. Weigh several labels of a row by "
+            f"`sample_weight`, of the labels' shape. Received: class_weight={shown(class_weight)}"
+        )
 
 
 def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
@@ -30,6 +79,8 @@ def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
     if x is None:
         raise ValueError("`x` must be arrays or a data set. Received: x=None")
     if isinstance(x, keras.utils.PyDataset):
+        if x.num_batches == 0:
+            raise ValueError(f"`x` must hold at least one batch. Received: x={x} of length 0")
         return _CheckedDataset(check, x)
     if isinstance(x, types.GeneratorType):
         return _checked_batches(check, x)
@@ -44,8 +95,34 @@ def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
                 f"`{name}` needs labels, `y`: Keras drops it without. A data set of "
                 f"(x, None, sample_weight) keeps it. Received: y=None, {name}={shown(weight)}"
             )
-    check(x, y)
+    check_rows(check, x, y, weights.get("sample_weight"))
     return x
+
+
+def check_rows(check: Check, x: Any, y: Any = None, sample_weight: Any = None) -> None:
+    """Raises `ValueError` for arrays of which `check(x, y)` does, or that are no labels or no
+    weights of them."""
+    if isinstance(y, dict):
+        raise ValueError(f"`y` must be an array of labels. Received: y={shown(y)}")
+    check(x, y)
+    if sample_weight is None:
+        return
+    require(_WEIGHTS, "sample_weight", sample_weight)
+    values = host_values("sample_weight", sample_weight)
+    if values is None:
+        return
+    is_number = values.dtype.kind in "buif" or values.dtype.name == "bfloat16"
+    if not is_number or not np.isfinite(values).all() or (values < 0).any():
+        raise ValueError(
+            f"`sample_weight` must be {_WEIGHTS.what}. Received: sample_weight={shown(values)}"
+        )
+    token_ids = x.get("token_ids") if isinstance(x, dict) else x
+    shape = getattr(token_ids if y is None else y, "shape", None)
+    if shape is not None and values.shape not in (shape[:1], (*shape[:1], 1), tuple(shape)):
+        raise ValueError(
+            f"`sample_weight` must have one weight for each of the {shape[0]} rows or for each "
+            f"label, {tuple(shape)}. Received: sample_weight.shape={values.shape}"
+        )
 
 
 @contextlib.contextmanager
@@ -69,8 +146,7 @@ def values_kept(model: keras.Model, variables: Iterable[keras.Variable]) -> Iter
 
 
 def _check_batch(check, batch):
-    x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
-    check(x, y)
+    check_rows(check, *keras.utils.unpack_x_y_sample_weight(batch))
 
 
 def _checked_batches(check, batches):

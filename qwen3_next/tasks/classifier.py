@@ -87,6 +87,8 @@ class Qwen3NextClassifier(Task):
     ```
     """
 
+    has_one_label = True
+
     def __init__(
         self,
         config: Qwen3NextConfig | None = None,
@@ -191,6 +193,11 @@ class Qwen3NextClassifier(Task):
         if isinstance(y_pred, ClassifierStepOutput):
             y_pred = y_pred.logits
         return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def check_batch(self, x: Any, y: Any) -> None:
+        super().check_batch(x, y)
+        if y is None:
+            raise ValueError("A classifier learns from labels, `y`. Received: y=None")
 
     def check_labels(self, labels: Any) -> None:
         """Raises `ValueError` for labels that are no class."""

@@ -17,8 +17,8 @@ from qwen3_next.models.assembly import check_head, make_head, require_unquantize
 from qwen3_next.models.backbone import BackboneOutput, Qwen3NextBackbone
 from qwen3_next.models.cache import Cache, check_capacity
 from qwen3_next.models.compiled import compile_with_weights
-from qwen3_next.models.decisions import reads_prompts, with_prompts
-from qwen3_next.models.inputs import check_labels, check_token_ids, next_token_labels, unpack
+from qwen3_next.models.decisions import check_inputs, reads_prompts, with_prompts
+from qwen3_next.models.inputs import check_labels, next_token_labels, unpack
 from qwen3_next.models.mtp import check_mtp_modules, make_mtp_modules
 from qwen3_next.models.token_counts import TokenCounts
 from qwen3_next.tasks.task import Task
@@ -359,7 +359,7 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
         Raises:
             ValueError: packed inputs, or a cache without room for the new tokens.
         """
-        check_token_ids(inputs, self.config.vocab_size)
+        check_inputs(self.config, inputs)
         found = unpack(inputs)
         if found.segment_ids is not None:
             raise ValueError(

@@ -5,7 +5,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from qwen3_next.config.validation import require
 from qwen3_next.models.strategies import require_strategy_of, strategy_of
+from qwen3_next.tasks.checked_data import STEPS_AT_ONCE
 from qwen3_next.training.replicas_of_step import MEANS, adds_up_first
 
 
@@ -15,7 +17,8 @@ class Replicas(keras.Model):
     backbone: Any
 
     def check_compilation(self, loss: Any, options: dict[str, Any]) -> None:
-        """Raises `ValueError` for what `compile` cannot have under the strategy of the model."""
+        """Raises `ValueError` for what `compile` cannot have, also under a strategy."""
+        require(STEPS_AT_ONCE, "steps_per_execution", options.get("steps_per_execution", 1))
         for model in (self, self.backbone):  # one may be shared with another model
             require_strategy_of(model, "compile", outside=False)
         if strategy_of(self) is None:

@@ -9,18 +9,24 @@ import numpy as np
 
 from qwen3_next.checkpoints.interchange import export_hugging_face
 from qwen3_next.checkpoints.presets import from_preset, save_to_preset
-from qwen3_next.checkpoints.shared_saving import save_by_keras
-from qwen3_next.checkpoints.staging import replaced
-from qwen3_next.checkpoints.weights_of_file import require_weights_of
 from qwen3_next.config.model_config import LINEAR
 from qwen3_next.layers.ops.backend.programs import one_replica
 from qwen3_next.models.configured_model import ConfiguredModel
-from qwen3_next.models.inputs import check_token_ids
+from qwen3_next.models.decisions import check_inputs
 from qwen3_next.models.placement import check_placement
 from qwen3_next.models.strategies import require_strategy_of, strategy_of
-from qwen3_next.tasks.checked_data import checked, values_kept
+from qwen3_next.tasks.checked_data import (
+    by_name,
+    check_rows,
+    checked,
+    fit_options,
+    refuse_class_weight,
+    values_kept,
+)
 from qwen3_next.tasks.iterations_of_run import IterationsOfRun
+from qwen3_next.tasks.keras_files import KerasFiles
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
+from qwen3_next.tasks.metrics_from_logits import metrics_from_logits
 from qwen3_next.tasks.rows_on_devices import (
     all_rows_everywhere,
     brought_together,
@@ -49,7 +55,7 @@ def build_optimizer(model: keras.Model) -> None:
         check_trained_variables(model)
 
 
-class Task(IterationsOfRun, Replicas, ConfiguredModel):
+class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
     """A model with a head, ready for `compile`, `fit`, `evaluate` and `predict`.
 
     The models return logits, so the names of the cross-entropy losses mean them from logits.
@@ -57,6 +63,7 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
 
     predict_function: Any
     thinking_metrics: list[keras.metrics.Metric]
+    has_one_label: bool = False  # for each row
     thinking_of_generation: dict[str, Any] | None = None  # of the last call of `generate`
 
     @classmethod
@@ -95,41 +102,6 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         """
         save_to_preset(self, directory, max_shard_size)
 
-    def save(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
-        """As `keras.Model.save`; a `.keras` file is replaced once the new one is on the disk."""
-        self._replace(super().save, ".keras", filepath, overwrite, kwargs)
-
-    def save_weights(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
-        """As `keras.Model.save_weights`; the file is replaced once the new one is on the disk."""
-        self._replace(super().save_weights, ".weights.h5", filepath, overwrite, kwargs)
-
-    def load_weights(
-        self, filepath: str | Path, skip_mismatch: bool = False, **kwargs: Any
-    ) -> None:
-        """As `keras.Model.load_weights`; a `.weights.h5` file must be that of such a model.
-
-        Raises:
-            ValueError: a file with other weights, without `skip_mismatch`. Nothing is loaded then.
-        """
-        if not skip_mismatch and not kwargs and str(filepath).endswith(".weights.h5"):
-            require_weights_of(self, filepath)
-        super().load_weights(filepath, skip_mismatch=skip_mismatch, **kwargs)
-
-    def _replace(self, save, suffix, filepath, overwrite, options):
-        path = Path(filepath)
-        asks_first = not overwrite and path.exists()
-
-        def replace():
-            if asks_first or options or not path.name.endswith(suffix):  # Keras has other formats
-                save(filepath, overwrite=overwrite, **options)
-                return
-            with replaced(path) as temporary:
-                save(temporary)
-
-        save_by_keras(
-            replace, lambda folder: save(folder / f"order{suffix}"), self._stepped_variables()
-        )
-
     def export_to_transformers(
         self,
         directory: str | Path,
@@ -157,10 +129,15 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         metrics: Any = None,
         **kwargs: Any,
     ) -> None:
-        """As `keras.Model.compile`; cross-entropies given by name are taken from logits."""
+        """As `keras.Model.compile`; losses and metrics given by name are those of logits."""
         loss = loss_from_logits(loss)
         self.forget_functions()
         self.check_compilation(loss, kwargs)
+        outputs = self.output_shape_of(None, None)[-1]
+        metrics, kwargs["weighted_metrics"] = (
+            metrics_from_logits(given, loss, outputs)
+            for given in (metrics, kwargs.get("weighted_metrics"))
+        )
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
         self.check_optimizer()
 
@@ -253,11 +230,11 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         self.backbone.update_expert_bias(rate)
 
     def check_batch(self, x: Any, y: Any) -> None:
-        """Raises `ValueError` for token ids or labels that the model has no row for.
+        """Raises `ValueError` for token ids, decisions or labels that the model has no row for.
 
         Labels are checked where the loss takes them for indices.
         """
-        check_token_ids(x, self.config.vocab_size)
+        check_inputs(self.config, x)
         if isinstance(getattr(self, "loss", None), keras.losses.SparseCategoricalCrossentropy):
             self.check_labels(y)
 
@@ -265,26 +242,29 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         """Raises `ValueError` for labels that are no class of the model."""
         raise NotImplementedError
 
-    def fit(self, x=None, y=None, batch_size=None, *args, validation_data=None, **kwargs):
+    def fit(self, x=None, y=None, batch_size=None, *args, **kwargs):
+        given = fit_options(args, kwargs)
+        validation_data = given.pop("validation_data", None)
         require_strategy_of(self, "fit")
         drop_stale_functions(self)
         self.thinking_of_generation = None
-        check_batch_size(x, batch_size, kwargs.get("steps_per_epoch"))
+        check_batch_size(x, batch_size, given.get("steps_per_epoch"))
         validates = isinstance(validation_data, list | tuple)
         validated, labels, weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         if validates:
-            size = kwargs.get("validation_batch_size") or batch_size
-            check_batch_size(validated, size, kwargs.get("validation_steps"))
+            size = given.get("validation_batch_size") or batch_size
+            check_batch_size(validated, size, given.get("validation_steps"))
         with refused_by_all():
             if validates:
                 checked(self.check_batch, validated, labels, sample_weight=weight)
             elif validation_data is not None:
                 validation_data = checked(self.check_batch, validation_data)
-            weights = {name: kwargs.get(name) for name in ("sample_weight", "class_weight")}
+            weights = {name: given.get(name) for name in ("sample_weight", "class_weight")}
             x = checked(self.check_batch, x, y, **weights)
+            self._check_class_weight(weights["class_weight"])
         build_optimizer(self)
         with self._running_over_data():
-            return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
+            return super().fit(x, y, batch_size, validation_data=validation_data, **given)
 
     def evaluate(
         self,
@@ -355,17 +335,20 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         return self.predict_function
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
-        self.check_batch(x, y)
+        given = by_name("train_on_batch", 2, args, kwargs)
+        check_rows(self.check_batch, x, y, given.get("sample_weight"))
+        self._check_class_weight(given.get("class_weight"))
         drop_stale_functions(self)
         build_optimizer(self)
         with all_rows_everywhere():
-            return super().train_on_batch(x, y, *args, **kwargs)
+            return super().train_on_batch(x, y, **given)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):
-        self.check_batch(x, y)
+        given = by_name("test_on_batch", 2, args, kwargs)
+        check_rows(self.check_batch, x, y, given.get("sample_weight"))
         drop_stale_functions(self)
         with all_rows_everywhere():
-            return super().test_on_batch(x, y, *args, **kwargs)
+            return super().test_on_batch(x, y, **given)
 
     def predict_on_batch(self, x):
         self._check_inputs(x)
@@ -390,4 +373,8 @@ class Task(IterationsOfRun, Replicas, ConfiguredModel):
         return [*self.variables, *own, *self.metrics_variables]
 
     def _check_inputs(self, x, y=None):
-        check_token_ids(x, self.config.vocab_size)
+        check_inputs(self.config, x)
+
+    def _check_class_weight(self, class_weight):
+        if not self.has_one_label:
+            refuse_class_weight(class_weight)

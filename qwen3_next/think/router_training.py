@@ -18,9 +18,13 @@ from qwen3_next.config.validation import (
 )
 from qwen3_next.layers.ops.checks import require_shape
 from qwen3_next.layers.ops.tensor_types import Tensor
-from qwen3_next.models.inputs import check_token_ids, host_array, unpack
+from qwen3_next.models.decisions import check_inputs
+from qwen3_next.models.inputs import host_array, unpack
 from qwen3_next.models.strategies import require_no_strategy
+from qwen3_next.tasks.checked_data import by_name
 from qwen3_next.tasks.checked_trainer import CheckedTrainer
+from qwen3_next.tasks.losses_from_logits import loss_from_logits
+from qwen3_next.tasks.metrics_from_logits import metrics_from_logits
 from qwen3_next.tasks.task import Task
 
 ACTIONS = 3
@@ -174,6 +178,14 @@ class RouterTrainer(CheckedTrainer):
                 layer.trainable = False
         self.built = True
 
+    def compile(self, *args, **kwargs):
+        """As `keras.Model.compile`; losses and metrics given by name are those of logits."""
+        given = by_name("compile", 0, args, kwargs)
+        loss = given["loss"] = loss_from_logits(given.get("loss"))
+        for name in ("metrics", "weighted_metrics"):
+            given[name] = metrics_from_logits(given.get(name), loss, ACTIONS)
+        super().compile(**given)
+
     def call(self, inputs: Any, training: bool | None = None) -> Annotated[Tensor, "B L 3"]:
         inputs = unpack(inputs)
         prompt = ops.ones_like(inputs.token_ids, "bool")  # all of a row is its prompt
@@ -195,8 +207,8 @@ class RouterTrainer(CheckedTrainer):
         return super().train_step(*args)
 
     def check_inputs(self, x: Any, y: Any = None) -> None:
-        """Raises `ValueError` for token ids that the model has no row for."""
-        check_token_ids(x, self.model.config.vocab_size)
+        """Raises `ValueError` for inputs that the model has no row for."""
+        check_inputs(self.model.config, x)
 
     def check_batch(self, x: Any, y: Any) -> None:
         """Raises `ValueError` also for labels that are no actions."""

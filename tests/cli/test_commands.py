@@ -18,6 +18,7 @@ def folder(tmp_path):
     qwen3(num_layers=2).export_to_transformers(tmp_path / "qwen3")
     np.save(tmp_path / "tokens.npy", IDS)
     np.save(tmp_path / "none.npy", IDS[:0])
+    np.savez(tmp_path / "several.npz", IDS)
     hybrid = {"deltanet_layer_pattern": [0], "pattern_period": 2}
     (tmp_path / "transfer.json").write_text(json.dumps({"hybrid_attention": hybrid}))
     return tmp_path
@@ -66,6 +67,7 @@ PAIR, TOKENS = ("{}/qwen3", "{}/qwen3"), ("--tokens", "{}/tokens.npy")
         (("convert", "{}/nowhere", "{}/out"), "`preset` must be a directory"),
         (("convert", "{}/qwen3", "{}/out", "--config", "{}/none.json"), "`--config` must be"),
         (("convert", "{}/qwen3", "{}/out", "--calibration", "{}/transfer.json"), ".npy file"),
+        (("convert", "{}/qwen3", "{}/out", "--calibration", "{}/several.npz"), ".npy file"),
         (("distill", "{}/qwen3", "{}/qwen3", "{}/out", "--tokens", "{}/none"), ".npy file"),
         (("merge", "{}/none.json", "{}/out"), "none.json"),
         (("distill", *PAIR, "{}/out", "--tokens", "{}/none.npy"), "at least one"),

@@ -79,6 +79,12 @@ def test_what_is_no_prompt_is_named(prompts):
         shared().generate(prompts, 2)
 
 
+def test_a_stream_names_arguments_that_it_does_not_take():
+    for name in ("foo", "use_speculative"):
+        with pytest.raises(TypeError, match=rf"`stream` .*temperature.*Received: \['{name}'\]"):
+            shared().stream([[1, 2]], 2, **{name: 1})
+
+
 @pytest.mark.parametrize("longest, prompt", [(100, 97), (8, 5)])
 def test_a_prompt_may_fill_all_positions_but_the_new_ones(longest, prompt):
     model = small(**LIGHT, max_position_embeddings=longest)

@@ -110,6 +110,54 @@ def test_weights_need_labels(method):
         model().fit(IDS, validation_data=(IDS, None, np.ones(6)), verbose=0)
 
 
+def test_weights_of_classes_are_for_rows_with_one_label():
+    with pytest.raises(ValueError, match=r"`class_weight` is for rows .*Received: class_weight="):
+        model().fit(IDS, IDS, class_weight={1: 2.0}, verbose=0)
+    with pytest.raises(ValueError, match=r"`class_weight` is for rows .*Received: class_weight="):
+        model().fit(Pairs(IDS, IDS), class_weight={1: 2.0}, verbose=0)
+    with pytest.raises(ValueError, match=r"`class_weight` is for rows .*Received: class_weight="):
+        model().train_on_batch(IDS, IDS, None, {1: 2.0})
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        np.ones((6, 11)),
+        np.ones((6, 12, 1)),
+        np.ones(5),
+        np.full(6, np.nan),
+        -np.ones(6),
+        np.array(list("abcdef")),
+        "abcdef",
+        [1.0] * 6,
+    ],
+    ids=["tokens", "dims", "rows", "NaN", "negative", "strings", "string", "list"],
+)
+def test_weights_are_numbers_of_rows_or_of_labels(weight):
+    for run in (model().fit, model().evaluate):
+        with pytest.raises(ValueError, match=r"`sample_weight` must .*Received: sample_weight"):
+            run(IDS, IDS, sample_weight=weight, verbose=0)
+    with pytest.raises(ValueError, match=r"`sample_weight` must .*Received: sample_weight"):
+        model().train_on_batch(IDS, IDS, weight)
+
+
+def test_arguments_of_fit_stand_where_those_of_keras_do():
+    history = model().fit(IDS, None, 2, 1, 0, None, 0.0, (IDS,)).history
+    assert "val_loss" in history
+    with pytest.raises(TypeError, match=r"Received: \['epochs'\] twice"):
+        model().fit(IDS, None, 2, 1, epochs=1)
+    for often in (0, "a", 1.5):
+        with pytest.raises(ValueError, match=r"`validation_freq` must be .*Received: validation_"):
+            model().fit(IDS, validation_data=(IDS,), validation_freq=often, verbose=0)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_data_sets_without_batches_are_refused(method, monkeypatch):
+    monkeypatch.setattr(Pairs, "__len__", lambda self: 0)
+    with pytest.raises(ValueError, match=r"`x` must hold at least one batch.*Received"):
+        getattr(model(), method)(Pairs(IDS, IDS), verbose=0)
+
+
 @pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
 def test_no_rows_are_refused(method):
     for x in (IDS[:0], {"token_ids": IDS[:0]}):
@@ -130,6 +178,8 @@ def test_labels_have_the_shape_of_the_token_ids():
     for labels in (IDS[:, :3], IDS[..., None]):
         with pytest.raises(ValueError, match=r"`y` must have shape .*12.*Received: y.shape="):
             model().fit(IDS, labels, verbose=0)
+    with pytest.raises(ValueError, match=r"`y` must be an array of labels.*Received: y="):
+        model().fit(IDS, {"a": IDS}, verbose=0)
 
 
 @pytest.mark.parametrize("label", [3, -1, -100])
@@ -138,3 +188,18 @@ def test_labels_of_a_classifier_are_classes(label):
     classifier.compile("sgd")
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         classifier.fit(IDS, np.array([0, 1, 2, 0, 1, label]), verbose=0)
+
+
+def test_a_classifier_learns_from_labels():
+    classifier = small(Qwen3NextClassifier, num_labels=3, **LIGHT)
+    classifier.compile("sgd")
+    for run in (classifier.fit, classifier.evaluate, classifier.train_on_batch):
+        with pytest.raises(ValueError, match=r"`y`. Received: y=None"):
+            run(IDS)
+    classifier.fit(IDS, np.arange(6) % 3, class_weight={1: 2.0}, verbose=0)
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 2.5, "a", True])
+def test_steps_at_once_are_counted(steps):
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be .*Received: steps_per_"):
+        small(**LIGHT).compile("sgd", steps_per_execution=steps)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+from qwen3_next import Qwen3NextClassifier
 from tests.support.mtp_models import LIGHT
 from tests.support.running import CHEAPEST_STEPS
 from tests.support.small_models import logits_once, random_ids, small
@@ -74,3 +75,56 @@ def test_the_weight_of_a_loss_is_not_dropped():
 def test_losses_on_probabilities_and_several_losses_are_refused(loss):
     with pytest.raises(ValueError, match=r"Received: loss="):
         model().compile(loss=loss)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "sparse_categorical_crossentropy",
+        "SparseCategoricalCrossentropy",
+        keras.metrics.sparse_categorical_crossentropy,
+        keras.metrics.SparseCategoricalCrossentropy,
+        keras.metrics.SparseCategoricalCrossentropy(from_logits=True),
+    ],
+    ids=["name", "class name", "function", "class", "instance"],
+)
+def test_a_cross_entropy_is_a_metric_of_logits(metric):
+    model().compile("sgd", metrics=[metric], **CHEAPEST_STEPS)
+    found = model().evaluate(IDS, IDS, verbose=0, return_dict=True)
+    name = metric if isinstance(metric, str) else "sparse_categorical_crossentropy"
+    np.testing.assert_allclose(found[name], expected().mean(), rtol=1e-5)
+
+
+def test_one_logit_is_positive_above_zero():
+    classifier = small(Qwen3NextClassifier, num_labels=1, **LIGHT)
+    ids = random_ids(8, 10)
+    values = logits_once(classifier, ids)[:, 0]
+    kernel = keras.ops.convert_to_numpy(classifier.score.kernel)
+    classifier.score.kernel.assign(0.2 / np.abs(values).max() * kernel)
+    labels = (values[:, None] > 0).astype("int32")
+    names = ["accuracy", "binary_accuracy", "Precision", "Recall"]
+    metrics = [*names, "binary_crossentropy"]
+    classifier.compile("sgd", "binary_crossentropy", metrics=metrics, **CHEAPEST_STEPS)
+    found = classifier.evaluate(ids, labels, verbose=0, return_dict=True)
+    assert 0 < labels.sum() < 8
+    assert [found[name] for name in names] == [1, 1, 1, 1]
+    np.testing.assert_allclose(found["binary_crossentropy"], found["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        keras.metrics.SparseCategoricalCrossentropy(),
+        keras.metrics.BinaryAccuracy(),
+        keras.metrics.Precision(),
+        keras.metrics.AUC(),
+        "kl_divergence",
+    ],
+    ids=lambda metric: getattr(metric, "name", metric),
+)
+def test_metrics_of_probabilities_are_refused(metric):
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    for where in ("metrics", "weighted_metrics"):
+        with pytest.raises(ValueError, match=r"metrics must take these.*Received: metrics="):
+            model().compile("sgd", loss, **{where: [metric]})
+    model().compile("sgd", metrics=["accuracy", keras.metrics.BinaryAccuracy(threshold=0.0)])

@@ -1,5 +1,7 @@
 """Models with layer routers and LoRA experts: training, evaluation and files."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -163,3 +165,37 @@ def test_decisions_without_routers_are_refused():
         model.generate(PROMPTS, 2, branch=0)
     with pytest.raises(ValueError, match="use_layer_router"):
         model.get_router_stats()
+
+
+@pytest.mark.parametrize(
+    ("decided", "message"),
+    [
+        ({"route": np.full((4, 1), 7)}, "`route` must hold actions.*Received: route="),
+        ({"route": np.full((4, 1), -1)}, "`route` must hold actions.*Received: route="),
+        ({"branch": np.full(4, 9)}, "`branch` must be -1 .*Received: branch="),
+        ({"branch": np.full((4, 2), 9)}, "`branch` must be -1 .*Received: branch="),
+        ({"branch": np.full(4, 0.5)}, "`branch` must be integers.*Received: branch"),
+    ],
+)
+def test_decisions_that_cannot_be_followed_are_refused_before_a_step(decided, message):
+    model, x = undecided(), {"token_ids": IDS, **decided}
+    calls = [
+        lambda: model(x),
+        lambda: model.fit(x, verbose=0),
+        lambda: model.evaluate(x, verbose=0),
+        lambda: model.predict(x, verbose=0),
+        lambda: model.train_on_batch(x),
+        lambda: model.test_on_batch(x),
+        lambda: model.predict_on_batch(x),
+        lambda: model.extend(x, model.init_cache(4, 16)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@functools.cache
+def undecided():
+    model = one()
+    model.compile("sgd")
+    return model

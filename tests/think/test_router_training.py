@@ -252,11 +252,35 @@ def refusing():
         (lambda: refusing().predict(ROWS[:0], verbose=0), "`x` must hold at least one row"),
         (lambda: refusing().fit(ROWS[:0], TWO_LABELS[:0]), "`x` must hold at least one row"),
         (lambda: refusing().fit(ROWS, TWO_LABELS, validation_data=[]), "`validation_data` must be"),
+        (
+            lambda: refusing().fit(ROWS, TWO_LABELS, class_weight={0: 2.0}, verbose=0),
+            "`class_weight` is for rows with one label",
+        ),
+        (lambda: refusing().fit(ROWS, TWO_LABELS, batch_size=0), "`batch_size` must be"),
+        (lambda: refusing().fit(ROWS, TWO_LABELS, 2.5), "`batch_size` must be"),
+        (
+            lambda: refusing().evaluate(
+                {"token_ids": ROWS, "route": TWO_LABELS + 6}, TWO_LABELS, verbose=0
+            ),
+            "`route` must hold actions",
+        ),
     ],
 )
 def test_other_data_is_refused_by_name(call, name):
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         call()
+
+
+def test_losses_and_metrics_by_name_are_those_of_logits():
+    trainer, name = trainer_of(routable()), "sparse_categorical_crossentropy"
+    logits = trainer.predict(ROWS, verbose=0).astype("float64")
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.log(np.take_along_axis(shares, TWO_LABELS[..., None], axis=-1)).mean()
+    trainer.compile("sgd", name, metrics=[name])
+    found = trainer.evaluate(ROWS, TWO_LABELS, verbose=0)
+    np.testing.assert_allclose(found, [expected, expected], rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`steps_per_execution` must be .*Received: steps_per"):
+        trainer.compile("sgd", name, steps_per_execution=0)
 
 
 @pytest.mark.parametrize("label", [-1, 3, 1.5])

@@ -49,3 +49,8 @@ def test_self_distillation_continues_every_prompt():
     tokens, _ = model.generate(ROWS, 5)
     for prompt, new, row, mask in zip(ROWS, tokens, data["token_ids"], data["padding_mask"]):
         np.testing.assert_array_equal(row[mask], np.concatenate([prompt, new]))
+
+
+def test_self_distillation_decodes_plainly():
+    with pytest.raises(ValueError, match=r"`use_speculative`.*Received: use_speculative=True"):
+        self_distillation_data(two_steps(), ROWS, 5, progress=False, use_speculative=True)

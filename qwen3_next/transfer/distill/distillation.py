@@ -11,7 +11,8 @@ from keras import ops
 from qwen3_next.checkpoints.staging import replaced
 from qwen3_next.config.validation import shown
 from qwen3_next.layers.ops.backend.programs import one_replica
-from qwen3_next.models.inputs import check_token_ids, next_token_labels, unpack
+from qwen3_next.models.decisions import check_inputs
+from qwen3_next.models.inputs import next_token_labels, unpack
 from qwen3_next.models.strategies import require_no_strategy
 from qwen3_next.models.values import require_values
 from qwen3_next.tasks.checked_trainer import CheckedTrainer
@@ -297,8 +298,8 @@ class DistillationTrainer(CheckedTrainer):
                 )
 
     def check_inputs(self, x: Any, y: Any = None) -> None:
-        """Raises `ValueError` for token ids that the student has no row for."""
-        check_token_ids(split_stored(x)[0], self.student.config.vocab_size)
+        """Raises `ValueError` for inputs that the student has no row for."""
+        check_inputs(self.student.config, split_stored(x)[0])
 
     def check_batch(self, x: Any, y: Any) -> None:
         """Raises `ValueError` also for labels that are no class, or that a stage has no use for."""

@@ -106,6 +106,8 @@ def test_what_cannot_be_learned_from_is_refused():
         without.predict(IDS + 61, verbose=0)
     with pytest.raises(ValueError, match="Labels"):
         without.train_on_batch(IDS, IDS + 61)
+    with pytest.raises(ValueError, match=r"`class_weight` is for rows .*Received"):
+        without.train_on_batch(IDS, IDS, class_weight={1: 2.0})
     for name in ("loss", "metrics"):
         with pytest.raises(ValueError, match=f"`{name}`.*Received"):
             without.compile("sgd", **{name: ["accuracy"]})
