@@ -110,7 +110,7 @@ def test_gelu_has_its_own_derivative():
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("nowhere", [EXPERTS, -1])
+@pytest.mark.parametrize("nowhere", [EXPERTS, -1, 2**31 - 1])
 def test_the_tokens_of_every_expert_are_counted(nowhere, implementation):
     arrays = inputs()
     arrays[3][5] = nowhere
