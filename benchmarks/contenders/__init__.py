@@ -66,7 +66,8 @@ def moe_inputs(tokens, width, experts, chosen, inner):
 def kernel_products(config, batch, length):
     """What each kernel multiplies, `(rows, kernel)`: of all tokens, or of an expert's even share.
 
-    Without attention's scores and the delta rule, which have no kernels.
+    Without attention's scores and the delta rule, which have no kernels, and without the small
+    kernels of routers, gates and decay rates.
     """
     c, rows = config, batch * length
     width, attention = c["hidden_size"], c["num_attention_heads"] * c["head_dim"]
