@@ -57,7 +57,8 @@ def expert_mlp(
         weights: `(N, K)`; 0 where there is no expert.
         activation: `"silu"` or `"gelu"` (exact), on the gate.
         implementation: `"tiled"` (one loop over tiles of pairs), `"in_place"` (every pair reads its
-            expert where it stands: for a few pairs), `"ragged_dot"`, see `grouped_matmul`, or
+            expert where it stands: for a few pairs), `"ragged_dot"`, `"pallas"`, see
+            `grouped_matmul`, or
             `None`: in place on a CPU for up to 128 pairs, else as `grouped_matmul` chooses; on the
             devices of a `keras.distribution` always tiled.
 
@@ -132,9 +133,10 @@ def _by_grouped_matmul(
 def _pick(implementation: str | None, pairs: Any, spread: bool) -> str:
     """The implementation for pairs `(N, K)`; `spread`: whether the experts are over devices."""
     known = None not in pairs
+    rows = math.prod(pairs) if known else None
     if implementation is None:
-        few = known and math.prod(pairs) <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
-        return "tiled" if spread else "in_place" if few else pick(None)
+        few = known and rows <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
+        return "tiled" if spread else "in_place" if few else pick(None, rows)
     choose(implementation, IMPLEMENTATIONS, "")
     if spread and implementation != "tiled":
         raise ValueError(
@@ -146,7 +148,7 @@ def _pick(implementation: str | None, pairs: Any, spread: bool) -> str:
             "implementation='in_place' needs a known number of tokens. "
             f"Received: experts.shape={tuple(pairs)}"
         )
-    return implementation if implementation == "in_place" else pick(implementation)
+    return implementation if implementation == "in_place" else pick(implementation, rows)
 
 
 def _tokens_per_expert(experts: Annotated[Tensor, "N K"], count: int) -> Annotated[Tensor, "E"]:

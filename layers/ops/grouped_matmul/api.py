@@ -10,18 +10,21 @@ Public: `grouped_matmul`. Other ops that group rows use `pick`.
 
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Annotated
 
 from keras import ops
 
 from ..backend.autodiff import custom_gradient
 from ..backend.platform import BACKEND, choose, platform
+from ..backend.sharding import devices
 from ..checks import as_array, as_floats, exact_int32, known_values, require_shape
 from ..tensor_types import Tensor
 from . import tiled_matmul
 from .tiles import tile_sizes
 
-IMPLEMENTATIONS = ("tiled", "ragged_dot")
+IMPLEMENTATIONS = ("tiled", "ragged_dot", "pallas")
+ON_JAX = ("ragged_dot", "pallas")
 
 
 def grouped_matmul(
@@ -38,9 +41,10 @@ def grouped_matmul(
         weights: `(E, D, F)`.
         group_sizes: `(E,)` integers that sum to R at most; rows behind the last group yield 0.
         implementation: `"tiled"` (a loop over tiles of rows, on every backend), `"ragged_dot"`
-            (JAX's own operation: a kernel on TPU, on GPU with the option
-            `jax_ragged_dot_use_gpu_pallas_triton_lowering`, else all groups for every row), or
-            `None` for `"ragged_dot"` on TPU and `"tiled"` elsewhere.
+            (JAX's own operation: a kernel on TPU, elsewhere all groups for every row), `"pallas"`
+            (kernels for a GPU, with JAX, for a known number of rows; on a CPU they are
+            interpreted), or `None` for `"pallas"` on GPU with JAX, `"ragged_dot"` on TPU and
+            `"tiled"` elsewhere and on the devices of a `keras.distribution`.
 
     Returns:
         `(R, F)` in the dtype of `rows`.
@@ -64,23 +68,52 @@ def grouped_matmul(
             f"Received: group_sizes={sizes}, rows.shape={tuple(rows.shape)}"
         )
     weights = ops.cast(weights, rows.dtype)
-    if pick(implementation) == "ragged_dot":
+    implementation = pick(implementation, ops.shape(rows)[0])
+    if implementation == "ragged_dot":
         import jax
 
         return jax.lax.ragged_dot(rows, weights, group_sizes)
+    if implementation == "pallas":
+        return _by_kernels()(rows, weights, group_sizes)
     tiles = tile_sizes(rows.shape[0], weights.shape[0])
     return _differentiable(tiles)(rows, weights, group_sizes)
 
 
-def pick(implementation: str | None) -> str:
-    """The implementation to run for the `implementation` asked for."""
-    default = "ragged_dot" if BACKEND == "jax" and platform() == "tpu" else "tiled"
+def pick(implementation: str | None, rows: int | Tensor) -> str:
+    """The implementation to run for the one asked for and a number of rows."""
+    known = isinstance(rows, int)
+    by_platform = {"tpu": "ragged_dot"}
+    if known and devices() is None and _has_pallas():
+        by_platform["gpu"] = "pallas"
+    default = by_platform.get(platform(), "tiled") if BACKEND == "jax" else "tiled"
     implementation = choose(implementation, IMPLEMENTATIONS, default)
-    if implementation == "ragged_dot" and BACKEND != "jax":
+    if implementation in ON_JAX and BACKEND != "jax":
         raise ValueError(
-            f"implementation='ragged_dot' needs the JAX backend. Received: backend={BACKEND!r}"
+            f"implementation={implementation!r} needs the JAX backend. Received: "
+            f"backend={BACKEND!r}"
         )
+    if implementation == "pallas" and not known:
+        raise ValueError(f"implementation='pallas' needs a known number of rows. Received: {rows}")
     return implementation
+
+
+@functools.cache
+def _has_pallas() -> bool:
+    """Whether this JAX has the part of Pallas that the kernels are written in."""
+    return find_spec("jax.experimental.pallas.triton") is not None
+
+
+@functools.cache
+def _by_kernels() -> Callable[..., Tensor]:
+    from . import pallas_matmul
+
+    def forward(*inputs):
+        return pallas_matmul.forward(*inputs), inputs
+
+    def backward(inputs, d_outputs):
+        return (*pallas_matmul.backward(*inputs, d_outputs), None)
+
+    return custom_gradient(forward, backward)
 
 
 @functools.cache
