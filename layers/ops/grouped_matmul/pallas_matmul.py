@@ -141,7 +141,7 @@ def _tile_kernel(groups, starts, ends, rows, weights, outputs, *, blocks, turned
         return total + jnp.dot(left, right, preferred_element_type="float32")
 
     # Rows of no group are zeros.
-    steps = jnp.where(group < len(weights), pl.cdiv(count, blocks.inner), 0)
+    steps = (group < len(weights)).astype("int32") * pl.cdiv(count, blocks.inner)
     total = jnp.zeros((blocks.rows, blocks.columns), "float32")
     total = jax.lax.fori_loop(0, steps, step, total)
     _store(outputs, (row, column), (has_row, has_column), total)
