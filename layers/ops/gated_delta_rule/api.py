@@ -104,8 +104,8 @@ def gated_delta_rule(
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, a scale that is no number, rows
-            without tokens, a chunk size that is no power of two, or an implementation that is unknown
-            or not for this backend.
+            without tokens, a chunk size that is no power of two, or an implementation that is
+            unknown or not for this backend.
     """
     given, state = floats_given(DeltaInputs(query, key, value, log_decay, beta), state)
     query, key, value = given[:3]

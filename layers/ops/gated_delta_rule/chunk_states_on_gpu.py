@@ -40,10 +40,10 @@ def over_chunks(
     """The last state, those that the steps met, and their rows. Interpreted on a CPU."""
     import jax
 
-    *heads, key_dim, value_dim = state.shape
-    count, size = columns[0].shape[0], columns[0].shape[-2]
-    arrays = [_widened(x.reshape(count, -1, *x.shape[4:])) for x in (*links, *columns)]
-    arrays.append(_widened(state.reshape(1, -1, key_dim, value_dim)))
+    *places, key_dim, value_dim = state.shape
+    heads, size = math.prod(places), columns[0].shape[-2]
+    given = *links, *columns, state[None]
+    arrays = [_widened(x.reshape(x.shape[0], heads, *x.shape[4:])) for x in given]
     run = functools.partial(_run, step, reverse)
     # Chosen when the program is lowered: that may be on a machine without a GPU.
     found = jax.lax.platform_dependent(
@@ -53,7 +53,7 @@ def over_chunks(
     )
     shapes = (key_dim, value_dim), (key_dim, value_dim), (size, value_dim)
     last, states, rows = (
-        x[:, : math.prod(heads), :height, :width].reshape(-1, *heads, height, width)
+        x[:, :heads, :height, :width].reshape(x.shape[0], *places, height, width)
         for x, (height, width) in zip(found, shapes)
     )
     return last[0], states, rows
@@ -69,7 +69,7 @@ def _run(
 
     links, columns, state = arrays[:4], arrays[4:-1], arrays[-1]
     count = columns[0].shape[0]
-    heads, key_dim, value_dim = state.shape[1:]
+    heads, _, value_dim = state.shape[1:]
     block = min(COLUMNS, value_dim)
 
     def spec(x: Any, by_column: bool) -> Any:
@@ -120,6 +120,6 @@ def _widened(x: Annotated[Tensor, "N H ..."]) -> Annotated[Tensor, "N H ..."]:
     """
     import jax.numpy as jnp
 
-    count, heads, *matrix = x.shape
+    heads, *matrix = x.shape[1:]
     shape = max(heads, 1), *(max(NARROWEST, 1 << max(n - 1, 0).bit_length()) for n in matrix)
     return jnp.pad(x, [(0, 0), *((0, wide - n) for wide, n in zip(shape, (heads, *matrix)))])
