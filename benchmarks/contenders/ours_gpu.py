@@ -120,6 +120,7 @@ def _work(function, variables, inputs, floor, backward):
             launch = jax.jit(_both(call, arrays) if backward else call)
             program.append(launch.lower(*arrays).compile())
         for _ in range(times):
+            found = None  # or two results would be held at once
             found = program[0](*arrays)
         return jax.block_until_ready(found)
 
