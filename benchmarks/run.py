@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.report import draw, table
-from benchmarks.workloads import FIRST_CALLS, LLAMA, MODELS, NOT_TIMED, everything
+from benchmarks.workloads import (
+    FIRST_CALLS,
+    FLA,
+    LLAMA,
+    MODELS,
+    NOT_TIMED,
+    TRANSFORMERS_FLA,
+    everything,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +42,14 @@ PACKAGES = (
     "transformers",
     "numpy",
     "llama-cpp-python",
+    "flash-linear-attention",
 )
+# Contenders that not every machine has: the module they need, and what installs it.
+OPTIONAL = {
+    LLAMA: ("llama_cpp", "`make bench LLAMA=1`"),
+    FLA: ("fla", "`pip install flash-linear-attention`"),
+    TRANSFORMERS_FLA: ("fla", "`pip install flash-linear-attention`"),
+}
 PATIENCE = 600  # seconds for one row of one contender
 
 
@@ -76,9 +92,13 @@ def pairs_of(wanted, done, args):
     """Rows and contenders that are still to be measured, KerasHub last."""
     pairs = [(row, who) for row in wanted for who in row.contenders if args.by.search(who)]
     pairs = [pair for pair in pairs if (pair[0].name, pair[1]) not in done]
-    if find_spec(LLAMA) is None and any(pair[1] == LLAMA for pair in pairs):
-        print("llama.cpp is not installed and left out: `make bench LLAMA=1` installs it")
-        pairs = [pair for pair in pairs if pair[1] != LLAMA]
+    if any(row.gpu for row, _ in pairs) and gpu() is None:
+        print("There is no NVIDIA GPU here: the rows of one are left out")
+        pairs = [pair for pair in pairs if not pair[0].gpu]
+    for contender, (module, installs) in OPTIONAL.items():
+        if find_spec(module) is None and any(who == contender for _, who in pairs):
+            print(f"{contender} is not installed and left out: {installs} installs it")
+            pairs = [pair for pair in pairs if pair[1] != contender]
     if args.quick:  # compiling KerasHub's alone would take minutes
         long = ("prefill", *FIRST_CALLS)
         pairs = [p for p in pairs if p[0].task not in long or "keras_hub" not in p[1]]
@@ -87,7 +107,7 @@ def pairs_of(wanted, done, args):
 
 def measure(row, contender):
     """The figures of one row for one contender, or `{"failed": why}`."""
-    work = json.dumps({"task": row.task, "model": row.model, "size": row.size})
+    work = json.dumps({key: getattr(row, key) for key in ("task", "model", "size", "gpu")})
     command = [sys.executable, "-m", "benchmarks.worker", contender, work]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
@@ -119,7 +139,7 @@ def machine():
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {
+    found = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -127,6 +147,16 @@ def machine():
         "python": platform.python_version(),
         "packages": versions,
     }
+    return found if gpu() is None else {**found, "gpu": gpu()}
+
+
+def gpu():
+    """The name of the first NVIDIA GPU, or `None`; asked without JAX, which would take it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return names[0].strip() if names else None
 
 
 def _processor():
