@@ -1,6 +1,8 @@
 """Runs one row for one contender in a process of its own and prints the figures as JSON.
 
 python -m benchmarks.worker CONTENDER '{"task": ..., "model": ..., "size": {...}, "gpu": false}'
+
+With `--wait` it says READY after its first call and measures when it is told a line.
 """
 
 import importlib
@@ -61,6 +63,9 @@ def timed(work, gpu=False):
     before = _peak()
     first = _timed(work.run)
     peak_first = _peak()
+    if "--wait" in sys.argv:  # for its turn: others are timed, or still compile
+        print("READY", flush=True)
+        sys.stdin.readline()
     runs = _gpu_runs(work.run) if gpu else _runs(work.run, BUDGET)
     # The second run still warms caches and allocators up.
     seconds = median(runs[1:])
