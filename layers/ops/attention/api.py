@@ -25,9 +25,7 @@ from .chunked_attention import BlockOptions
 from .tile_dropout import block_seeds
 
 IMPLEMENTATIONS = ("chunked", "fused")
-BLOCK_Q, BLOCK_KV = 128, 512  # a tile of them stays in the cache of a core
-# On a GPU a tile has to be large for its programs to take longer than to start them.
-GPU_BLOCK_Q, GPU_TILE, GPU_BLOCKS_KV = 1024, 2**21, (2048, 8192)
+BLOCK_Q, BLOCK_KV = 128, 512
 
 
 def attention(
@@ -105,7 +103,8 @@ def _in_blocks(
 ) -> Annotated[Tensor, "B T H D"]:
     batch, length, heads, dim = ops.shape(queries.query)
     count, groups = ops.shape(keys.key)[1:3]
-    block_q, block_kv = _block_sizes(length, count)
+    block_q = min(BLOCK_Q, length) if isinstance(length, int) else BLOCK_Q
+    block_kv = min(BLOCK_KV, count) if isinstance(count, int) else BLOCK_KV
     limits = queries.limits
     if limits is None:
         limits = ops.arange(length, dtype="int32")[None]
@@ -135,18 +134,6 @@ def _in_blocks(
     shards = None if found is None else _shards(found, batch, groups)
     output = _differentiable(options, shards)(*inputs)
     return ops.reshape(from_blocks(output, length), (batch, length, heads, dim))
-
-
-def _block_sizes(length: int | Tensor, count: int | Tensor) -> tuple[int, int]:
-    """Queries and keys of a block for `length` queries and `count` keys."""
-    on_gpu = platform() == "gpu"
-    block_q = GPU_BLOCK_Q if on_gpu else BLOCK_Q
-    block_q = min(block_q, length) if isinstance(length, int) else block_q
-    block_kv = BLOCK_KV
-    if on_gpu:
-        least, most = GPU_BLOCKS_KV
-        block_kv = min(max(GPU_TILE // max(block_q, 1), least), most)
-    return block_q, min(block_kv, count) if isinstance(count, int) else block_kv
 
 
 def _shards(found: Devices, batch: int, groups: int) -> Shards:

@@ -18,7 +18,7 @@ from keras import ops
 from qwen3_next.config.validation import OPTIONAL_NUMBER, require
 
 from ..backend.autodiff import Shards, custom_gradient, full_precision
-from ..backend.platform import BACKEND, choose, platform
+from ..backend.platform import choose, has_pallas, platform, require_pallas
 from ..backend.sharding import devices, spec
 from ..checks import as_array, as_mask
 from ..padding import from_blocks
@@ -145,13 +145,12 @@ def _choose(implementation: str | None, value: Tensor, segment_ids: Tensor | Non
     elif platform() == "cpu":
         default = "chunked"
     else:
-        kernel = BACKEND == "jax" and platform() == "gpu" and devices() is None
+        known = all(isinstance(size, int) for size in ops.shape(value)[:2])
+        kernel = known and platform() == "gpu" and has_pallas() and devices() is None
         default = "pallas" if kernel else "chunk_parallel"
     implementation = choose(implementation, IMPLEMENTATIONS, default)
-    if implementation == "pallas" and BACKEND != "jax":
-        raise ValueError(
-            f"implementation='pallas' needs the JAX backend. Received: backend={BACKEND!r}"
-        )
+    if implementation == "pallas":
+        require_pallas(implementation)
     if implementation == "recurrent" and not can_be_recurrent:
         raise ValueError(
             "implementation='recurrent' takes a static number of tokens and no segments. "

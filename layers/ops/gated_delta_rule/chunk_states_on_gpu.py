@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from ..backend.platform import run_kernel
 from ..tensor_types import Tensor
 from .chunk_parallel import ChunkLinks, Step
 
@@ -38,19 +39,11 @@ def over_chunks(
     Annotated[Tensor, "N B G R C V"],
 ]:
     """The last state, those that the steps met, and their rows. Interpreted on a CPU."""
-    import jax
-
     *places, key_dim, value_dim = state.shape
     heads, size = math.prod(places), columns[0].shape[-2]
     given = *links, *columns, state[None]
     arrays = [_widened(x.reshape(x.shape[0], heads, *x.shape[4:])) for x in given]
-    run = functools.partial(_run, step, reverse)
-    # Chosen when the program is lowered: that may be on a machine without a GPU.
-    found = jax.lax.platform_dependent(
-        *arrays,
-        cpu=functools.partial(run, interpret=True),
-        default=functools.partial(run, interpret=False),
-    )
+    found = run_kernel(functools.partial(_run, step, reverse), *arrays)
     shapes = (key_dim, value_dim), (key_dim, value_dim), (size, value_dim)
     last, states, rows = (
         x[:, :heads, :height, :width].reshape(x.shape[0], *places, height, width)

@@ -10,13 +10,12 @@ Public: `grouped_matmul`. Other ops that group rows use `pick`.
 
 import functools
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Annotated
 
 from keras import ops
 
 from ..backend.autodiff import custom_gradient
-from ..backend.platform import BACKEND, choose, platform
+from ..backend.platform import BACKEND, choose, has_pallas, platform, require_pallas
 from ..backend.sharding import devices
 from ..checks import as_array, as_floats, exact_int32, known_values, require_shape
 from ..tensor_types import Tensor
@@ -24,7 +23,6 @@ from . import tiled_matmul
 from .tiles import tile_sizes
 
 IMPLEMENTATIONS = ("tiled", "ragged_dot", "pallas")
-ON_JAX = ("ragged_dot", "pallas")
 
 
 def grouped_matmul(
@@ -79,28 +77,24 @@ def grouped_matmul(
     return _differentiable(tiles)(rows, weights, group_sizes)
 
 
-def pick(implementation: str | None, rows: int | Tensor) -> str:
-    """The implementation to run for the one asked for and a number of rows."""
+def pick(implementation: str | None, rows: int | Tensor | None) -> str:
+    """The implementation to run for the one asked for and a number of rows, if it is known."""
     known = isinstance(rows, int)
-    by_platform = {"tpu": "ragged_dot"}
-    if known and devices() is None and _has_pallas():
-        by_platform["gpu"] = "pallas"
-    default = by_platform.get(platform(), "tiled") if BACKEND == "jax" else "tiled"
+    default = "ragged_dot" if BACKEND == "jax" and platform() == "tpu" else "tiled"
+    if platform() == "gpu" and has_pallas() and known and devices() is None:
+        default = "pallas"
     implementation = choose(implementation, IMPLEMENTATIONS, default)
-    if implementation in ON_JAX and BACKEND != "jax":
+    if implementation == "ragged_dot" and BACKEND != "jax":
         raise ValueError(
-            f"implementation={implementation!r} needs the JAX backend. Received: "
-            f"backend={BACKEND!r}"
+            f"implementation='ragged_dot' needs the JAX backend. Received: backend={BACKEND!r}"
         )
-    if implementation == "pallas" and not known:
-        raise ValueError(f"implementation='pallas' needs a known number of rows. Received: {rows}")
+    if implementation == "pallas":
+        require_pallas(implementation)
+        if not known:
+            raise ValueError(
+                "implementation='pallas' needs a known number of rows. Received: an unknown one"
+            )
     return implementation
-
-
-@functools.cache
-def _has_pallas() -> bool:
-    """Whether this JAX has the part of Pallas that the kernels are written in."""
-    return find_spec("jax.experimental.pallas.triton") is not None
 
 
 @functools.cache
@@ -111,7 +105,8 @@ def _by_kernels() -> Callable[..., Tensor]:
         return pallas_matmul.forward(*inputs), inputs
 
     def backward(inputs, d_outputs):
-        return (*pallas_matmul.backward(*inputs, d_outputs), None)
+        rows, weights, group_sizes = inputs
+        return (*pallas_matmul.backward(rows, weights, group_sizes, d_outputs), None)
 
     return custom_gradient(forward, backward)
 

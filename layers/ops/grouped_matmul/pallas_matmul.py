@@ -9,7 +9,7 @@ blocks of one tile beside each other, so that tiles of one group find its matrix
                 d_weights[e] = rows[e]^T @ d_out[e]      one program for a block of a matrix
 
 No kernel reads a matrix of a group without rows, nor forms a tensor beyond its results. Sums are
-float32. Triton compiles the kernels; anywhere but on a GPU Pallas interprets them, for tests.
+float32. Triton compiles the kernels; on a CPU Pallas interprets them, for tests.
 
 Shapes: R rows, E groups, T tiles, S rows of a tile.
 """
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from ..backend.platform import run_kernel
 from ..tensor_types import Tensor
 
 TILE_ROWS = (16, 32, 64, 128)
@@ -141,7 +142,7 @@ def _tile_kernel(groups, starts, ends, rows, weights, outputs, *, blocks, turned
             right = _load(weights, (inner, column), (known, has_column), group)
         return total + jnp.dot(left, right, preferred_element_type="float32")
 
-    # Rows of no group are zeros.
+    # Rows of no group are zeros. Of a `where` of two numbers Pallas would make a bound of one bit.
     steps = (group < len(weights)).astype("int32") * pl.cdiv(count, blocks.inner)
     total = jnp.zeros((blocks.rows, blocks.columns), "float32")
     total = jax.lax.fori_loop(0, steps, step, total)
@@ -184,13 +185,8 @@ def _select(ref, places, there, before):
 
 
 def _run(kernel, grid, blocks, shape, *inputs):
-    """The kernel on a GPU; elsewhere as an interpreter runs it."""
     options = triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
-
-    def call(*inputs, interpret):
-        run = pl.pallas_call(kernel, shape, grid=grid, compiler_params=options, interpret=interpret)
-        return run(*inputs)
-
-    on_gpu = functools.partial(call, interpret=False)
-    elsewhere = functools.partial(call, interpret=True)
-    return jax.lax.platform_dependent(*inputs, cuda=on_gpu, rocm=on_gpu, default=elsewhere)
+    call = functools.partial(
+        pl.pallas_call, kernel, shape, grid=grid, compiler_params=options, name=kernel.func.__name__
+    )
+    return run_kernel(lambda *inputs, interpret: call(interpret=interpret)(*inputs), *inputs)

@@ -1,5 +1,4 @@
 import functools
-import types
 
 import keras
 import numpy as np
@@ -7,7 +6,7 @@ import pytest
 from keras import ops
 
 from qwen3_next.layers.ops import attention
-from qwen3_next.layers.ops.attention import api, attention_blocks
+from qwen3_next.layers.ops.attention import api
 from tests.support import oracles
 from tests.support.running import (
     BACKEND,
@@ -51,13 +50,6 @@ def masked(query, key, value, mask, segments):
 
 def limited(query, key, value, limits):
     return attention(query, key, value, limits=limits)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """What is chosen as on a GPU."""
-    monkeypatch.setattr(api, "platform", lambda: "gpu")
-    monkeypatch.setattr(attention_blocks, "platform", lambda: "gpu")
 
 
 @pytest.mark.portable
@@ -316,25 +308,3 @@ def test_limits_and_segments_may_be_of_any_integers():
         return attention(*arrays, query_segments=SEGMENTS, key_segments=SEGMENTS)
 
     assert_close(run(wide, *arrays), run(narrow, *arrays), TOLERANCE)
-
-
-def test_a_gpu_takes_large_blocks(gpu):
-    assert api._block_sizes(8192, 8192) == (1024, 2048)
-    assert api._block_sizes(1, 8192) == (1, 8192)
-    assert api._block_sizes(4, 100_000) == (4, 8192)
-    assert api._block_sizes(300, 300) == (300, 300)
-
-
-def test_a_gpu_reads_one_block_without_a_loop(gpu, monkeypatch):
-    arrays = [*inputs(), MASK, SEGMENTS]
-
-    def no_loop(*args):
-        raise AssertionError("a loop")
-
-    without = types.SimpleNamespace(**{**vars(ops), "fori_loop": no_loop})
-    monkeypatch.setattr(attention_blocks, "ops", without)
-    found = run(lambda *arrays: masked(*arrays), *arrays)
-    assert_close(found, oracles.causal_attention(*arrays), TOLERANCE)
-    cotangent = inputs(seed=1)[0]
-    found = gradients(lambda *arrays: masked(*arrays), arrays, cotangent)
-    assert_slopes(oracles.causal_attention, arrays, cotangent, found)

@@ -1,12 +1,11 @@
 """What a machine without a GPU can tell of the kernel; its numbers are in the op's own tests."""
 
-import contextlib
-
 import numpy as np
 import pytest
 
 from qwen3_next.layers.ops import gated_delta_rule
 from qwen3_next.layers.ops.gated_delta_rule import api, chunk_states_on_gpu
+from tests.support.pretended_gpu import lowered_for_gpu
 from tests.support.running import BACKEND
 
 REAL, TINY = (1, 8192, 16, 32, 128, 128), (2, 5, 1, 2, 20, 8)
@@ -15,17 +14,6 @@ REAL, TINY = (1, 8192, 16, 32, 128, 128), (2, 5, 1, 2, 20, 8)
 def shapes(batch, length, groups, heads, key_dim, value_dim):
     each = (groups, key_dim), (groups, key_dim), (heads, value_dim), (heads,), (heads,)
     return [(batch, length, *shape) for shape in each]
-
-
-def pretended_gpu():
-    """Newer versions of JAX ask which GPU a kernel is for."""
-    import jax
-
-    if not hasattr(jax.sharding, "AbstractDevice"):
-        return contextlib.nullcontext()
-    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the kernel is JAX's")
@@ -37,12 +25,10 @@ def test_the_two_loops_over_chunks_are_two_kernels_on_a_gpu(sizes):
         return gated_delta_rule(*arrays, chunk_size=64, implementation="pallas").output.sum()
 
     arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes(*sizes)]
-    with pretended_gpu():
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).trace(*arrays)
-        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    jaxpr, program = lowered_for_gpu(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *arrays)
     assert program.count("gpu.triton") == 2
     assert "stablehlo.while" not in program
-    assert str(traced.jaxpr).count(f"precision={chunk_states_on_gpu.PRODUCTS}") == 6
+    assert jaxpr.count(f"precision={chunk_states_on_gpu.PRODUCTS}") == 6
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the kernel is JAX's")

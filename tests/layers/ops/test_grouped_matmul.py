@@ -5,9 +5,12 @@ import pytest
 from keras import ops
 
 from qwen3_next.layers.ops import grouped_matmul
+from qwen3_next.layers.ops.backend import platform as platform_module
 from qwen3_next.layers.ops.backend.loops import get_rows, set_rows
+from qwen3_next.layers.ops.grouped_matmul import api
 from qwen3_next.layers.ops.grouped_matmul.tiles import for_each_tile, plan_tiles, tile_sizes
 from tests.support import oracles
+from tests.support.pretended_gpu import lowered_for_gpu
 from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
 
 TOLERANCE = 2e-6
@@ -87,6 +90,44 @@ def test_implementations_agree():
 
     arrays = inputs(SIZES["uneven"], rows=53)
     assert_close(run(ragged, *arrays), run(grouped_matmul, *arrays), TOLERANCE)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the kernels are JAX's")
+@pytest.mark.parametrize("rows", [81_920, 10])
+def test_a_product_and_its_gradients_are_three_kernels_on_a_gpu(rows):
+    import jax
+
+    def loss(*arrays):
+        return grouped_matmul(*arrays, implementation="pallas").astype("float32").sum()
+
+    shapes = [((rows, 2048), "bfloat16"), ((512, 2048, 1024), "bfloat16"), ((512,), "int32")]
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    _, program = lowered_for_gpu(jax.value_and_grad(loss, argnums=(0, 1)), *arrays)
+    assert program.count("gpu.triton") == 3
+    assert "stablehlo.while" not in program
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there are no kernels")
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_kernels_are_what_a_gpu_runs_unless_it_is_one_of_several(monkeypatch, platform, spread):
+    monkeypatch.setattr(api, "platform", lambda: platform)
+    monkeypatch.setattr(api, "devices", lambda: "some" if spread else None)
+    assert (api.pick(None, 10) == "pallas") == (platform == "gpu" and not spread)
+    assert api.pick(None, None) != "pallas"
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch):
+    arrays = inputs(SIZES["even"])
+    if BACKEND != "jax":
+        with pytest.raises(ValueError, match=r"implementation='pallas'.*Received: backend="):
+            grouped_matmul(*arrays, implementation="pallas")
+        return
+    with pytest.raises(ValueError, match="known number of rows"):
+        api.pick("pallas", None)
+    monkeypatch.setattr(platform_module, "has_pallas", lambda: False)
+    with pytest.raises(ValueError, match=r"jax.experimental.pallas.triton.*Received: jax"):
+        grouped_matmul(*arrays, implementation="pallas")
 
 
 def test_an_unknown_implementation_is_named():
