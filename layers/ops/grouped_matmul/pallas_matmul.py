@@ -8,6 +8,8 @@ blocks of one tile beside each other, so that tiles of one group find its matrix
     backward    d_rows[tile] = d_out[tile] @ weights[e]^T
                 d_weights[e] = rows[e]^T @ d_out[e]      one program for a block of a matrix
 
+    times_weights, of_weights    the two kernels, in blocks of any size
+
 No kernel reads a matrix of a group without rows, nor forms a tensor beyond its results. Sums are
 float32. Triton compiles the kernels; on a CPU Pallas interprets them, for tests.
 
@@ -38,7 +40,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By the rows of a tile; those of decoding must be many to read from all of the memory at once.
+# By the rows of a tile. Those of 64 and 128 and of `OF_WEIGHTS` are among the fastest that were
+# tried, see `benchmarks/results/gpu`; those of 16 were as fast as others, those of 32 are untried.
 OF_ROWS = {
     16: Blocks(16, 64, 64, warps=4, stages=5),
     32: Blocks(32, 128, 64, warps=4, stages=4),
@@ -62,7 +65,7 @@ def forward(
     group_sizes: Annotated[Tensor, "E"],
 ) -> Annotated[Tensor, "R F"]:
     """Every row times the weights of its group."""
-    return _times_weights(rows, weights, group_sizes, turned=False)
+    return times_weights(rows, weights, group_sizes, turned=False)
 
 
 def backward(
@@ -72,27 +75,29 @@ def backward(
     d_outputs: Annotated[Tensor, "R F"],
 ) -> tuple[Annotated[Tensor, "R D"], Annotated[Tensor, "E D F"]]:
     """Gradients of `rows` and `weights`."""
-    d_rows = _times_weights(d_outputs, weights, group_sizes, turned=True)
-    return d_rows, _of_weights(rows, d_outputs, group_sizes, weights.dtype)
+    d_rows = times_weights(d_outputs, weights, group_sizes, turned=True)
+    return d_rows, of_weights(rows, d_outputs, group_sizes, weights.dtype)
 
 
-def _times_weights(rows, weights, group_sizes, turned):
+def times_weights(rows, weights, group_sizes, turned, blocks=None):
     """`rows[r] @ weights[e]` or, turned, `rows[r] @ weights[e]^T`."""
     count, inner = rows.shape
     groups, columns = len(weights), weights.shape[1 if turned else 2]
     shape = jax.ShapeDtypeStruct((count, columns), rows.dtype)
     if 0 in (count, groups, inner, columns):
         return jnp.zeros(shape.shape, shape.dtype)
-    blocks = OF_ROWS[_tile_rows(count, groups)]
+    blocks = blocks or OF_ROWS[_tile_rows(count, groups)]
     tiles = _tiles(group_sizes, count, blocks.rows)
-    grid = pl.cdiv(columns, blocks.columns), len(tiles.group)
-    kernel = functools.partial(_tile_kernel, blocks=blocks, turned=turned)
+    parts = pl.cdiv(columns, blocks.columns)
+    # One axis, of which there may be more programs than of the others.
+    grid = (len(tiles.group) * parts,)
+    kernel = functools.partial(_tile_kernel, blocks=blocks, parts=parts, turned=turned)
     return _run(kernel, grid, blocks, shape, *tiles, rows, weights)
 
 
-def _of_weights(rows, d_outputs, group_sizes, dtype):
+def of_weights(rows, d_outputs, group_sizes, dtype, blocks=OF_WEIGHTS):
     """`rows[e]^T @ d_outputs[e]` for every group e."""
-    groups, blocks = len(group_sizes), OF_WEIGHTS
+    groups = len(group_sizes)
     shape = jax.ShapeDtypeStruct((groups, rows.shape[1], d_outputs.shape[1]), dtype)
     if 0 in (len(rows), *shape.shape):
         return jnp.zeros(shape.shape, shape.dtype)
@@ -123,11 +128,12 @@ def _tiles(group_sizes: Annotated[Tensor, "E"], count: int, size: int) -> Tiles:
     return Tiles(group, start.astype("int32"), ends[group].astype("int32"))
 
 
-def _tile_kernel(groups, starts, ends, rows, weights, outputs, *, blocks, turned):
-    number = pl.program_id(1)
+def _tile_kernel(groups, starts, ends, rows, weights, outputs, *, blocks, parts, turned):
+    program = pl.program_id(0)
+    number, part = jax.lax.div(program, parts), jax.lax.rem(program, parts)
     group, end = groups[number], ends[number]
     row = starts[number] + jnp.arange(blocks.rows)
-    column = pl.program_id(0) * blocks.columns + jnp.arange(blocks.columns)
+    column = part * blocks.columns + jnp.arange(blocks.columns)
     has_row, has_column = row < end, column < outputs.shape[1]
     count = rows.shape[1]
 
