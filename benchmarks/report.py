@@ -1,6 +1,6 @@
 """The table and the curves of a run."""
 
-from benchmarks.workloads import EVERYONE, FIRST_CALLS, LLAMA, MODEL, NOT_TIMED
+from benchmarks.workloads import EVERYONE, FIRST_CALLS, LLAMA, MODEL, NOT_TIMED, ON_GPU
 
 OURS = "ours-jax"
 
@@ -15,17 +15,23 @@ def table(results):
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB; "
+        f"{machine['gpu'] + '; ' if 'gpu' in machine else ''}"
         f"Python {machine['python']}; {versions}. float32.",
-        *_times({n: by for n, by in found.items() if not any(map(_untimed, by.values()))}),
+        *_times({n: by for n, by in found.items() if not any(map(_elsewhere, by.values()))}),
         *(_speculation(found) + _thinking(found) + _adaptive(found) + _routes(found)),
         *_conversion(found),
         *_devices(found),
+        *_on_gpu(found),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _untimed(result):
     return result["task"] in NOT_TIMED
+
+
+def _elsewhere(result):
+    return _untimed(result) or result.get("gpu")
 
 
 def _times(found):
@@ -183,6 +189,34 @@ def _devices(found):
         return []
     head = ["| | " + " | ".join(columns) + " |", "|---" * 7 + "|"]
     what = "A train step of four published layers on simulated devices, GiB per device; not timed."
+    return ["", what, "", *head, *lines]
+
+
+def _on_gpu(found):
+    """Times on a GPU, and how far they are from the floors of `benchmarks.floors`."""
+    columns = ("milliseconds, or tokens/s", "TFLOP/s", "GB/s", "GiB on the GPU", "first call, s")
+    lines = []
+    for name, by in found.items():
+        for contender in ON_GPU:
+            row = by.get(contender)
+            if row is None or not row.get("gpu"):
+                continue
+            what = f"| {name.removeprefix('GPU: ')} | {contender} | "
+            if "failed" in row:
+                lines.append(f"{what}{row['failed'].replace('|', '/')} |" + " |" * 4)
+                continue
+            cells = [
+                _time(row, by.get(OURS)),
+                f"{row['flops'] / row['seconds'] / 1e12:.3g}",
+                f"{row['bytes'] / row['seconds'] / 1e9:.3g}",
+                f"{row['device_mib'] / 2**10:.2f}",
+                f"{row['first_call_seconds']:.1f}",
+            ]
+            lines.append(what + " | ".join(cells) + " |")
+    if not lines:
+        return []
+    head = ["| | | " + " | ".join(columns) + " |", "|---" * 7 + "|"]
+    what = "On one GPU, bfloat16; TFLOP and GB are the least that the shapes allow."
     return ["", what, "", *head, *lines]
 
 

@@ -1,6 +1,7 @@
 """Measures this project and its peers on the same work, in turn, and writes what it found.
 
     python -m benchmarks.run [--quick] [--resume] [--only PATTERN] [--by PATTERN] [--out DIR]
+                             [--together N]
 
 Every row runs for every contender in a process of its own, one after the other; KerasHub, whose
 programs take longest to compile, comes last. Results go to `results.json` after every row, and to
@@ -8,19 +9,31 @@ programs take longest to compile, comes last. Results go to `results.json` after
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.report import draw, table
-from benchmarks.workloads import FIRST_CALLS, LLAMA, MODELS, NOT_TIMED, everything
+from benchmarks.workloads import (
+    FIRST_CALLS,
+    FLA,
+    LLAMA,
+    MODELS,
+    NOT_TIMED,
+    TRANSFORMERS_FLA,
+    everything,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +46,14 @@ PACKAGES = (
     "transformers",
     "numpy",
     "llama-cpp-python",
+    "flash-linear-attention",
 )
+# Contenders that not every machine has: the module they need, and what installs it.
+OPTIONAL = {
+    LLAMA: ("llama_cpp", "`make bench LLAMA=1`"),
+    FLA: ("fla", "`pip install flash-linear-attention`"),
+    TRANSFORMERS_FLA: ("fla", "`pip install flash-linear-attention`"),
+}
 PATIENCE = 600  # seconds for one row of one contender
 
 
@@ -43,6 +63,12 @@ def main():
     parser.add_argument("--only", default="", type=re.compile, help="rows whose name has it")
     parser.add_argument("--by", default="", type=re.compile, help="contenders whose name has it")
     parser.add_argument("--resume", action="store_true", help="keep what --out already holds")
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        help="so many compile side by side, then each is timed alone: for a GPU that is lent",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
 
@@ -60,8 +86,7 @@ def main():
     done = {(result["name"], result["contender"]) for result in results["rows"]}
     pairs = pairs_of(wanted, done, args)
     started = time.perf_counter()
-    for number, (row, contender) in enumerate(pairs, start=1):
-        figures = measure(row, contender)
+    for number, (row, contender, figures) in enumerate(measured(pairs, args.together), start=1):
         results["rows"].append({**row._asdict(), "contender": contender, **figures})
         path.write_text(json.dumps(results, indent=1) + "\n")
         spent = time.perf_counter() - started
@@ -76,28 +101,70 @@ def pairs_of(wanted, done, args):
     """Rows and contenders that are still to be measured, KerasHub last."""
     pairs = [(row, who) for row in wanted for who in row.contenders if args.by.search(who)]
     pairs = [pair for pair in pairs if (pair[0].name, pair[1]) not in done]
-    if find_spec(LLAMA) is None and any(pair[1] == LLAMA for pair in pairs):
-        print("llama.cpp is not installed and left out: `make bench LLAMA=1` installs it")
-        pairs = [pair for pair in pairs if pair[1] != LLAMA]
+    if any(row.gpu for row, _ in pairs) and gpu() is None:
+        print("There is no NVIDIA GPU here: the rows of one are left out")
+        pairs = [pair for pair in pairs if not pair[0].gpu]
+    for contender, (module, installs) in OPTIONAL.items():
+        if find_spec(module) is None and any(who == contender for _, who in pairs):
+            print(f"{contender} is not installed and left out: {installs} installs it")
+            pairs = [pair for pair in pairs if pair[1] != contender]
     if args.quick:  # compiling KerasHub's alone would take minutes
         long = ("prefill", *FIRST_CALLS)
         pairs = [p for p in pairs if p[0].task not in long or "keras_hub" not in p[1]]
     return sorted(pairs, key=lambda pair: pair[1].startswith("keras_hub"))
 
 
-def measure(row, contender):
-    """The figures of one row for one contender, or `{"failed": why}`."""
-    work = json.dumps({"task": row.task, "model": row.model, "size": row.size})
-    command = [sys.executable, "-m", "benchmarks.worker", contender, work]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {PATIENCE} s"}
-    for line in reversed(done.stdout.splitlines()):
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-    return {"failed": f"exit {done.returncode}: {''.join(last)[:200]}"}
+def measured(pairs, together):
+    """`(row, contender, figures)` one after the other, with `{"failed": why}` for figures."""
+    for i in range(0, len(pairs), together):
+        runs = [(*pair, Run(*pair)) for pair in pairs[i : i + together]]
+        for _, _, run in runs:
+            run.listen()
+        for row, contender, run in runs:
+            yield row, contender, run.figures()
+
+
+class Run:
+    """A row of one contender in a process of its own, that waits to be timed after its first call.
+
+    Its errors go to a file: a pipe that nobody reads would stop it.
+    """
+
+    found = None
+
+    def __init__(self, row, contender):
+        work = json.dumps({key: getattr(row, key) for key in ("task", "model", "size", "gpu")})
+        command = [sys.executable, "-m", "benchmarks.worker", contender, work, "--wait"]
+        self.errors = tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        self.patience = threading.Timer(PATIENCE, self.process.kill)
+        self.patience.start()
+
+    def listen(self):
+        """Until it is ready to be timed, tells its figures, or ends."""
+        for line in self.process.stdout:
+            if line.startswith("RESULT "):
+                self.found = json.loads(line.removeprefix("RESULT "))
+            if line.startswith(("READY", "RESULT ")):
+                break
+
+    def figures(self):
+        if self.found is None:
+            with contextlib.suppress(BrokenPipeError):  # it has failed: see what it said
+                self.process.stdin.write("go\n")
+                self.process.stdin.flush()
+            self.listen()
+        code = self.process.wait()
+        late = not self.patience.is_alive()
+        self.patience.cancel()
+        if self.found is not None:
+            return self.found
+        if late:
+            return {"failed": f"not done after {PATIENCE} s"}
+        self.errors.seek(0)
+        last = [line for line in self.errors.read().splitlines() if line.strip()][-1:]
+        return {"failed": f"exit {code}: {''.join(last)[:200]}"}
 
 
 def describe(result):
@@ -119,7 +186,7 @@ def machine():
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {
+    found = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -127,6 +194,16 @@ def machine():
         "python": platform.python_version(),
         "packages": versions,
     }
+    return found if gpu() is None else {**found, "gpu": gpu()}
+
+
+def gpu():
+    """The name of the first NVIDIA GPU, or `None`; asked without JAX, which would take it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return names[0].strip() if names else None
 
 
 def _processor():

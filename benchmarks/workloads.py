@@ -67,6 +67,15 @@ SMALL = {
 }
 # The published layers, four of them: what devices send one another follows from their shapes.
 PUBLISHED = {**json.loads((VARIANTS / "80b_a3b.json").read_text()), "num_layers": 4}
+# One of them, of either kind, with few words: what is measured is the layer.
+ONE_LAYER = {**PUBLISHED, "num_layers": 1, "vocab_size": 1024}
+ONE_DELTANET = {
+    **ONE_LAYER,
+    "full_attention_interval": None,
+    "layer_types": ["linear_attention"],
+}
+ONE_ATTENTION = {**ONE_LAYER, "full_attention_interval": 1}
+ONE_OF_EACH = {**ONE_LAYER, "num_layers": 2, "full_attention_interval": 2}
 ROUTED = {**SMALL, "etd": {**SMALL["etd"], "use_layer_router": True}}
 MODELS = {
     "model": MODEL,
@@ -79,6 +88,9 @@ MODELS = {
     "small": SMALL,
     "routed": ROUTED,
     "published": PUBLISHED,
+    "one_deltanet": ONE_DELTANET,
+    "one_attention": ONE_ATTENTION,
+    "one_of_each": ONE_OF_EACH,
 }
 
 EVERYONE = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow", "transformers")
@@ -87,6 +99,9 @@ WITHOUT_KERAS_HUB = ("ours-jax", "ours-tensorflow", "transformers")
 OURS = ("ours-jax", "ours-tensorflow")
 # Measured where it is installed, see README.md.
 LLAMA = "llama_cpp"
+FLA = "fla"
+TRANSFORMERS_FLA = "transformers-fla"  # transformers with its kernels for the DeltaNet layers
+ON_GPU = ("ours-jax", "transformers", TRANSFORMERS_FLA, FLA)
 KERAS = ("ours-jax", "ours-tensorflow", "keras_hub-jax", "keras_hub-tensorflow")
 # What a user waits for before the first result: measured by the first call, with compilation.
 FIRST_CALLS = ("first_predict", "first_fit", "first_generate")
@@ -105,6 +120,7 @@ class Row(NamedTuple):
     model: str = "model"
     quick: bool = False
     curve: str | None = None
+    gpu: bool = False
 
 
 def everything():
@@ -117,6 +133,7 @@ def everything():
     yield from routes()
     yield from conversion()
     yield from devices()
+    yield from on_gpu()
     yield from curves()
 
 
@@ -265,6 +282,42 @@ def devices():
         size = {"mesh": mesh, "fsdp": fsdp, "batch": batch, "length": 4096}
         quick = mesh == "expert=8"
         yield Row(name, "step_on_devices", size, ("ours-jax",), "published", quick)
+
+
+def on_gpu():
+    """The published layers in bfloat16 on one GPU, where there is one."""
+    pair = ("ours-jax", "transformers")
+    delta_rule = {"length": 8192, "key_heads": 16, "heads": 32, "dim": 128}
+    attention = {"length": 8192, "heads": 16, "groups": 2, "dim": 256}
+    moe = {"width": 2048, "experts": 512, "chosen": 10, "inner": 512, "shared": 512}
+    for what, task, size, who in (
+        ("delta rule 1 x 8192", "delta_rule", delta_rule, (*pair, FLA)),
+        ("attention 1 x 8192", "attention", attention, pair),
+        ("512 experts, 8192 tokens", "moe", {"tokens": 8192, **moe}, pair),
+    ):
+        yield Row(f"GPU: {what}, forward", task, size, who, gpu=True)
+        size = {**size, "backward": True}
+        yield Row(f"GPU: {what}, forward + backward", task, size, who, gpu=True)
+    for tokens in (1, 16):
+        name = f"GPU: 512 experts, {tokens} token{'s' * (tokens > 1)}, forward"
+        yield Row(name, "moe", {"tokens": tokens, **moe}, pair, gpu=True)
+    with_fla = (*pair, TRANSFORMERS_FLA)
+    size = {"batch": 1, "length": 8192}
+    for what, model, who in (
+        ("DeltaNet layer", "one_deltanet", with_fla),
+        ("attention layer", "one_attention", pair),
+    ):
+        yield Row(f"GPU: {what} 1 x 8192, forward", "prefill", size, who, model, gpu=True)
+        name = f"GPU: {what} 1 x 8192, forward + backward"
+        yield Row(name, "gradients", size, who, model, gpu=True)
+    # transformers decodes no model without an attention layer.
+    for what, model, who in (
+        ("attention layer", "one_attention", pair),
+        ("DeltaNet and attention layer", "one_of_each", with_fla),
+    ):
+        for batch in (1, 8):
+            size = {"batch": batch, "length": 16, "new": 64}
+            yield Row(f"GPU: {what}, decode, batch {batch}", "decode", size, who, model, gpu=True)
 
 
 def curves():

@@ -11,7 +11,12 @@
     step_on_devices(config, mesh, fsdp, batch, length)  a train step on simulated devices, compiled
     delta_rule(length, heads, dim), delta_rule_grad(...), moe(...), moe_grad(...), loss(...)
 
-Each returns a `Work`.
+Each returns a `Work`. For the rows of a GPU there are modules `..._gpu`, whose tasks are
+
+    prefill, gradients(config, batch, length), decode(config, batch, length, new)
+    delta_rule(length, key_heads, heads, dim, backward)
+    attention(length, heads, groups, dim, backward)
+    moe(tokens, width, experts, chosen, inner, shared, backward)
 """
 
 from collections.abc import Callable
@@ -22,6 +27,9 @@ import numpy as np
 
 class Work(NamedTuple):
     """`run()` does the work once and waits for it; `units` it counts for (tokens, in decoding).
+
+    On a GPU `run(times)` does it as often and waits once, so that the program that starts the work
+    is not what is measured.
 
     `temp_bytes()` is what the compiler says the program needs besides inputs and outputs,
     `error()` how far its result is from the float64 oracle, relative to the largest entry, and

@@ -24,7 +24,7 @@ def gradient(function, variables, *inputs, **extras):
         import jax
 
         def total(values, *inputs):
-            return ops.sum(_with_values(function, variables, values)(*inputs))
+            return ops.sum(with_values(function, variables, values)(*inputs))
 
         grad = jax.value_and_grad(total, argnums=(0, *(i + 1 for i in floats)))
         return _jax(grad, variables, inputs, **extras)
@@ -61,7 +61,7 @@ def fit(model, inputs, labels):
 def _work(function, variables, inputs, **extras):
     if BACKEND == "jax":
         return _jax(
-            lambda values, *xs: _with_values(function, variables, values)(*xs),
+            lambda values, *xs: with_values(function, variables, values)(*xs),
             variables,
             inputs,
             **extras,
@@ -69,7 +69,7 @@ def _work(function, variables, inputs, **extras):
     return _tensorflow(function, inputs, **extras)
 
 
-def _with_values(function, variables, values):
+def with_values(function, variables, values):
     def call(*inputs):
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return function(*inputs)

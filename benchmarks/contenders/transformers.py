@@ -1,9 +1,9 @@
-"""transformers' Qwen3-Next on torch, without the GPU kernels it would use elsewhere."""
+"""transformers' Qwen3-Next on torch, on the GPU where there is one."""
 
 import numpy as np
+import torch
 
 from benchmarks.contenders import (
-    Work,
     delta_rule_inputs,
     kernel_products,
     moe_inputs,
@@ -11,10 +11,10 @@ from benchmarks.contenders import (
     relative_error,
     token_ids,
 )
+from benchmarks.contenders.torch_work import forward, on_device, to_device, work
 
 
-def build(config):
-    import torch
+def build(config, dtype=None):
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(0)
@@ -25,68 +25,61 @@ def build(config):
         "rope_theta": fields.pop("rope_theta"),
         "partial_rotary_factor": fields.pop("partial_rotary_factor"),
     }
-    return Qwen3NextForCausalLM(Qwen3NextConfig(**fields, rope_parameters=rope, pad_token_id=0))
+    with on_device(dtype):
+        return Qwen3NextForCausalLM(Qwen3NextConfig(**fields, rope_parameters=rope, pad_token_id=0))
 
 
-def prefill(config, batch, length):
-    import torch
+def prefill(config, batch, length, dtype=None):
+    model = build(config, dtype).eval()
+    ids = to_device(token_ids(config, batch, length)).long()
 
-    model = build(config).eval()
-    ids = torch.from_numpy(token_ids(config, batch, length)).long()
-
-    def run():
+    def launch():
         with torch.inference_mode():
             model(ids, use_cache=False)
 
-    return Work(run)
+    return work(launch)
 
 
 def train(config, batch, length, gradient_checkpointing=False):
-    import torch
-
     model = build(config).train()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    ids = torch.from_numpy(token_ids(config, batch, length)).long()
+    ids = to_device(token_ids(config, batch, length)).long()
 
-    def run():
+    def launch():
         optimizer.zero_grad()
         model(ids, labels=ids, use_cache=False, output_router_logits=True).loss.backward()
         optimizer.step()
 
-    return Work(run)
+    return work(launch)
 
 
-def decode(config, batch, length, new):
-    import torch
-
-    model = build(config).eval()
-    ids = torch.from_numpy(token_ids(config, batch, length)).long()
+def decode(config, batch, length, new, dtype=None):
+    model = build(config, dtype).eval()
+    ids = to_device(token_ids(config, batch, length)).long()
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
 
-    def run():
+    def launch():
         with torch.inference_mode():
             model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
-    return Work(run, units=batch * new)
+    return work(launch, units=batch * new)
 
 
 def read_prompts(config, lengths):
-    import torch
-
     model, longest = build(config).eval(), max(lengths)
-    ids = torch.from_numpy(token_ids(config, len(lengths), longest)).long()
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+    ids = to_device(token_ids(config, len(lengths), longest)).long()
+    mask = to_device(np.arange(longest) >= longest - np.array(lengths)[:, None])
 
-    def run():
+    def launch():
         with torch.inference_mode():
             model.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=1)
 
-    return Work(run)
+    return work(launch)
 
 
-def _rule(*inputs):
+def chunked_rule(*inputs):
     from transformers.models.qwen3_next import modeling_qwen3_next
 
     return modeling_qwen3_next.torch_chunk_gated_delta_rule(*inputs)[0]
@@ -94,21 +87,21 @@ def _rule(*inputs):
 
 def delta_rule(length, heads, dim):
     inputs = delta_rule_inputs(length, heads, dim)
-    work = _forward(_rule, inputs)
+    measured = _forward(chunked_rule, inputs)
 
     def error():
         from tests.support import oracles
 
-        return relative_error(work.run(), oracles.gated_delta_rule(*inputs)[0])
+        return relative_error(measured.run().cpu(), oracles.gated_delta_rule(*inputs)[0])
 
-    return work._replace(error=error)
+    return measured._replace(error=error)
 
 
 def delta_rule_grad(length, heads, dim):
-    return _gradient(_rule, delta_rule_inputs(length, heads, dim))
+    return _gradient(chunked_rule, delta_rule_inputs(length, heads, dim))
 
 
-def _block(tokens, width, experts, chosen, inner):
+def make_block(width, experts, chosen, inner, shared=1, dtype=None):
     from transformers import Qwen3NextConfig
     from transformers.models.qwen3_next import modeling_qwen3_next
 
@@ -117,13 +110,18 @@ def _block(tokens, width, experts, chosen, inner):
         num_experts=experts,
         num_experts_per_tok=chosen,
         moe_intermediate_size=inner,
-        shared_expert_intermediate_size=1,
+        shared_expert_intermediate_size=shared,
     )
     config._experts_implementation = "grouped_mm"  # what it picks for a whole model
-    block = modeling_qwen3_next.Qwen3NextSparseMoeBlock(config)
+    with on_device(dtype):
+        block = modeling_qwen3_next.Qwen3NextSparseMoeBlock(config)
     for parameter in block.parameters():
         parameter.data.normal_(std=0.04)
-    return block, [moe_inputs(tokens, width, experts, chosen, inner)[0][None]]
+    return block
+
+
+def _block(tokens, **size):
+    return make_block(**size), [moe_inputs(tokens, **size)[0][None]]
 
 
 def moe(**size):
@@ -135,12 +133,10 @@ def moe_grad(**size):
 
 
 def loss(tokens, width, vocab):
-    import torch
-
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((tokens, width)).astype("float32")
     kernel = (rng.standard_normal((width, vocab)) * 0.02).astype("float32")
-    labels = torch.from_numpy(rng.integers(0, vocab, tokens))
+    labels = to_device(rng.integers(0, vocab, tokens))
 
     def losses(hidden, kernel):
         return torch.nn.functional.cross_entropy(hidden @ kernel, labels)
@@ -150,39 +146,27 @@ def loss(tokens, width, vocab):
 
 def products(config, batch, length, backward=False):
     """Of torch alone."""
-    import torch
+    pairs = [tuple(map(to_device, p)) for p in kernel_products(config, batch, length)]
+    ends = [to_device(output_gradient(*pair)) for pair in pairs] if backward else []
 
-    pairs = [tuple(map(torch.from_numpy, p)) for p in kernel_products(config, batch, length)]
-    ends = [torch.from_numpy(output_gradient(*pair)) for pair in pairs] if backward else []
-
-    def run():
+    def launch():
         outputs = [x @ kernel for x, kernel in pairs]
         for (x, kernel), end in zip(pairs, ends):
             outputs += [end @ kernel.T, x.T @ end]
 
-    return Work(run)
+    return work(launch)
 
 
 def _forward(function, inputs):
-    import torch
-
-    tensors = [torch.from_numpy(x) for x in inputs]
-
-    def run():
-        with torch.inference_mode():
-            return function(*tensors)
-
-    return Work(run)
+    return forward(function, [to_device(x) for x in inputs])
 
 
 def _gradient(function, inputs):
-    import torch
+    tensors = [to_device(x).requires_grad_() for x in inputs]
 
-    tensors = [torch.from_numpy(x).requires_grad_() for x in inputs]
-
-    def run():
+    def launch():
         for tensor in tensors:
             tensor.grad = None
         function(*tensors).sum().backward()
 
-    return Work(run)
+    return work(launch)

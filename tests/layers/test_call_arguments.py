@@ -7,7 +7,7 @@ import pytest
 
 from qwen3_next import layers
 from qwen3_next.layers import ops
-from tests.support.running import CHEAPEST, gradients, run
+from tests.support.running import BACKEND, CHEAPEST, gradients, run
 from tests.support.small_models import ONE_LAYER, small
 
 REAL = np.array([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
@@ -134,6 +134,8 @@ NO_ROWS = {
     "GatedAttention": lambda: built_attention()(X[:0], padding_mask=REAL[:0]),
     "model": lambda: one_layer()(np.zeros((0, 5), "int32")),
 }
+if BACKEND == "jax":
+    NO_ROWS["pallas"] = lambda: by_rule(*(x[:0] for x in RULE), implementation="pallas")
 
 
 @pytest.mark.parametrize("name", NO_ROWS)

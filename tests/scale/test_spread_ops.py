@@ -92,6 +92,7 @@ def loss(chunk_rows):
 CASES = {
     "chunked delta rule": functools.partial(delta_rule, "chunked"),
     "parallel delta rule": functools.partial(delta_rule, "chunk_parallel"),
+    "delta rule in a kernel": functools.partial(delta_rule, "pallas"),
     "convolution": convolution,
     "attention": causal_attention,
     "experts": experts,

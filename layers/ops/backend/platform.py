@@ -1,6 +1,9 @@
 """Which implementation of an op runs where."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
 
 import keras
 
@@ -31,3 +34,42 @@ def choose(implementation: str | None, names: Sequence[str], default: str) -> st
             f"`implementation` must be None or one of {names}. Received: {implementation=}"
         )
     return implementation
+
+
+@functools.cache
+def has_pallas() -> bool:
+    """Whether this is a JAX with the part of Pallas that the kernels for GPUs are written in.
+
+    JAX 0.11 warns that a later one will be without it.
+    """
+    return BACKEND == "jax" and find_spec("jax.experimental.pallas.triton") is not None
+
+
+def require_pallas(implementation: str) -> None:
+    """Raises `ValueError` if the kernels that `implementation` means cannot run."""
+    if BACKEND != "jax":
+        raise ValueError(
+            f"implementation={implementation!r} needs the JAX backend. "
+            f"Received: backend={BACKEND!r}"
+        )
+    if not has_pallas():
+        import jax
+
+        raise ValueError(
+            f"implementation={implementation!r} needs `jax.experimental.pallas.triton`. "
+            f"Received: jax {jax.__version__}, which has none"
+        )
+
+
+def run_kernel(run: Callable[..., Any], *arrays: Any) -> Any:
+    """`run(*arrays, interpret=...)`, a call of a Pallas kernel: interpreted on a CPU.
+
+    That is chosen when the program is lowered, maybe for a GPU on a machine without one.
+    """
+    import jax
+
+    return jax.lax.platform_dependent(
+        *arrays,
+        cpu=functools.partial(run, interpret=True),
+        default=functools.partial(run, interpret=False),
+    )

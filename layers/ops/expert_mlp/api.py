@@ -57,9 +57,9 @@ def expert_mlp(
         weights: `(N, K)`; 0 where there is no expert.
         activation: `"silu"` or `"gelu"` (exact), on the gate.
         implementation: `"tiled"` (one loop over tiles of pairs), `"in_place"` (every pair reads its
-            expert where it stands: for a few pairs), `"ragged_dot"`, see `grouped_matmul`, or
-            `None`: in place on a CPU for up to 128 pairs, else as `grouped_matmul` chooses; on the
-            devices of a `keras.distribution` always tiled.
+            expert where it stands: for a few pairs), `"ragged_dot"` or `"pallas"` (see
+            `grouped_matmul`), or `None`: in place on a CPU for up to 128 pairs, else as
+            `grouped_matmul` chooses; on the devices of a `keras.distribution` always tiled.
 
     Returns:
         `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
@@ -131,22 +131,22 @@ def _by_grouped_matmul(
 
 def _pick(implementation: str | None, pairs: Any, spread: bool) -> str:
     """The implementation for pairs `(N, K)`; `spread`: whether the experts are over devices."""
-    known = None not in pairs
+    rows = None if None in pairs else math.prod(pairs)
     if implementation is None:
-        few = known and math.prod(pairs) <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
-        return "tiled" if spread else "in_place" if few else pick(None)
+        few = rows is not None and rows <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
+        return "tiled" if spread else "in_place" if few else pick(None, rows)
     choose(implementation, IMPLEMENTATIONS, "")
     if spread and implementation != "tiled":
         raise ValueError(
             "Experts that are spread over devices need implementation='tiled'. "
             f"Received: {implementation=}"
         )
-    if implementation == "in_place" and not known:
+    if implementation == "in_place" and rows is None:
         raise ValueError(
             "implementation='in_place' needs a known number of tokens. "
             f"Received: experts.shape={tuple(pairs)}"
         )
-    return implementation if implementation == "in_place" else pick(implementation)
+    return implementation if implementation == "in_place" else pick(implementation, rows)
 
 
 def _tokens_per_expert(experts: Annotated[Tensor, "N K"], count: int) -> Annotated[Tensor, "E"]:

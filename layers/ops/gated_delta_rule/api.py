@@ -5,8 +5,8 @@
 
 Each head keeps one matrix S `(K, V)`, in float32, whatever the dtype of the inputs.
 
-Public: `gated_delta_rule`. The maths is in `chunked`, `chunk_parallel` and `recurrent`, the layouts
-in `delta_inputs`.
+Public: `gated_delta_rule`. The maths is in `chunked`, `chunk_parallel` and `recurrent`, a kernel in
+`chunk_states_on_gpu`, the layouts in `delta_inputs`.
 """
 
 import functools
@@ -18,13 +18,13 @@ from keras import ops
 from qwen3_next.config.validation import OPTIONAL_NUMBER, require
 
 from ..backend.autodiff import Shards, custom_gradient, full_precision
-from ..backend.platform import choose, platform
+from ..backend.platform import choose, has_pallas, platform, require_pallas
 from ..backend.sharding import devices, spec
 from ..checks import as_array, as_mask
 from ..padding import from_blocks
 from ..sequence import segment_index
 from ..tensor_types import Tensor
-from . import chunk_parallel, chunked, recurrent
+from . import chunk_parallel, chunk_states_on_gpu, chunked, recurrent
 from .chunked import ChunkStarts
 from .delta_inputs import (
     DeltaInputs,
@@ -37,7 +37,13 @@ from .delta_inputs import (
     to_chunks,
 )
 
-IMPLEMENTATIONS = ("chunked", "chunk_parallel", "recurrent")
+IMPLEMENTATIONS = ("chunked", "chunk_parallel", "pallas", "recurrent")
+PARALLEL = chunk_parallel.forward, chunk_parallel.backward
+PASSES: dict[str, tuple[Callable[..., Any], ...]] = {
+    "chunked": (chunked.forward, chunked.backward),
+    "chunk_parallel": PARALLEL,
+    "pallas": tuple(functools.partial(f, loop=chunk_states_on_gpu.over_chunks) for f in PARALLEL),
+}
 RECURRENT_LIMIT = 4
 CHUNK = 64
 CPU_CHUNK = 32
@@ -87,16 +93,19 @@ def gated_delta_rule(
         chunk_size: tokens per chunk, a power of two. Defaults to 32 on a CPU, whose cost is the
             matrices of a chunk, and to 64 elsewhere.
         implementation: `"chunked"` (matrix products over chunks, one after the other),
-            `"chunk_parallel"` (all chunks at once, but for the state), `"recurrent"` (token by
-            token, a static and small T without segments), or `None`: recurrent up to 4 tokens,
-            beyond them chunked on a CPU and parallel on a GPU or TPU.
+            `"chunk_parallel"` (all chunks at once, but for the state), `"pallas"` (the same with
+            the state in one kernel, for JAX on a GPU; interpreted, which is slow, on a CPU),
+            `"recurrent"` (token by token, a static and small T without segments), or `None`:
+            recurrent up to 4 tokens; beyond them chunked on a CPU, the kernel for JAX on a GPU
+            without a distribution, and parallel elsewhere.
 
     Returns:
         `GatedDeltaRuleOutput(output, state)`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together, a scale that is no number, rows
-            without tokens, a chunk size that is no power of two, or an unknown implementation.
+            without tokens, a chunk size that is no power of two, or an implementation that is
+            unknown or not for this backend.
     """
     given, state = floats_given(DeltaInputs(query, key, value, log_decay, beta), state)
     query, key, value = given[:3]
@@ -133,9 +142,15 @@ def _choose(implementation: str | None, value: Tensor, segment_ids: Tensor | Non
     can_be_recurrent = isinstance(length, int) and segment_ids is None
     if can_be_recurrent and length <= RECURRENT_LIMIT:
         default = "recurrent"
+    elif platform() == "cpu":
+        default = "chunked"
     else:
-        default = "chunked" if platform() == "cpu" else "chunk_parallel"
+        known = all(isinstance(size, int) for size in ops.shape(value)[:2])
+        kernel = known and platform() == "gpu" and has_pallas() and devices() is None
+        default = "pallas" if kernel else "chunk_parallel"
     implementation = choose(implementation, IMPLEMENTATIONS, default)
+    if implementation == "pallas":
+        require_pallas(implementation)
     if implementation == "recurrent" and not can_be_recurrent:
         raise ValueError(
             "implementation='recurrent' takes a static number of tokens and no segments. "
@@ -165,18 +180,18 @@ def _shards(batch: int, groups: int) -> Shards | None:
 @functools.cache
 def _differentiable(implementation: str, shards: Shards | None) -> Callable[..., Any]:
     """`f(*chunks, state) -> outputs (N, B, C, G, R, V), final state (B, G, R, K, V)`."""
-    module = {"chunked": chunked, "chunk_parallel": chunk_parallel}[implementation]
+    run_forward, run_backward = PASSES[implementation]
 
     def forward(*inputs):
         chunks, state = DeltaInputs(*inputs[:-1]), inputs[-1]
         with full_precision():
-            output, final, starts = module.forward(chunks, state)
+            output, final, starts = run_forward(chunks, state)
         return (output, final), (chunks, starts)
 
     def backward(residuals, d_output, d_final):
         chunks, starts = residuals
         with full_precision():
-            gradients, d_state = module.backward(chunks, starts, d_output, d_final)
+            gradients, d_state = run_backward(chunks, starts, d_output, d_final)
         return (*gradients, None, d_state)
 
     return custom_gradient(forward, backward, shards=shards)

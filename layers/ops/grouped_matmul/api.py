@@ -15,13 +15,14 @@ from typing import Annotated
 from keras import ops
 
 from ..backend.autodiff import custom_gradient
-from ..backend.platform import BACKEND, choose, platform
+from ..backend.platform import BACKEND, choose, has_pallas, platform, require_pallas
+from ..backend.sharding import devices
 from ..checks import as_array, as_floats, exact_int32, known_values, require_shape
 from ..tensor_types import Tensor
 from . import tiled_matmul
 from .tiles import tile_sizes
 
-IMPLEMENTATIONS = ("tiled", "ragged_dot")
+IMPLEMENTATIONS = ("tiled", "ragged_dot", "pallas")
 
 
 def grouped_matmul(
@@ -38,9 +39,10 @@ def grouped_matmul(
         weights: `(E, D, F)`.
         group_sizes: `(E,)` integers that sum to R at most; rows behind the last group yield 0.
         implementation: `"tiled"` (a loop over tiles of rows, on every backend), `"ragged_dot"`
-            (JAX's own operation: a kernel on TPU, on GPU with the option
-            `jax_ragged_dot_use_gpu_pallas_triton_lowering`, else all groups for every row), or
-            `None` for `"ragged_dot"` on TPU and `"tiled"` elsewhere.
+            (JAX's own operation: a kernel on TPU, elsewhere all groups for every row), `"pallas"`
+            (kernels for a GPU, with JAX, for a known number of rows; on a CPU they are
+            interpreted), or `None` for `"pallas"` on GPU with JAX, `"ragged_dot"` on TPU and
+            `"tiled"` elsewhere and on the devices of a `keras.distribution`.
 
     Returns:
         `(R, F)` in the dtype of `rows`.
@@ -64,23 +66,49 @@ def grouped_matmul(
             f"Received: group_sizes={sizes}, rows.shape={tuple(rows.shape)}"
         )
     weights = ops.cast(weights, rows.dtype)
-    if pick(implementation) == "ragged_dot":
+    implementation = pick(implementation, ops.shape(rows)[0])
+    if implementation == "ragged_dot":
         import jax
 
         return jax.lax.ragged_dot(rows, weights, group_sizes)
+    if implementation == "pallas":
+        return _by_kernels()(rows, weights, group_sizes)
     tiles = tile_sizes(rows.shape[0], weights.shape[0])
     return _differentiable(tiles)(rows, weights, group_sizes)
 
 
-def pick(implementation: str | None) -> str:
-    """The implementation to run for the `implementation` asked for."""
+def pick(implementation: str | None, rows: int | Tensor | None) -> str:
+    """The implementation to run for the one asked for and a number of rows, if it is known."""
+    known = isinstance(rows, int)
     default = "ragged_dot" if BACKEND == "jax" and platform() == "tpu" else "tiled"
+    if platform() == "gpu" and has_pallas() and known and devices() is None:
+        default = "pallas"
     implementation = choose(implementation, IMPLEMENTATIONS, default)
     if implementation == "ragged_dot" and BACKEND != "jax":
         raise ValueError(
             f"implementation='ragged_dot' needs the JAX backend. Received: backend={BACKEND!r}"
         )
+    if implementation == "pallas":
+        require_pallas(implementation)
+        if not known:
+            raise ValueError(
+                "implementation='pallas' needs a known number of rows. Received: an unknown one"
+            )
     return implementation
+
+
+@functools.cache
+def _by_kernels() -> Callable[..., Tensor]:
+    from . import pallas_matmul
+
+    def forward(*inputs):
+        return pallas_matmul.forward(*inputs), inputs
+
+    def backward(inputs, d_outputs):
+        rows, weights, group_sizes = inputs
+        return (*pallas_matmul.backward(rows, weights, group_sizes, d_outputs), None)
+
+    return custom_gradient(forward, backward)
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from tests.support.running import BACKEND, assert_close, gradients, run
 
 TOLERANCE = 2e-6
 TOKENS, EXPERTS, CHOSEN, DIM, WIDTH = 40, 6, 2, 12, 5
-ALL = ["tiled", "in_place", *(["ragged_dot"] if BACKEND == "jax" else [])]
+ON_JAX = ["ragged_dot", "pallas"] if BACKEND == "jax" else []
+ALL = ["tiled", "in_place", *ON_JAX]
 
 
 def inputs(tokens=TOKENS, experts=EXPERTS, chosen=CHOSEN, seed=0):
@@ -175,10 +176,10 @@ def test_an_unused_expert_is_never_read(implementation):
     assert not found[1][-1].any()
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="an operation of JAX")
-def test_implementations_agree():
+@pytest.mark.parametrize("implementation", ON_JAX)
+def test_implementations_agree(implementation):
     arrays, cotangent = inputs(), inputs(seed=1)[0]
-    other = program(implementation="ragged_dot")
+    other = program(implementation=implementation)
     assert_close(run(other, *arrays), run(program(), *arrays), TOLERANCE)
     pairs = zip(
         gradients(other, arrays, cotangent), gradients(program(), arrays, cotangent), strict=True

@@ -31,6 +31,8 @@ MASKS = {
 
 
 OPTIONAL = ("state", "padding_mask", "segment_ids")
+# How the state gets over the chunks, where all else is done for all of them at once.
+LOOPS = ("chunk_parallel", "pallas") if BACKEND == "jax" else ("chunk_parallel",)
 
 
 @functools.cache
@@ -192,9 +194,11 @@ def test_recurrent_and_chunked_implementations_agree():
         assert_slopes(as_oracle, arrays, cotangents, gradients(function, arrays, cotangents))
 
 
-def test_parallel_chunks_agree_with_chunks_in_turn():
-    arrays = [*inputs(), MASKS["ragged"], segments()]
-    together = rule(implementation="chunk_parallel")
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("chunk_size, sizes", [(32, {}), (8, {"key_dim": 20, "value_dim": 72})])
+def test_parallel_chunks_agree_with_chunks_in_turn(loop, chunk_size, sizes):
+    arrays = [*inputs(**sizes), MASKS["ragged"], segments()]
+    together = rule(implementation=loop, chunk_size=chunk_size)
     assert_oracle(arrays, run(together, *arrays))
     cotangents = cotangents_of(arrays)
     found = gradients(together, arrays, cotangents)

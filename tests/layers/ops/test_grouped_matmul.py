@@ -1,11 +1,16 @@
+import functools
+
 import numpy as np
 import pytest
 from keras import ops
 
 from qwen3_next.layers.ops import grouped_matmul
+from qwen3_next.layers.ops.backend import platform as platform_module
 from qwen3_next.layers.ops.backend.loops import get_rows, set_rows
+from qwen3_next.layers.ops.grouped_matmul import api
 from qwen3_next.layers.ops.grouped_matmul.tiles import for_each_tile, plan_tiles, tile_sizes
 from tests.support import oracles
+from tests.support.pretended_gpu import lowered_for_gpu
 from tests.support.running import BACKEND, assert_close, assert_slopes, gradients, run, to_numpy
 
 TOLERANCE = 2e-6
@@ -19,6 +24,14 @@ SIZES = {
     "all in the first": [50, 0, 0, 0, 0],
     "all in the last": [0, 0, 0, 0, 50],
 }
+
+
+ALL = ["tiled", *(["pallas"] if BACKEND == "jax" else [])]
+
+
+@functools.cache
+def product(implementation):
+    return lambda *arrays: grouped_matmul(*arrays, implementation=implementation)
 
 
 def inputs(sizes, rows=None, seed=0):
@@ -49,20 +62,25 @@ def test_every_mode_matches_the_oracle(compiled):
     assert_slopes(oracles.grouped_matmul, arrays, cotangent, grads)
 
 
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_any_group_may_be_empty_or_full(sizes):
+def test_any_group_may_be_empty_or_full(implementation, sizes):
     arrays = inputs(SIZES[sizes])
-    assert_close(run(grouped_matmul, *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
+    assert_close(run(product(implementation), *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
     cotangent = cotangent_of(arrays)
     assert_slopes(
-        oracles.grouped_matmul, arrays, cotangent, gradients(grouped_matmul, arrays, cotangent)
+        oracles.grouped_matmul,
+        arrays,
+        cotangent,
+        gradients(product(implementation), arrays, cotangent),
     )
 
 
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("groups, rows", [(1, 1), (1, 200), (64, 200), (512, 20), (512, 1)])
-def test_any_number_of_groups_and_rows(groups, rows):
+def test_any_number_of_groups_and_rows(implementation, groups, rows):
     arrays = inputs(scattered(groups, rows))
-    assert_close(run(grouped_matmul, *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
+    assert_close(run(product(implementation), *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="an operation of JAX")
@@ -74,41 +92,89 @@ def test_implementations_agree():
     assert_close(run(ragged, *arrays), run(grouped_matmul, *arrays), TOLERANCE)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="the kernels are JAX's")
+@pytest.mark.parametrize("rows", [81_920, 10])
+def test_a_product_and_its_gradients_are_three_kernels_on_a_gpu(rows):
+    import jax
+
+    def loss(*arrays):
+        return grouped_matmul(*arrays, implementation="pallas").astype("float32").sum()
+
+    shapes = [((rows, 2048), "bfloat16"), ((512, 2048, 1024), "bfloat16"), ((512,), "int32")]
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    _, program = lowered_for_gpu(jax.value_and_grad(loss, argnums=(0, 1)), *arrays)
+    assert program.count("gpu.triton") == 3
+    assert "stablehlo.while" not in program
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="elsewhere there are no kernels")
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_kernels_are_what_a_gpu_runs_unless_it_is_one_of_several(monkeypatch, platform, spread):
+    monkeypatch.setattr(api, "platform", lambda: platform)
+    monkeypatch.setattr(api, "devices", lambda: "some" if spread else None)
+    assert (api.pick(None, 10) == "pallas") == (platform == "gpu" and not spread)
+    assert api.pick(None, None) != "pallas"
+
+
+def test_kernels_that_cannot_run_are_refused(monkeypatch):
+    arrays = inputs(SIZES["even"])
+    if BACKEND != "jax":
+        with pytest.raises(ValueError, match=r"implementation='pallas'.*Received: backend="):
+            grouped_matmul(*arrays, implementation="pallas")
+        return
+    with pytest.raises(ValueError, match="known number of rows"):
+        api.pick("pallas", None)
+    monkeypatch.setattr(platform_module, "has_pallas", lambda: False)
+    with pytest.raises(ValueError, match=r"jax.experimental.pallas.triton.*Received: jax"):
+        grouped_matmul(*arrays, implementation="pallas")
+
+
 def test_an_unknown_implementation_is_named():
     with pytest.raises(ValueError, match=r"implementation.*Received"):
         grouped_matmul(*inputs(SIZES["even"]), implementation="quick")
 
 
-def test_rows_behind_the_last_group_yield_zeros():
+@pytest.mark.parametrize("implementation", ALL)
+def test_rows_behind_the_last_group_yield_zeros(implementation):
     arrays = inputs(SIZES["uneven"], rows=53)
-    output = run(grouped_matmul, *arrays)
+    output = run(product(implementation), *arrays)
     assert_close(output, oracles.grouped_matmul(*arrays), TOLERANCE)
 
 
-def test_rows_behind_the_last_group_carry_no_gradient():
+@pytest.mark.parametrize("implementation", ALL)
+def test_rows_behind_the_last_group_carry_no_gradient(implementation):
     arrays = inputs(SIZES["uneven"], rows=53)
     cotangent = cotangent_of(arrays)
     assert_slopes(
-        oracles.grouped_matmul, arrays, cotangent, gradients(grouped_matmul, arrays, cotangent)
+        oracles.grouped_matmul,
+        arrays,
+        cotangent,
+        gradients(product(implementation), arrays, cotangent),
     )
 
 
-def test_gradients_with_more_groups_than_rows():
+@pytest.mark.parametrize("implementation", ALL)
+def test_gradients_with_more_groups_than_rows(implementation):
     arrays = inputs(scattered(512, 20))
     cotangent = cotangent_of(arrays)
     assert_slopes(
-        oracles.grouped_matmul, arrays, cotangent, gradients(grouped_matmul, arrays, cotangent)
+        oracles.grouped_matmul,
+        arrays,
+        cotangent,
+        gradients(product(implementation), arrays, cotangent),
     )
 
 
-def test_an_unused_group_is_never_read():
+@pytest.mark.parametrize("implementation", ALL)
+def test_an_unused_group_is_never_read(implementation):
     rows, weights, sizes = inputs(SIZES["empty between"])
     poisoned = weights.copy()
     poisoned[sizes == 0] = np.nan
-    output = run(grouped_matmul, rows, poisoned, sizes)
-    assert np.array_equal(output, run(grouped_matmul, rows, weights, sizes))
+    output = run(product(implementation), rows, poisoned, sizes)
+    assert np.array_equal(output, run(product(implementation), rows, weights, sizes))
     cotangent = cotangent_of([rows])
-    d_rows, d_weights, _ = gradients(grouped_matmul, (rows, poisoned, sizes), cotangent)
+    d_rows, d_weights, _ = gradients(product(implementation), (rows, poisoned, sizes), cotangent)
     assert np.isfinite(d_rows).all()
     assert not d_weights[sizes == 0].any()
 
@@ -151,20 +217,23 @@ def test_no_tensor_holds_all_groups_times_all_rows():
     assert memory.temp_size_in_bytes < groups * rows * width * 4 / 20
 
 
-def test_half_precision_rows_give_half_precision_outputs():
+@pytest.mark.parametrize("implementation", ALL)
+def test_half_precision_rows_give_half_precision_outputs(implementation):
     rows, weights, sizes = inputs(SIZES["uneven"])
     half = ops.cast(rows, "bfloat16")
-    output = grouped_matmul(half, ops.cast(weights, "bfloat16"), ops.convert_to_tensor(sizes))
+    half_weights = ops.cast(weights, "bfloat16")
+    output = product(implementation)(half, half_weights, ops.convert_to_tensor(sizes))
     assert output.dtype == half.dtype
     assert_close(to_numpy(output), oracles.grouped_matmul(rows, weights, sizes), 2e-2)
 
 
-def test_a_one_percent_error_in_one_group_is_seen():
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_one_percent_error_in_one_group_is_seen(implementation):
     rows, weights, sizes = inputs(SIZES["uneven"])
     wrong = weights.copy()
     wrong[2] *= 1.01
     with pytest.raises(AssertionError, match="off by"):
-        output = run(grouped_matmul, rows, wrong, sizes)
+        output = run(product(implementation), rows, wrong, sizes)
         assert_close(output, oracles.grouped_matmul(rows, weights, sizes), TOLERANCE)
 
 

@@ -1,0 +1,53 @@
+"""What a machine without a GPU can tell of the kernel; its numbers are in the op's own tests."""
+
+import numpy as np
+import pytest
+
+from qwen3_next.layers.ops import gated_delta_rule
+from qwen3_next.layers.ops.gated_delta_rule import api, chunk_states_on_gpu
+from tests.support.pretended_gpu import lowered_for_gpu
+from tests.support.running import BACKEND
+
+REAL, TINY = (1, 8192, 16, 32, 128, 128), (2, 5, 1, 2, 20, 8)
+
+
+def shapes(batch, length, groups, heads, key_dim, value_dim):
+    each = (groups, key_dim), (groups, key_dim), (heads, value_dim), (heads,), (heads,)
+    return [(batch, length, *shape) for shape in each]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the kernel is JAX's")
+@pytest.mark.parametrize("sizes", [REAL, TINY])
+def test_the_two_loops_over_chunks_are_two_kernels_on_a_gpu(sizes):
+    import jax
+
+    def loss(*arrays):
+        return gated_delta_rule(*arrays, chunk_size=64, implementation="pallas").output.sum()
+
+    arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes(*sizes)]
+    jaxpr, program = lowered_for_gpu(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *arrays)
+    assert program.count("gpu.triton") == 2
+    assert "stablehlo.while" not in program
+    assert jaxpr.count(f"precision={chunk_states_on_gpu.PRODUCTS}") == 6
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the kernel is JAX's")
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_kernel_is_what_a_gpu_runs_unless_it_is_one_of_several(monkeypatch, platform, spread):
+    import jax
+
+    monkeypatch.setattr(api, "platform", lambda: platform)
+    monkeypatch.setattr(api, "_shards", lambda *_: None)
+    monkeypatch.setattr(api, "devices", lambda: "some" if spread else None)
+    # A function of its own, whose trace is not known from another platform.
+    traced = jax.make_jaxpr(lambda *arrays: gated_delta_rule(*arrays))
+    program = str(traced(*map(np.zeros, shapes(*TINY))))
+    assert ("pallas_call" in program) == (platform == "gpu" and not spread)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="the kernel is JAX's")
+def test_other_backends_refuse_the_kernel():
+    arrays = [np.zeros(shape, "float32") for shape in shapes(*TINY)]
+    with pytest.raises(ValueError, match=r"implementation='pallas'.*Received: backend="):
+        gated_delta_rule(*arrays, implementation="pallas")
