@@ -22,7 +22,7 @@ from qwen3_next.checkpoints.safetensors_files import (
 )
 from qwen3_next.checkpoints.shared_saving import save_once
 from qwen3_next.checkpoints.staging import staged
-from qwen3_next.config.validation import Rule, one_of, require
+from qwen3_next.config.validation import BOOLEAN, Rule, one_of, require
 from qwen3_next.layers.ops.backend.shards import set_values
 from qwen3_next.models.weight_layouts import SAME, Layout
 from qwen3_next.models.weight_rows import Weight
@@ -89,6 +89,7 @@ def load_hugging_face(model: Any, directory: str | Path, progress: bool = True) 
         ValueError: a damaged file, or tensors that are missing, unexpected or misshapen. The
             model then has the weights it had.
     """
+    require(BOOLEAN, "progress", progress)
     with Checkpoint(directory) as checkpoint:
         sources = published_sources(table_of(model), checkpoint)
         plan = plan_loading(checkpoint, sources, _num_labels(model))

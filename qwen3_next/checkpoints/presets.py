@@ -32,7 +32,7 @@ from qwen3_next.checkpoints.safetensors_files import COUNTER_DTYPES, Checkpoint,
 from qwen3_next.checkpoints.shared_saving import save_once
 from qwen3_next.checkpoints.staging import PATH, files_of, read_json, staged
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.validation import Rule, integer, require, shown
+from qwen3_next.config.validation import BOOLEAN, Rule, integer, require, shown
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
 from qwen3_next.layers.ops.backend.shards import set_values
 from qwen3_next.models.configured_model import ConfiguredModel
@@ -83,6 +83,7 @@ def from_preset(
     cls: Any, preset: str | Path, *, dtype: Any = None, progress: bool = True, **options: Any
 ) -> Any:
     """Builds a model of class `cls` from a preset; see `Task.from_preset`."""
+    require(BOOLEAN, "progress", progress)
     with _opened(cls, preset, dtype, options) as (described, checkpoint, plan):
         with weights_to_be_loaded():
             model = described.cls(described.config, **described.arguments)

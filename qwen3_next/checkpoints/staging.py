@@ -105,6 +105,8 @@ def is_file_name(value: Any) -> bool:
 
 def require_regular(path: Path) -> None:
     """Raises `ValueError` for what may be in a directory but is no file, such as a named pipe."""
+    if not path.exists():
+        raise ValueError(f"{path} must be a file. Received: there is nothing of that name")
     if not path.is_file():
         raise ValueError(f"{path} must be a regular file. Received: something else of that name")
 

@@ -74,10 +74,15 @@ def make_sampling(
     for name, value, rule in rules:
         require(rule, name, value)
     stops = token_id_list("stop_token_ids", stop_token_ids, vocab_size)
-    if temperature == 0:
-        mode = GREEDY
-    else:
-        mode = PLAIN if (top_k, top_p, min_p) == (0, 1.0, 0.0) else FILTERED
+    given = ("top_k", top_k, 0), ("top_p", top_p, 1.0), ("min_p", min_p, 0.0)
+    filters = {name: value for name, value, none in given if value != none}
+    mode = GREEDY if temperature == 0 else FILTERED if filters else PLAIN
+    if mode == GREEDY and filters:
+        name, value = next(iter(filters.items()))
+        raise ValueError(
+            f"`{name}` needs a `temperature` above 0: at 0 nothing is drawn. "
+            f"Received: {name}={value}, temperature={temperature}"
+        )
     seed = random.getrandbits(31) if seed is None else seed
     stops = stops + [-1] * (-len(stops) % 8 or (0 if stops else 8))
     values = (

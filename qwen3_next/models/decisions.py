@@ -36,6 +36,11 @@ def with_decisions(config: Qwen3NextConfig, inputs: Any, route: Any, branch: Any
     if not given:
         return inputs
     inputs = dict(inputs) if isinstance(inputs, dict) else {"token_ids": inputs}
+    for name in given:
+        if inputs.get(name) is not None:
+            raise ValueError(
+                f"Give the {name} once. Received: `{name}` as an argument and among the inputs"
+            )
     rows = np.shape(inputs["token_ids"])[0]
     if route is not None:
         inputs["route"] = route_of_rows(config, route, rows)

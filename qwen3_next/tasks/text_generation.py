@@ -48,7 +48,8 @@ class TextGeneration:
                 `"token_ids"` and `"padding_mask"`, padded on any side.
             max_new_tokens: Most tokens to add to a row.
             temperature: 0 takes the likeliest token; above, logits are divided by it.
-            top_k: Sample from the k likeliest tokens; 0 for all.
+            top_k: Sample from the k likeliest tokens; 0 for all. This and the next two need a
+                temperature above 0.
             top_p: Sample from the fewest tokens whose probability reaches this.
             min_p: Sample from the tokens at least this many times as likely as the likeliest.
             seed: Integer that makes sampling repeatable; by default drawn from Python's `random`,

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from qwen3_next.config.validation import LARGEST, Rule, integer, one_of, require, shown
+from qwen3_next.config.validation import BOOLEAN, LARGEST, Rule, integer, one_of, require, shown
 from qwen3_next.models.inputs import token_rows
 
 Batch = dict[str, np.ndarray]
@@ -127,6 +127,7 @@ def self_distillation_data(
     """
     require(_GENERATES, "model", model)
     require(integer(1), "batch_size", batch_size)
+    require(BOOLEAN, "progress", progress)
     if "use_speculative" in sampling:
         raise ValueError(
             "Decoding is plain here, so that it does not depend on the modules: leave out "

@@ -8,7 +8,14 @@ import tracemalloc
 import keras
 import pytest
 
-from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextClassifier, Qwen3NextConfig, pad
+from qwen3_next import (
+    MTPConfig,
+    Qwen3Next,
+    Qwen3NextClassifier,
+    Qwen3NextConfig,
+    pad,
+    transfer_qwen3_to_hybrid,
+)
 from qwen3_next.checkpoints.hugging_face_config import config_from_hugging_face
 from tests.support.published import (
     SMALLEST,
@@ -238,3 +245,10 @@ def test_a_preset_keeps_the_counters_of_training(tmp_path):
     model.mtp_steps.assign(3)
     model.save_to_preset(tmp_path)
     assert int(load(tmp_path).mtp_steps.value) == 3
+
+
+@pytest.mark.parametrize("door", [Qwen3Next.from_preset, transfer_qwen3_to_hybrid])
+@pytest.mark.parametrize("progress", ["no", None, 1])
+def test_progress_is_shown_or_not(door, progress):
+    with pytest.raises(ValueError, match=r"`progress` must be a bool\. Received"):
+        door("nowhere", progress=progress)

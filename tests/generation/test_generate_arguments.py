@@ -42,6 +42,12 @@ def test_a_value_of_another_kind_is_named(name, value):
         shared().generate([[1, 2]], **{name: value})
 
 
+@pytest.mark.parametrize("name, value", [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)])
+def test_what_only_sampling_reads_is_refused_without_it(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` needs a `temperature` above 0: .*{value}"):
+        shared().generate([[1, 2]], **{name: value})
+
+
 @pytest.mark.parametrize("vocabulary", [[0.5], [True], ["a"], 3])
 def test_a_draft_vocabulary_holds_integers(vocabulary):
     mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1, mtp_head_type="shared_lm_head")

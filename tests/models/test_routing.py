@@ -187,6 +187,13 @@ def test_decisions_that_cannot_be_followed_are_refused(inputs, match):
         shared_routed("both")(IDS, **inputs)
 
 
+@pytest.mark.parametrize("name", ["route", "branch"])
+def test_a_decision_is_given_once(name):
+    given = {"route": ROUTE, "branch": np.zeros(4, "int32")}[name]
+    with pytest.raises(ValueError, match=f"Give the {name} once.*Received: `{name}`"):
+        shared_routed("both")({"token_ids": IDS, name: given}, **{name: given})
+
+
 def test_decisions_that_nothing_reads_are_refused():
     model = small(Qwen3NextBackbone, **ONE_LAYER)
     for inputs, match in (

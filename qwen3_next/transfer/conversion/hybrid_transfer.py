@@ -88,6 +88,7 @@ def transfer_qwen3_to_hybrid(
     config = CrossArchTransferConfig() if config is None else config
     if not isinstance(config, CrossArchTransferConfig):
         raise ValueError(f"`config` must be a CrossArchTransferConfig. Received: config={config!r}")
+    require(BOOLEAN, "progress", progress)
     source = config.source_model if source is None else source
     _check_options(config, calibration)
     with _opened(source, calibration, progress) as (weights, teacher):

@@ -22,7 +22,7 @@ from keras import ops
 from qwen3_next.checkpoints.staging import FILE, read_json, replaced
 from qwen3_next.config import HybridAttentionConfig
 from qwen3_next.config.model_config import FULL, LINEAR
-from qwen3_next.config.validation import Rule, integer, is_list_of, number, require
+from qwen3_next.config.validation import BOOLEAN, Rule, integer, is_list_of, number, require
 from qwen3_next.layers import SparseMoE
 from qwen3_next.layers.ops import linear_kl_divergence
 from qwen3_next.models.compiled import compile_with_weights
@@ -183,6 +183,7 @@ def select_attention_layers(
     layers = student.config.num_layers
     require(integer(1, layers - 1), "keep", keep)
     require(integer(1), "batch_size", batch_size)
+    require(BOOLEAN, "progress", progress)
     known = _Known(path, _fingerprint(teacher, student, token_ids), layers)
     divergence = _divergence(teacher, student, token_ids, batch_size)
     bar = keras.utils.Progbar(layers + 1, unit_name="pass") if progress else None

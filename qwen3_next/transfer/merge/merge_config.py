@@ -145,6 +145,7 @@ def merge_from_config(
     """
     fields = _checked_fields(recipe)
     require(_MODELS, "models", models)
+    require(BOOLEAN, "progress", progress)
     method = METHODS[fields["merge_method"]]
     given = dict(models or {})
     names, arguments = _arguments(method, fields)

@@ -223,7 +223,7 @@ def test_yaml_without_pyyaml_is_refused(tmp_path, monkeypatch):
         ("recipe.yaml", "- a", "names and values"),
         ("recipe.json", "{", "not valid JSON"),
         ("recipe.toml", "", ".json, .yaml or .yml"),
-        ("recipe.json", None, "regular file"),
+        ("recipe.json", None, "nothing of that name"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, name, text, word):
