@@ -69,18 +69,20 @@ def refuse_class_weight(class_weight: Any) -> None:
         )
 
 
-def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
+def checked(check: Check, x: Any, y: Any = None, *, name: str = "x", **weights: Any) -> Any:
     """`x` with `check(x, y)` done, or to be done for every batch as it comes.
 
     Raises:
         ValueError: nothing to run over, arrays without rows, or `weights` of arrays without labels,
-            by the name of the argument: Keras drops them.
+            by the name of the argument: Keras drops them. `name` is that of `x`.
     """
     if x is None:
-        raise ValueError("`x` must be arrays or a data set. Received: x=None")
+        raise ValueError(f"`{name}` must be arrays or a data set. Received: {name}=None")
     if isinstance(x, keras.utils.PyDataset):
         if x.num_batches == 0:
-            raise ValueError(f"`x` must hold at least one batch. Received: x={x} of length 0")
+            raise ValueError(
+                f"`{name}` must hold at least one batch. Received: {name}={x} of length 0"
+            )
         return _CheckedDataset(check, x)
     if isinstance(x, types.GeneratorType):
         return _checked_batches(check, x)
@@ -88,12 +90,15 @@ def checked(check: Check, x: Any, y: Any = None, **weights: Any) -> Any:
         return _checked_dataset(check, x)
     shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(x)]
     if any(shape[:1] == (0,) for shape in shapes):
-        raise ValueError(f"`x` must hold at least one row. Received: arrays of shapes {shapes}")
-    for name, weight in weights.items():
+        raise ValueError(
+            f"`{name}` must hold at least one row. Received: arrays of shapes {shapes}"
+        )
+    for weights_name, weight in weights.items():
         if y is None and weight is not None:
             raise ValueError(
-                f"`{name}` needs labels, `y`: Keras drops it without. A data set of "
-                f"(x, None, sample_weight) keeps it. Received: y=None, {name}={shown(weight)}"
+                f"`{weights_name}` needs labels, `y`: Keras drops it without. A data set of "
+                f"(x, None, sample_weight) keeps it. "
+                f"Received: y=None, {weights_name}={shown(weight)}"
             )
     check_rows(check, x, y, weights.get("sample_weight"))
     return x

@@ -49,9 +49,9 @@ class CheckedTrainer(keras.Model):
         require(_VALIDATION, "validation_data", validation_data)
         if isinstance(validation_data, list | tuple):
             held_out, labels, weight = keras.utils.unpack_x_y_sample_weight(validation_data)
-            self.check_data(held_out, labels, sample_weight=weight)
+            self.check_data(held_out, labels, name="validation_data", sample_weight=weight)
         elif validation_data is not None:
-            validation_data = self.check_data(validation_data)
+            validation_data = self.check_data(validation_data, name="validation_data")
         weights = {name: given.get(name) for name in ("sample_weight", "class_weight")}
         x = self.check_data(x, y, **weights)
         refuse_class_weight(weights["class_weight"])

@@ -249,19 +249,19 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
         drop_stale_functions(self)
         self.thinking_of_generation = None
         check_batch_size(x, batch_size, given.get("steps_per_epoch"))
-        validates = isinstance(validation_data, list | tuple)
+        validates, held_out = isinstance(validation_data, list | tuple), "validation_data"
         validated, labels, weight = keras.utils.unpack_x_y_sample_weight(validation_data)
         if validates:
             size = given.get("validation_batch_size") or batch_size
             check_batch_size(validated, size, given.get("validation_steps"))
         with refused_by_all():
             if validates:
-                checked(self.check_batch, validated, labels, sample_weight=weight)
+                checked(self.check_batch, validated, labels, name=held_out, sample_weight=weight)
             elif validation_data is not None:
-                validation_data = checked(self.check_batch, validation_data)
-            weights = {name: given.get(name) for name in ("sample_weight", "class_weight")}
-            x = checked(self.check_batch, x, y, **weights)
-            self._check_class_weight(weights["class_weight"])
+                validation_data = checked(self.check_batch, validation_data, name=held_out)
+            weight, class_weight = given.get("sample_weight"), given.get("class_weight")
+            x = checked(self.check_batch, x, y, sample_weight=weight, class_weight=class_weight)
+            self._check_class_weight(class_weight)
         build_optimizer(self)
         with self._running_over_data():
             return super().fit(x, y, batch_size, validation_data=validation_data, **given)

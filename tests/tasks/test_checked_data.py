@@ -165,6 +165,13 @@ def test_no_rows_are_refused(method):
             getattr(model(), method)(x, verbose=0)
 
 
+def test_validation_data_without_rows_is_named(monkeypatch):
+    monkeypatch.setattr(Pairs, "__len__", lambda self: 0)
+    for held_out in ((IDS[:0], IDS[:0]), Pairs(IDS, IDS)):
+        with pytest.raises(ValueError, match=r"`validation_data` must hold at least one"):
+            model().fit(IDS, validation_data=held_out, verbose=0)
+
+
 @pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
 def test_a_run_needs_data_and_batches_of_some_size(method):
     with pytest.raises(ValueError, match=r"`x` must be.*Received: x=None"):

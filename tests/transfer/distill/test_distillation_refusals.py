@@ -119,7 +119,10 @@ def test_what_cannot_be_learned_from_is_refused():
     [
         (lambda trainer: trainer.fit(IDS, IDS.tolist()), "`y` must be None"),
         (lambda trainer: trainer.fit(IDS, validation_data=[]), "`validation_data` must be"),
-        (lambda trainer: trainer.fit(IDS, validation_data=(IDS[:0],)), "`x` must hold at least"),
+        (
+            lambda trainer: trainer.fit(IDS, validation_data=(IDS[:0],)),
+            "`validation_data` must hold at least one row",
+        ),
         (lambda trainer: trainer.fit(IDS[:0]), "`x` must hold at least one row"),
         (lambda trainer: trainer.predict({"token_ids": IDS[:0]}), "`x` must hold at least one row"),
         (lambda trainer: trainer.fit(IDS, sample_weight=ROWS), "`sample_weight` needs labels"),
