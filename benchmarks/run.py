@@ -139,6 +139,7 @@ class Run:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self.patience = threading.Timer(PATIENCE, self.process.kill)
+        self.patience.daemon = True  # an interrupted run does not wait for it
         self.patience.start()
 
     def listen(self):
@@ -186,6 +187,7 @@ def machine():
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    name = gpu()
     found = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -194,7 +196,7 @@ def machine():
         "python": platform.python_version(),
         "packages": versions,
     }
-    return found if gpu() is None else {**found, "gpu": gpu()}
+    return found if name is None else {**found, "gpu": name}
 
 
 def gpu():

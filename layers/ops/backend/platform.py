@@ -52,6 +52,11 @@ def require_pallas(implementation: str) -> None:
             f"implementation={implementation!r} needs the JAX backend. "
             f"Received: backend={BACKEND!r}"
         )
+    if platform() == "tpu":
+        raise ValueError(
+            f"implementation={implementation!r} needs a GPU, or a CPU that interprets it. "
+            "Received: a TPU"
+        )
     if not has_pallas():
         import jax
 

@@ -48,8 +48,8 @@ def grouped_matmul(
         `(R, F)` in the dtype of `rows`.
 
     Raises:
-        ValueError: shapes, dtypes or known sizes that do not fit together, or an unknown
-            implementation.
+        ValueError: shapes, dtypes or known sizes that do not fit together, or an implementation
+            that is unknown or cannot run here.
     """
     rows, weights = as_floats("rows", rows), as_floats("weights", weights)
     require_shape("rows", rows, (None, None))

@@ -52,6 +52,12 @@ def cotangent_of(arrays):
     return np.random.default_rng(1).normal(size=shape).astype("float32")
 
 
+def assert_gradients(implementation, arrays):
+    cotangent = cotangent_of(arrays)
+    found = gradients(product(implementation), arrays, cotangent)
+    assert_slopes(oracles.grouped_matmul, arrays, cotangent, found)
+
+
 @pytest.mark.portable
 def test_every_mode_matches_the_oracle(compiled):
     arrays = inputs(SIZES["uneven"])
@@ -67,13 +73,7 @@ def test_every_mode_matches_the_oracle(compiled):
 def test_any_group_may_be_empty_or_full(implementation, sizes):
     arrays = inputs(SIZES[sizes])
     assert_close(run(product(implementation), *arrays), oracles.grouped_matmul(*arrays), TOLERANCE)
-    cotangent = cotangent_of(arrays)
-    assert_slopes(
-        oracles.grouped_matmul,
-        arrays,
-        cotangent,
-        gradients(product(implementation), arrays, cotangent),
-    )
+    assert_gradients(implementation, arrays)
 
 
 @pytest.mark.parametrize("implementation", ALL)
@@ -125,6 +125,10 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
         return
     with pytest.raises(ValueError, match="known number of rows"):
         api.pick("pallas", None)
+    with monkeypatch.context() as context:
+        context.setattr(platform_module, "platform", lambda: "tpu")
+        with pytest.raises(ValueError, match=r"implementation='pallas'.*Received: a TPU"):
+            api.pick("pallas", 10)
     monkeypatch.setattr(platform_module, "has_pallas", lambda: False)
     with pytest.raises(ValueError, match=r"jax.experimental.pallas.triton.*Received: jax"):
         grouped_matmul(*arrays, implementation="pallas")
@@ -145,25 +149,13 @@ def test_rows_behind_the_last_group_yield_zeros(implementation):
 @pytest.mark.parametrize("implementation", ALL)
 def test_rows_behind_the_last_group_carry_no_gradient(implementation):
     arrays = inputs(SIZES["uneven"], rows=53)
-    cotangent = cotangent_of(arrays)
-    assert_slopes(
-        oracles.grouped_matmul,
-        arrays,
-        cotangent,
-        gradients(product(implementation), arrays, cotangent),
-    )
+    assert_gradients(implementation, arrays)
 
 
 @pytest.mark.parametrize("implementation", ALL)
 def test_gradients_with_more_groups_than_rows(implementation):
     arrays = inputs(scattered(512, 20))
-    cotangent = cotangent_of(arrays)
-    assert_slopes(
-        oracles.grouped_matmul,
-        arrays,
-        cotangent,
-        gradients(product(implementation), arrays, cotangent),
-    )
+    assert_gradients(implementation, arrays)
 
 
 @pytest.mark.parametrize("implementation", ALL)
