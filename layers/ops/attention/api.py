@@ -2,7 +2,8 @@
 
     o_t = sum_s softmax_s(scale q_t . k_s) v_s      over the keys s that token t may see
 
-Public: `attention`. The blocks' maths is in `chunked_attention`.
+Public: `attention`. The blocks' maths is in `chunked_attention`, that of a GPU's kernels in
+`pallas_attention`.
 """
 
 import functools
@@ -14,7 +15,7 @@ from keras import ops
 from qwen3_next.config.validation import OPTIONAL_NUMBER, require
 
 from ..backend.autodiff import Shards, custom_gradient
-from ..backend.platform import choose, platform
+from ..backend.platform import choose, has_pallas, platform, require_pallas
 from ..backend.sharding import Devices, devices, spec
 from ..checks import as_floats, as_mask, exact_int32, require_shape, require_tokens
 from ..padding import from_blocks, pad_end, to_blocks
@@ -24,8 +25,11 @@ from .attention_blocks import Keys, Queries
 from .chunked_attention import BlockOptions
 from .tile_dropout import block_seeds
 
-IMPLEMENTATIONS = ("chunked", "fused")
+IMPLEMENTATIONS = ("chunked", "fused", "pallas")
 BLOCK_Q, BLOCK_KV = 128, 512
+# On a GPU that many queries and fewer, as in decoding, are one block, and so are their keys up to
+# that many scores: each further block takes longer to start than to run.
+GPU_BLOCK_Q, GPU_SCORES = 64, 2**26
 
 
 def attention(
@@ -61,8 +65,10 @@ def attention(
             required with dropout. The same seed and shapes drop the same weights.
         implementation: `"chunked"` (blocks of queries and keys with a running softmax and its own
             backward pass; keys that no query of a block sees are not read), `"fused"` (the
-            attention of the backend, cuDNN's or XLA's, for plain causal order without dropout), or
-            `None`: `"fused"` on a GPU for plain causal order in half precision, else `"chunked"`.
+            attention of the backend, cuDNN's or XLA's, for plain causal order without dropout),
+            `"pallas"` (kernels for JAX on a GPU, without dropout; interpreted, which is slow, on a
+            CPU), or `None`: on a GPU `"fused"` for plain causal order in half precision, and
+            `"pallas"` with JAX without a distribution for more than 64 queries, else `"chunked"`.
 
     Returns:
         `(B, T, H, D)` in the dtype of `value`.
@@ -85,9 +91,8 @@ def attention(
     require(OPTIONAL_NUMBER, "scale", scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     plain = limits is None and key_mask is None and query_segments is None and not dropout
-    half = value.dtype in ("bfloat16", "float16")
-    default = "fused" if plain and half and platform() == "gpu" else "chunked"
-    if choose(implementation, IMPLEMENTATIONS, default) == "fused":
+    implementation = choose(implementation, IMPLEMENTATIONS, _default(queries, keys, plain, dropout))
+    if implementation == "fused":
         if not plain:
             raise ValueError(
                 "implementation='fused' takes no `limits`, `key_mask`, segments or `dropout`. "
@@ -95,7 +100,63 @@ def attention(
                 f"query_segments={query_segments}, dropout={dropout}"
             )
         return ops.dot_product_attention(query, key, value, scale=scale, is_causal=True)
+    queries, keys = _filled(queries, keys)
+    if implementation == "pallas":
+        _require_kernels(queries, keys, dropout)
+        return _with_kernels(float(scale))(*keys, *queries[:3])
     return _in_blocks(queries, keys, float(scale), float(dropout), dropout_seed)
+
+
+def _default(queries: Queries, keys: Keys, plain: bool, dropout: float) -> str:
+    if platform() != "gpu":
+        return "chunked"
+    if plain and keys.value.dtype in ("bfloat16", "float16"):
+        return "fused"
+    length = ops.shape(queries.query)[1]
+    long = isinstance(length, int) and length > GPU_BLOCK_Q
+    alone = has_pallas() and devices() is None
+    can = alone and long and not dropout and _why_no_kernels(queries, keys) is None
+    return "pallas" if can else "chunked"
+
+
+def _why_no_kernels(queries: Queries, keys: Keys) -> str | None:
+    """What `pallas_attention` has no kernels for, on a JAX with Pallas."""
+    from . import pallas_attention
+
+    query, (key, value) = queries.query, keys[:2]
+    dtypes = [str(x.dtype) for x in (query, key, value)]
+    if None in (*query.shape, *key.shape):
+        return f"query.shape={query.shape}, key.shape={key.shape}"
+    if len({*dtypes}) > 1 or dtypes[0] not in ("bfloat16", "float16", "float32"):
+        return f"dtypes={dtypes}"
+    if pallas_attention.sizes_for(query.shape[3], dtypes[0]) is None:
+        return f"query.shape={query.shape}, query.dtype={dtypes[0]}"
+    return None
+
+
+def _require_kernels(queries: Queries, keys: Keys, dropout: float) -> None:
+    require_pallas("pallas")
+    received = f"{dropout=}" if dropout else _why_no_kernels(queries, keys)
+    if received:
+        raise ValueError(
+            "implementation='pallas' takes no `dropout`, arrays of one dtype, known shapes, and "
+            f"heads of at most 1024 bytes. Received: {received}"
+        )
+
+
+def _filled(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
+    """With limits, a mask and segments, where there are none."""
+    query, limits, query_segments, _ = queries
+    batch, length = ops.shape(query)[:2]
+    count = ops.shape(keys.key)[1]
+    if limits is None:
+        limits = ops.arange(length, dtype="int32")[None]
+    limits = ops.broadcast_to(limits, (batch, length))
+    mask = ops.ones((batch, count), "bool") if keys.mask is None else keys.mask
+    key_segments = keys.segments
+    if query_segments is None:
+        query_segments, key_segments = ops.zeros_like(limits), ops.zeros((batch, count), "int32")
+    return Queries(query, limits, query_segments), keys._replace(mask=mask, segments=key_segments)
 
 
 def _in_blocks(
@@ -103,17 +164,7 @@ def _in_blocks(
 ) -> Annotated[Tensor, "B T H D"]:
     batch, length, heads, dim = ops.shape(queries.query)
     count, groups = ops.shape(keys.key)[1:3]
-    block_q = min(BLOCK_Q, length) if isinstance(length, int) else BLOCK_Q
-    block_kv = min(BLOCK_KV, count) if isinstance(count, int) else BLOCK_KV
-    limits = queries.limits
-    if limits is None:
-        limits = ops.arange(length, dtype="int32")[None]
-    limits = ops.broadcast_to(limits, (batch, length))
-    mask = ops.ones((batch, count), "bool") if keys.mask is None else keys.mask
-    query_segments, key_segments = queries.segments, keys.segments
-    if query_segments is None:
-        query_segments, key_segments = ops.zeros_like(limits), ops.zeros((batch, count), "int32")
-    keys = Keys(keys.key, keys.value, mask, key_segments)
+    block_q, block_kv = _block_sizes(batch, length, heads, count)
     if not isinstance(count, int):  # a block must not be longer than the keys
         missing = ops.maximum(block_kv - count, 0)
         keys = Keys(*(pad_end(x, missing, axis=1) for x in keys))
@@ -122,8 +173,8 @@ def _in_blocks(
     inputs: tuple[Tensor, ...] = (
         *keys,
         to_blocks(query, block_q),
-        to_blocks(limits, block_q, fill=-1),  # what fills the last block sees nothing
-        to_blocks(query_segments, block_q),
+        to_blocks(queries.limits, block_q, fill=-1),  # what fills the last block sees nothing
+        to_blocks(queries.segments, block_q),
     )
     if dropout:
         tiles_per_block = (count + block_kv - 1) // block_kv
@@ -134,6 +185,17 @@ def _in_blocks(
     shards = None if found is None else _shards(found, batch, groups)
     output = _differentiable(options, shards)(*inputs)
     return ops.reshape(from_blocks(output, length), (batch, length, heads, dim))
+
+
+def _block_sizes(
+    batch: int | Tensor, length: int | Tensor, heads: int, count: int | Tensor
+) -> tuple[int, int]:
+    """Queries and keys of a block."""
+    block_q = min(BLOCK_Q, length) if isinstance(length, int) else BLOCK_Q
+    block_kv = BLOCK_KV
+    if platform() == "gpu" and isinstance(batch, int) and block_q <= GPU_BLOCK_Q:
+        block_kv = max(block_kv, GPU_SCORES // max(batch * heads * block_q, 1))
+    return block_q, min(block_kv, count) if isinstance(count, int) else block_kv
 
 
 def _shards(found: Devices, batch: int, groups: int) -> Shards:
@@ -165,6 +227,26 @@ def _differentiable(options: BlockOptions, shards: Shards | None) -> Callable[..
         return d_key, d_value, None, None, d_query, *(None for _ in inputs[5:])
 
     return custom_gradient(forward, backward, shards=shards)
+
+
+@functools.cache
+def _with_kernels(scale: float) -> Callable[..., Tensor]:
+    """`f(*keys, *queries)`, as they are."""
+    from . import pallas_attention
+
+    def forward(*inputs):
+        output, lse = pallas_attention.forward(Queries(*inputs[4:]), Keys(*inputs[:4]), scale)
+        return output, (inputs, output, lse)
+
+    def backward(residuals, d_output):
+        inputs, output, lse = residuals
+        queries, keys = Queries(*inputs[4:]), Keys(*inputs[:4])
+        d_query, d_key, d_value = pallas_attention.backward(
+            queries, keys, output, lse, d_output, scale
+        )
+        return d_key, d_value, None, None, d_query, None, None
+
+    return custom_gradient(forward, backward)
 
 
 def _check_shapes(queries: Queries, keys: Keys) -> None:

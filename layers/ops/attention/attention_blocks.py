@@ -4,11 +4,13 @@ Shapes: B batch, G key heads, R query heads per key head, C queries of a block (
 of queries, S keys.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
 from ..backend.loops import get_rows
+from ..backend.platform import platform
 from ..tensor_types import Tensor
 
 FAR = -1e30  # less than any score, but differences of it are not NaN
@@ -64,11 +66,17 @@ class Tile(NamedTuple):
     start: Tensor
 
 
-def blocks_in_use(queries: Queries, block_kv: int) -> Tensor:
-    """Blocks of keys up to the last one that a query of the block sees."""
+def for_each_block(
+    queries: Queries, keys: Keys, block_kv: int, step: Callable[[Tensor, Any], Any], carry: Any
+) -> Any:
+    """`carry = step(number, carry)` over the blocks of keys up to the last that a query sees."""
     if 0 in queries.limits.shape:  # none of which one is the largest
-        return ops.zeros((), "int32")
-    return (ops.max(queries.limits) + block_kv) // block_kv
+        return carry
+    if platform() == "gpu" and ops.shape(keys.key)[1] == block_kv:
+        # The host would have to wait for the GPU to tell whether the one block is seen.
+        return step(ops.zeros((), "int32"), carry)
+    used = (ops.max(queries.limits) + block_kv) // block_kv
+    return ops.fori_loop(0, used, step, carry)
 
 
 def tile_of(queries: Queries, keys: Keys, number: Tensor, block_kv: int) -> Tile:

@@ -33,9 +33,9 @@ from .attention_blocks import (
     FAR,
     Keys,
     Queries,
-    blocks_in_use,
     by_head,
     by_token,
+    for_each_block,
     scores_of,
     tile_of,
 )
@@ -81,8 +81,7 @@ def forward(
 
         zeros = ops.zeros(ops.shape(query)[:-1], "float32")
         running = (zeros + FAR, zeros, ops.zeros(ops.shape(query), "float32"))
-        used = blocks_in_use(own, options.block_kv)
-        row_max, row_sum, output = ops.fori_loop(0, used, step, running)
+        row_max, row_sum, output = for_each_block(own, keys, options.block_kv, step, running)
         output = output / ops.maximum(row_sum, 1e-30)[..., None]
         lse = row_max + ops.log(ops.maximum(row_sum, 1e-30))
         output = ops.cast(by_token(output, ops.shape(own.query)), own.query.dtype)
@@ -135,8 +134,7 @@ def backward(
             return d_query, d_key, d_value
 
         running = (ops.zeros(ops.shape(query), "float32"), *carry)
-        used = blocks_in_use(own, options.block_kv)
-        d_query, *carry = ops.fori_loop(0, used, step, running)
+        d_query, *carry = for_each_block(own, keys, options.block_kv, step, running)
         d_query = ops.cast(by_token(d_query, ops.shape(own.query)), own.query.dtype)
         return tuple(carry), (d_query,)
 
