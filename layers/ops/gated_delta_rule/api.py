@@ -42,7 +42,6 @@ PARALLEL = chunk_parallel.forward, chunk_parallel.backward
 PASSES: dict[str, tuple[Callable[..., Any], ...]] = {
     "chunked": (chunked.forward, chunked.backward),
     "chunk_parallel": PARALLEL,
-    "pallas": tuple(functools.partial(f, loop=chunk_states_on_gpu.over_chunks) for f in PARALLEL),
 }
 RECURRENT_LIMIT = 4
 CHUNK = 64
@@ -94,7 +93,9 @@ def gated_delta_rule(
             matrices of a chunk, and to 64 elsewhere.
         implementation: `"chunked"` (matrix products over chunks, one after the other),
             `"chunk_parallel"` (all chunks at once, but for the state), `"pallas"` (the same with
-            the state in one kernel, for JAX on a GPU; interpreted, which is slow, on a CPU),
+            the state in one kernel, for JAX on a GPU, which rounds factors of its products to 10
+            bits of mantissa where query, key and value are in half precision; interpreted, which
+            is slow, on a CPU),
             `"recurrent"` (token by token, a static and small T without segments), or `None`:
             recurrent up to 4 tokens; beyond them chunked on a CPU, the kernel for JAX on a GPU
             without a distribution, and parallel elsewhere.
@@ -130,7 +131,8 @@ def gated_delta_rule(
             chunk_size = min(chunk_size, chunk_size_for(length))
         chunks = to_chunks(inputs, chunk_size)
         shards = _shards(value.shape[0], key.shape[2])
-        output, final = _differentiable(implementation, shards)(*chunks, start)
+        half = all(x.dtype in ("bfloat16", "float16") for x in (query, key, value))
+        output, final = _differentiable(implementation, shards, half)(*chunks, start)
         output = from_blocks(output, length)
     batch, _, heads, value_dim = ops.shape(value)
     final = ops.reshape(final, (batch, heads, key.shape[3], value_dim))
@@ -178,9 +180,19 @@ def _shards(batch: int, groups: int) -> Shards | None:
 
 
 @functools.cache
-def _differentiable(implementation: str, shards: Shards | None) -> Callable[..., Any]:
-    """`f(*chunks, state) -> outputs (N, B, C, G, R, V), final state (B, G, R, K, V)`."""
-    run_forward, run_backward = PASSES[implementation]
+def _differentiable(
+    implementation: str, shards: Shards | None, half: bool
+) -> Callable[..., Any]:
+    """`f(*chunks, state) -> outputs (N, B, C, G, R, V), final state (B, G, R, K, V)`.
+
+    `half` says that the chunks' numbers come from inputs in half precision.
+    """
+    if implementation == "pallas":
+        products = chunk_states_on_gpu.HALF if half else chunk_states_on_gpu.FULL
+        loop = functools.partial(chunk_states_on_gpu.over_chunks, products=products)
+        run_forward, run_backward = (functools.partial(f, loop=loop) for f in PARALLEL)
+    else:
+        run_forward, run_backward = PASSES[implementation]
 
     def forward(*inputs):
         chunks, state = DeltaInputs(*inputs[:-1]), inputs[-1]

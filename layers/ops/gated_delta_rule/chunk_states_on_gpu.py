@@ -12,17 +12,31 @@ start than to run.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from ..backend.platform import run_kernel
 from ..tensor_types import Tensor
 from .chunk_parallel import ChunkLinks, Step
 
-COLUMNS = 32  # of the state, per program
 WARPS = 4
 STAGES = 1
-# A name of `jax.lax.DotAlgorithmPreset`. One pass of tf32 has 10 bits of mantissa.
-PRODUCTS = "TF32_TF32_F32_X3"
+
+
+class Products(NamedTuple):
+    """How matrices of float32 are multiplied.
+
+    Attributes:
+        algorithm: A name of `jax.lax.DotAlgorithmPreset`.
+        columns: Columns of the state, per program.
+    """
+
+    algorithm: str
+    columns: int
+
+
+FULL = Products("TF32_TF32_F32_X3", columns=32)
+# One pass of tf32 keeps 10 bits of a mantissa, no fewer than inputs in half precision have.
+HALF = Products("TF32_TF32_F32", columns=16)
 # Triton multiplies no narrower matrices, and has only arrays whose size is a power of two.
 NARROWEST = 16
 
@@ -33,6 +47,7 @@ def over_chunks(
     links: ChunkLinks,
     columns: tuple[Annotated[Tensor, "N B G R ... V"], ...],
     reverse: bool = False,
+    products: Products = FULL,
 ) -> tuple[
     Annotated[Tensor, "B G R K V"],
     Annotated[Tensor, "N B G R K V"],
@@ -43,7 +58,7 @@ def over_chunks(
     heads, size = math.prod(places), columns[0].shape[-2]
     given = *links, *columns, state[None]
     arrays = [_widened(x.reshape(x.shape[0], heads, *x.shape[4:])) for x in given]
-    found = run_kernel(functools.partial(_run, step, reverse), *arrays)
+    found = run_kernel(functools.partial(_run, step, reverse, products), *arrays)
     shapes = (key_dim, value_dim), (key_dim, value_dim), (size, value_dim)
     last, states, rows = (
         x[:, :heads, :height, :width].reshape(x.shape[0], *places, height, width)
@@ -53,7 +68,11 @@ def over_chunks(
 
 
 def _run(
-    step: Step, reverse: bool, *arrays: Annotated[Tensor, "N H ..."], interpret: bool
+    step: Step,
+    reverse: bool,
+    products: Products,
+    *arrays: Annotated[Tensor, "N H ..."],
+    interpret: bool,
 ) -> Sequence[Tensor]:
     """The kernel, on arrays that Triton takes."""
     import jax
@@ -63,7 +82,7 @@ def _run(
     links, columns, state = arrays[:4], arrays[4:-1], arrays[-1]
     count = columns[0].shape[0]
     heads, _, value_dim = state.shape[1:]
-    block = min(COLUMNS, value_dim)
+    block = min(products.columns, value_dim)
 
     def spec(x: Any, by_column: bool) -> Any:
         """All chunks of a head, as a whole or some columns."""
@@ -84,7 +103,7 @@ def _run(
             state, rows[i] = step(state, ChunkLinks(*xs[:4]), tuple(xs[4:]))
             return state
 
-        with jax.default_matmul_precision("highest" if interpret else PRODUCTS):
+        with jax.default_matmul_precision("highest" if interpret else products.algorithm):
             last[0] = jax.lax.fori_loop(0, count, body, start[0])
 
     def like(x: Any, count: int) -> Any:
