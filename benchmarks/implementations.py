@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen3_next.layers.ops import attention, expert_mlp, gated_delta_rule, grouped_matmul
+from qwen3_next.layers.ops.attention import pallas_attention
+from qwen3_next.layers.ops.attention.attention_blocks import Keys, Queries
 from qwen3_next.layers.ops.grouped_matmul import pallas_matmul
 from qwen3_next.layers.ops.grouped_matmul.pallas_matmul import Blocks
 
@@ -56,7 +58,8 @@ def main():
     shapes = SMALL if args.small else Shapes()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {DTYPE}", flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        cases = [*delta_rules(shapes), *experts(shapes), *products(shapes), *attentions(shapes)]
+        rooms = delta_rules, experts, products, attentions, attention_blocks
+        cases = [case for room in rooms for case in room(shapes)]
         chosen = [(n, jax.jit(f), xs) for n, f, xs in cases if args.only.search(n)]
         runs = [(n, pool.submit(f.lower(*xs).compile), xs) for n, f, xs in chosen]
     for name, compiled, arrays in runs:
@@ -138,20 +141,63 @@ def products(s):
 
 
 def attentions(s):
-    heads = s.attention_heads, s.attention_groups, s.attention_groups
-    arrays = [normal(i, 1, s.tokens, n, s.attention_head) for i, n in enumerate(heads)]
-    for name in ("fused", "chunked"):
+    arrays, limits = queries_and_keys(s), jnp.arange(s.tokens, dtype="int32")[None]
+    for name in ("fused", "pallas"):
         run = with_options(attention, name)
         yield f"attention, {name}, forward", run, arrays
         yield f"attention, {name}, forward + backward", both(run), arrays
-    limits = jnp.arange(s.tokens, dtype="int32")[None]
-    for tokens in (s.tokens, 4, 1):
+    segments = limits // -(-s.tokens // 8)
+    packed = functools.partial(attention, query_segments=segments, key_segments=segments)
+    yield "attention, 8 sequences packed, forward", packed, arrays
+    yield "attention, 8 sequences packed, forward + backward", both(packed), arrays
+    both_ways = "chunked", "pallas"
+    for tokens, names in (
+        (s.tokens, both_ways[1:]),
+        (64, both_ways),
+        (4, both_ways),
+        (1, both_ways[:1]),
+    ):
         given = arrays[0][:, -tokens:], *arrays[1:], limits[:, -tokens:]
-        yield f"attention of {tokens} to {s.tokens} in a cache", _in_a_cache, given
+        for name in names:
+            run = with_options(_in_a_cache, name)
+            yield f"attention of {tokens} to {s.tokens} in a cache, {name}", run, given
 
 
-def _in_a_cache(query, key, value, limits):
-    return attention(query, key, value, limits=limits)
+def _in_a_cache(query, key, value, limits, implementation):
+    return attention(query, key, value, limits=limits, implementation=implementation)
+
+
+def attention_blocks(s):
+    """Each of the three kernels of attention in blocks of several sizes."""
+    arrays = queries_and_keys(s)
+    lse = jnp.full((1, s.attention_heads, s.tokens), 9.0)
+    for what, choose, sizes in (
+        ("forward", None, ((128, 64, 8, 2), (128, 64, 8, 1), (64, 64, 4, 2), (128, 32, 8, 3))),
+        ("gradient of queries", slice(1), ((64, 64, 8, 2), (128, 64, 8, 1), (128, 32, 8, 2))),
+        ("gradient of keys", slice(1, 3), ((64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 4, 2))),
+    ):
+        for size in sizes:
+            name = f"attention, {what}, {size}"
+            run = functools.partial(_in_kernel, choose, pallas_attention.Blocks(*size))
+            given = arrays if choose is None else [*arrays, arrays[0], lse]
+            yield name, run, given
+
+
+def _in_kernel(choose, blocks, query, key, value, output=None, lse=None):
+    """The forward pass, or those of the gradients that are chosen: the others are left out."""
+    segments = jnp.zeros(query.shape[:2], "int32")
+    limits = jnp.arange(query.shape[1], dtype="int32")[None]
+    queries = Queries(query, limits, segments)
+    keys = Keys(key, value, jnp.ones(segments.shape, bool), segments)
+    how = pallas_attention.Sizes(blocks, blocks, blocks), query.shape[3] ** -0.5
+    if choose is None:
+        return pallas_attention.forward(queries, keys, *how)
+    return pallas_attention.backward(queries, keys, output, lse, output, *how)[choose]
+
+
+def queries_and_keys(s):
+    heads = s.attention_heads, s.attention_groups, s.attention_groups
+    return [normal(i, 1, s.tokens, n, s.attention_head) for i, n in enumerate(heads)]
 
 
 def routes_of(s, tokens):

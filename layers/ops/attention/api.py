@@ -8,7 +8,7 @@ Public: `attention`. The blocks' maths is in `chunked_attention`, that of a GPU'
 
 import functools
 from collections.abc import Callable
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from keras import ops
 
@@ -24,6 +24,9 @@ from . import chunked_attention
 from .attention_blocks import Keys, Queries
 from .chunked_attention import BlockOptions
 from .tile_dropout import block_seeds
+
+if TYPE_CHECKING:
+    from .pallas_attention import Sizes
 
 IMPLEMENTATIONS = ("chunked", "fused", "pallas")
 BLOCK_Q, BLOCK_KV = 128, 512
@@ -91,7 +94,9 @@ def attention(
     require(OPTIONAL_NUMBER, "scale", scale)
     scale = query.shape[3] ** -0.5 if scale is None else scale
     plain = limits is None and key_mask is None and query_segments is None and not dropout
-    implementation = choose(implementation, IMPLEMENTATIONS, _default(queries, keys, plain, dropout))
+    implementation = choose(
+        implementation, IMPLEMENTATIONS, _default(queries, keys, plain, dropout)
+    )
     if implementation == "fused":
         if not plain:
             raise ValueError(
@@ -102,8 +107,16 @@ def attention(
         return ops.dot_product_attention(query, key, value, scale=scale, is_causal=True)
     queries, keys = _filled(queries, keys)
     if implementation == "pallas":
-        _require_kernels(queries, keys, dropout)
-        return _with_kernels(float(scale))(*keys, *queries[:3])
+        require_pallas(implementation)
+        sizes = _kernel_sizes(queries, keys, dropout)
+        if sizes is None:
+            dtypes = [str(x.dtype) for x in (query, key, value)]
+            raise ValueError(
+                "implementation='pallas' takes no `dropout`, and query, key and value of known "
+                "shapes, of one dtype, and with heads of at most 1024 bytes. "
+                f"Received: {dropout=}, query.shape={query.shape}, key.shape={key.shape}, {dtypes=}"
+            )
+        return _with_kernels(sizes, float(scale))(*keys, *queries[:3])
     return _in_blocks(queries, keys, float(scale), float(dropout), dropout_seed)
 
 
@@ -113,35 +126,22 @@ def _default(queries: Queries, keys: Keys, plain: bool, dropout: float) -> str:
     if plain and keys.value.dtype in ("bfloat16", "float16"):
         return "fused"
     length = ops.shape(queries.query)[1]
-    long = isinstance(length, int) and length > GPU_BLOCK_Q
-    alone = has_pallas() and devices() is None
-    can = alone and long and not dropout and _why_no_kernels(queries, keys) is None
-    return "pallas" if can else "chunked"
+    if (isinstance(length, int) and length <= GPU_BLOCK_Q) or devices() is not None:
+        return "chunked"
+    return "pallas" if has_pallas() and _kernel_sizes(queries, keys, dropout) else "chunked"
 
 
-def _why_no_kernels(queries: Queries, keys: Keys) -> str | None:
-    """What `pallas_attention` has no kernels for, on a JAX with Pallas."""
+def _kernel_sizes(queries: Queries, keys: Keys, dropout: float) -> "Sizes | None":
+    """Blocks of the kernels, or `None` where there are no kernels."""
     from . import pallas_attention
 
-    query, (key, value) = queries.query, keys[:2]
-    dtypes = [str(x.dtype) for x in (query, key, value)]
-    if None in (*query.shape, *key.shape):
-        return f"query.shape={query.shape}, key.shape={key.shape}"
-    if len({*dtypes}) > 1 or dtypes[0] not in ("bfloat16", "float16", "float32"):
-        return f"dtypes={dtypes}"
-    if pallas_attention.sizes_for(query.shape[3], dtypes[0]) is None:
-        return f"query.shape={query.shape}, query.dtype={dtypes[0]}"
-    return None
-
-
-def _require_kernels(queries: Queries, keys: Keys, dropout: float) -> None:
-    require_pallas("pallas")
-    received = f"{dropout=}" if dropout else _why_no_kernels(queries, keys)
-    if received:
-        raise ValueError(
-            "implementation='pallas' takes no `dropout`, arrays of one dtype, known shapes, and "
-            f"heads of at most 1024 bytes. Received: {received}"
-        )
+    arrays = queries.query, *keys[:2]
+    dtypes = {str(x.dtype) for x in arrays}
+    if dropout or len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16", "float32"}:
+        return None
+    if any(not isinstance(size, int) for x in arrays for size in x.shape):
+        return None
+    return pallas_attention.sizes_for(arrays[0].shape[3], *dtypes)
 
 
 def _filled(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
@@ -230,19 +230,20 @@ def _differentiable(options: BlockOptions, shards: Shards | None) -> Callable[..
 
 
 @functools.cache
-def _with_kernels(scale: float) -> Callable[..., Tensor]:
+def _with_kernels(sizes: "Sizes", scale: float) -> Callable[..., Tensor]:
     """`f(*keys, *queries)`, as they are."""
     from . import pallas_attention
 
     def forward(*inputs):
-        output, lse = pallas_attention.forward(Queries(*inputs[4:]), Keys(*inputs[:4]), scale)
+        queries, keys = Queries(*inputs[4:]), Keys(*inputs[:4])
+        output, lse = pallas_attention.forward(queries, keys, sizes, scale)
         return output, (inputs, output, lse)
 
     def backward(residuals, d_output):
         inputs, output, lse = residuals
         queries, keys = Queries(*inputs[4:]), Keys(*inputs[:4])
         d_query, d_key, d_value = pallas_attention.backward(
-            queries, keys, output, lse, d_output, scale
+            queries, keys, output, lse, d_output, sizes, scale
         )
         return d_key, d_value, None, None, d_query, None, None
 

@@ -4,16 +4,16 @@ Shapes: B batch, G key heads, R query heads per key head, C queries of a block (
 of queries, S keys.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
 from ..backend.loops import get_rows
-from ..backend.platform import platform
+from ..padding import to_blocks
 from ..tensor_types import Tensor
 
 FAR = -1e30  # less than any score, but differences of it are not NaN
+LEAST, MOST = -(2**31), 2**31 - 1  # of int32
 
 
 class Queries(NamedTuple):
@@ -66,17 +66,41 @@ class Tile(NamedTuple):
     start: Tensor
 
 
-def for_each_block(
-    queries: Queries, keys: Keys, block_kv: int, step: Callable[[Tensor, Any], Any], carry: Any
-) -> Any:
-    """`carry = step(number, carry)` over the blocks of keys up to the last that a query sees."""
-    if 0 in queries.limits.shape:  # none of which one is the largest
-        return carry
-    if platform() == "gpu" and ops.shape(keys.key)[1] == block_kv:
-        # The host would have to wait for the GPU to tell whether the one block is seen.
-        return step(ops.zeros((), "int32"), carry)
-    used = (ops.max(queries.limits) + block_kv) // block_kv
-    return ops.fori_loop(0, used, step, carry)
+def meetings(
+    limits: Annotated[Tensor, "N B C"],
+    segments: Annotated[Tensor, "N B C"],
+    keys: Keys,
+    block_kv: int,
+) -> Annotated[Tensor, "N M B"]:
+    """Whether a query of a block may see a key of a block; what is false need not be read.
+
+    Blocks of keys behind every limit, those without a key that may be seen, and those whose
+    segments lie apart from the queries' are met by no query.
+    """
+    sees, seen = limits >= 0, to_blocks(keys.mask, block_kv)
+    number = ops.arange(ops.shape(keys.mask)[1], dtype="int32")[None]
+    first, _ = _bounds(to_blocks(ops.broadcast_to(number, ops.shape(keys.mask)), block_kv), seen)
+    _, last = _bounds(limits, sees)
+    own, others = _bounds(segments, sees), _bounds(to_blocks(keys.segments, block_kv), seen)
+    (lowest, highest), last = (x[:, None] for x in own), last[:, None]
+    return (first <= last) & (lowest <= others[1]) & (others[0] <= highest)
+
+
+def span(meets: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """The first place along `axis` that is met, and the one behind the last."""
+    count = ops.shape(meets)[axis]
+    number = ops.arange(count, dtype="int32")
+    number = ops.reshape(number, [-1 if i == axis else 1 for i in range(len(meets.shape))])
+    firsts = ops.min(ops.where(meets, number, count), axis=axis)
+    return firsts, ops.max(ops.where(meets, number + 1, 0), axis=axis)
+
+
+def _bounds(
+    x: Annotated[Tensor, "N B C"], there: Annotated[Tensor, "N B C"]
+) -> tuple[Annotated[Tensor, "N B"], Annotated[Tensor, "N B"]]:
+    """The least and the greatest of every block among those that are there."""
+    least = ops.min(ops.where(there, x, MOST), axis=-1)
+    return least, ops.max(ops.where(there, x, LEAST), axis=-1)
 
 
 def tile_of(queries: Queries, keys: Keys, number: Tensor, block_kv: int) -> Tile:

@@ -1,7 +1,8 @@
 """Attention in blocks of queries and keys with a running softmax, and its backward pass.
 
-For a block of queries the keys are read block by block, up to the last one that any of its queries
-sees. m is the running row max of the scores z, l the running row sum of exponentials:
+For a block of queries the keys are read block by block, from the first to the last block that they
+meet (see `meetings`). m is the running row max of the scores z, l the running row sum of
+exponentials:
 
     m' = max(m, max_s z_s)    l' = e^{m - m'} l + sum_s e^{z_s - m'}    o' = e^{m - m'} o + ...
 
@@ -23,11 +24,13 @@ of queries, S keys.
     backward    gradients of queries, keys and values
 """
 
-from typing import Annotated, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
 from ..backend.loops import get_rows, scan, set_rows
+from ..backend.platform import platform
 from ..tensor_types import Tensor
 from .attention_blocks import (
     FAR,
@@ -35,8 +38,9 @@ from .attention_blocks import (
     Queries,
     by_head,
     by_token,
-    for_each_block,
+    meetings,
     scores_of,
+    span,
     tile_of,
 )
 from .tile_dropout import keep_factor
@@ -62,7 +66,8 @@ def forward(
     """Outputs of all blocks and the log-sum-exp of their scores."""
 
     def block(carry, xs):
-        own = Queries(*xs)
+        first, end, *own = xs
+        own = Queries(*own)
         query = by_head(own.query)  # (B, G, R C, D)
 
         def step(number, running):
@@ -81,7 +86,7 @@ def forward(
 
         zeros = ops.zeros(ops.shape(query)[:-1], "float32")
         running = (zeros + FAR, zeros, ops.zeros(ops.shape(query), "float32"))
-        row_max, row_sum, output = for_each_block(own, keys, options.block_kv, step, running)
+        row_max, row_sum, output = _over_keys(keys, options, (first, end), step, running)
         output = output / ops.maximum(row_sum, 1e-30)[..., None]
         lse = row_max + ops.log(ops.maximum(row_sum, 1e-30))
         output = ops.cast(by_token(output, ops.shape(own.query)), own.query.dtype)
@@ -92,7 +97,8 @@ def forward(
         ops.zeros_like(queries.query),
         ops.zeros((count, batch, groups, repeats * block_q), "float32"),
     )
-    _, (output, lse) = scan(block, (), _present(queries), into)
+    xs = *_spans(queries, keys, options.block_kv), *_present(queries)
+    _, (output, lse) = scan(block, (), xs, into)
     return output, lse
 
 
@@ -109,7 +115,7 @@ def backward(
     """Gradients of the queries, the keys and the values."""
 
     def block(carry, xs):
-        *own, output, lse, d_output = xs
+        first, end, *own, output, lse, d_output = xs
         own = Queries(*own)
         query, d_rows = by_head(own.query), by_head(d_output)
         output = ops.cast(by_head(output), "float32")
@@ -134,15 +140,45 @@ def backward(
             return d_query, d_key, d_value
 
         running = (ops.zeros(ops.shape(query), "float32"), *carry)
-        d_query, *carry = for_each_block(own, keys, options.block_kv, step, running)
+        d_query, *carry = _over_keys(keys, options, (first, end), step, running)
         d_query = ops.cast(by_token(d_query, ops.shape(own.query)), own.query.dtype)
         return tuple(carry), (d_query,)
 
     shape = ops.shape(keys.key)
     carry = (ops.zeros(shape, "float32"), ops.zeros(shape, "float32"))
-    xs = (*_present(queries), output, lse, d_output)
+    spans = _spans(queries, keys, options.block_kv)
+    xs = (*spans, *_present(queries), output, lse, d_output)
     (d_key, d_value), (d_query,) = scan(block, carry, xs, (ops.zeros_like(queries.query),))
     return d_query, ops.cast(d_key, keys.key.dtype), ops.cast(d_value, keys.value.dtype)
+
+
+def _spans(
+    queries: Queries, keys: Keys, block_kv: int
+) -> tuple[Annotated[Tensor, "N"], Annotated[Tensor, "N"]]:
+    """First block of keys and end of those that a block of queries reads."""
+    limits = queries.limits
+    count = ops.shape(limits)[0]
+    if 0 in limits.shape:  # none of which one is the largest
+        return ops.zeros((count,), "int32"), ops.zeros((count,), "int32")
+    if limits.shape[0] == 1:  # of all segments there are
+        end = (ops.max(limits) + block_kv) // block_kv
+        return ops.zeros((1,), "int32"), ops.reshape(end, (1,))
+    meets = meetings(limits, queries.segments, keys, block_kv)
+    return span(ops.any(meets, axis=-1), axis=1)
+
+
+def _over_keys(
+    keys: Keys,
+    options: BlockOptions,
+    bounds: tuple[Tensor, Tensor],
+    step: Callable[[Tensor, Any], Any],
+    running: Any,
+) -> Any:
+    """`running = step(number, running)` over the blocks of keys within `bounds`."""
+    if platform() == "gpu" and ops.shape(keys.key)[1] == options.block_kv:
+        # A host that has to know whether the one block is seen waits for the GPU.
+        return step(ops.zeros((), "int32"), running)
+    return ops.fori_loop(*bounds, step, running)
 
 
 def _add(

@@ -1,6 +1,6 @@
 """Attention as kernels of a GPU, written in Pallas for JAX.
 
-The equations and the three products of the backward pass are those of `chunked_attention`. A
+The equations are those of `chunked_attention`. A
 program holds a block of queries of one head, or of keys of one key head, and walks over the blocks
 of the other that it meets; what it sums stays in its registers:
 
@@ -8,9 +8,9 @@ of the other that it meets; what it sums stays in its registers:
     backward    dQ, a program per block of queries
                 dK and dV, a program per block of keys, over all query heads that read them
 
-Blocks that do not meet are not read: those behind every limit, those without a key that may be
-seen, and those whose segments lie apart, so that packed sequences cost what they would one by one.
-Scores and sums are float32. Triton compiles the kernels; on a CPU Pallas interprets them, for tests.
+It starts and ends with the blocks that its own meets (see `meetings`), so that packed sequences
+cost about what they would one by one. Scores and sums are float32. Triton compiles the kernels; on
+a CPU Pallas interprets them, for tests.
 
 Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 
@@ -27,12 +27,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from ..backend.platform import run_kernel
+from ..padding import to_blocks
 from ..tensor_types import Tensor
-from .attention_blocks import FAR, Keys, Queries
+from .attention_blocks import FAR, MOST, Keys, Queries, meetings, span
 
 # Of `jax.lax.DotAlgorithmPreset`: one pass of tf32 would keep 10 bits of a float32's mantissa.
 FLOAT32_PRODUCTS = "TF32_TF32_F32_X3"
-NOWHERE = 2**31 - 1  # the place of a key that no query sees
+NOWHERE = MOST  # the place of a key that no query sees
 NARROWEST = 16  # Triton multiplies no narrower matrices
 
 
@@ -84,20 +85,20 @@ def sizes_for(dim: int, dtype: Any) -> Sizes | None:
 
 
 def forward(
-    queries: Queries, keys: Keys, scale: float
+    queries: Queries, keys: Keys, sizes: Sizes, scale: float
 ) -> tuple[Annotated[Tensor, "B T H D"], Annotated[Tensor, "B H T"]]:
     """Outputs and the log-sum-exp of the scores."""
     query, (key, value) = queries.query, keys[:2]
-    batch, length, heads, dim = query.shape
+    batch, length, heads, _ = query.shape
     shapes = (
         jax.ShapeDtypeStruct(query.shape, value.dtype),
         jax.ShapeDtypeStruct((batch, heads, length), "float32"),
     )
-    places, blocks = _places(queries, keys), _sizes(query).forward
-    reach = _reach(places, blocks, axis=2)
+    places, blocks = _places(queries, keys), sizes.forward
+    bounds = span(_meetings(queries, keys, blocks), axis=1)
     kernel = functools.partial(_forward_kernel, blocks=blocks, scale=scale)
     programs = batch * heads * pl.cdiv(length, blocks.queries)
-    return _run(kernel, programs, blocks, shapes, reach, places, query, key, value)
+    return _run(kernel, programs, blocks, shapes, bounds, places, query, key, value)
 
 
 def backward(
@@ -106,6 +107,7 @@ def backward(
     output: Annotated[Tensor, "B T H D"],
     lse: Annotated[Tensor, "B H T"],
     d_output: Annotated[Tensor, "B T H D"],
+    sizes: Sizes,
     scale: float,
 ) -> tuple[
     Annotated[Tensor, "B T H D"], Annotated[Tensor, "B S G D"], Annotated[Tensor, "B S G D"]
@@ -116,7 +118,7 @@ def backward(
     count, groups = key.shape[1:3]
     row_dot = jnp.sum(d_output.astype("float32") * output.astype("float32"), axis=-1)
     inputs = query, key, value, d_output, lse, jnp.swapaxes(row_dot, 1, 2)
-    places, sizes = _places(queries, keys), _sizes(query)
+    places = _places(queries, keys)
 
     def like(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -124,15 +126,15 @@ def backward(
     blocks = sizes.of_queries
     kernel = functools.partial(_query_gradient_kernel, blocks=blocks, scale=scale)
     programs = batch * heads * pl.cdiv(length, blocks.queries)
-    reach = _reach(places, blocks, axis=2)
-    (d_query,) = _run(kernel, programs, blocks, (like(query),), reach, places, *inputs)
+    bounds = span(_meetings(queries, keys, blocks), axis=1)
+    (d_query,) = _run(kernel, programs, blocks, (like(query),), bounds, places, *inputs)
 
     blocks = sizes.of_keys
     kernel = functools.partial(_key_gradient_kernel, blocks=blocks, scale=scale)
     programs = batch * groups * pl.cdiv(count, blocks.keys)
-    reach = _reach(places, blocks, axis=1)
+    bounds = span(_meetings(queries, keys, blocks), axis=0)
     shapes = like(key), like(value)
-    return d_query, *_run(kernel, programs, blocks, shapes, reach, places, *inputs)
+    return d_query, *_run(kernel, programs, blocks, shapes, bounds, places, *inputs)
 
 
 def _forward_kernel(firsts, ends, *refs, blocks, scale):
@@ -157,12 +159,12 @@ def _forward_kernel(firsts, ends, *refs, blocks, scale):
 
     zeros = jnp.zeros((blocks.queries,), "float32")
     running = zeros + FAR, zeros, jnp.zeros(own.shape, "float32")
-    bounds = firsts[row, block], ends[row, block]
+    bounds = firsts[block, row], ends[block, row]
     row_max, row_sum, total = jax.lax.fori_loop(*bounds, step, running)
     row_sum = jnp.maximum(row_sum, 1e-30)
     _store(output, row, tokens, head, total / row_sum[:, None])
-    at, known = _vector(lse, (row, head), tokens)
-    triton.store(at, row_max + jnp.log(row_sum), mask=known)
+    at = lse.at[row, head, tokens.number]
+    triton.store(at, row_max + jnp.log(row_sum), mask=tokens.known)
 
 
 def _query_gradient_kernel(firsts, ends, *refs, blocks, scale):
@@ -170,7 +172,7 @@ def _query_gradient_kernel(firsts, ends, *refs, blocks, scale):
     row, head, block, group = _query_block(query, key, blocks)
     tokens = _query_tokens(query, block, blocks)
     own, d_own = (_load(x, row, tokens, head) for x in (query, d_output))
-    own_lse, own_dot = (_load_vector(x, (row, head), tokens)[:, None] for x in (lse, row_dot))
+    own_lse, own_dot = (_vector(x, (row, head), tokens)[:, None] for x in (lse, row_dot))
     limits, segments = _query_places(places, row, tokens)
 
     def step(i, total):
@@ -184,7 +186,7 @@ def _query_gradient_kernel(firsts, ends, *refs, blocks, scale):
         return total + _dot(d_scores.astype(key.dtype), keys)
 
     total = jnp.zeros(own.shape, "float32")
-    total = jax.lax.fori_loop(firsts[row, block], ends[row, block], step, total)
+    total = jax.lax.fori_loop(firsts[block, row], ends[block, row], step, total)
     _store(d_query, row, tokens, head, total)
 
 
@@ -197,7 +199,7 @@ def _key_gradient_kernel(firsts, ends, *refs, blocks, scale):
     row, group = _divide(rest, groups)
     tokens = _key_tokens(key, block, blocks)
     own_key, own_value = (_load(x, row, tokens, group) for x in (key, value))
-    first, end = firsts[row, block], ends[row, block]
+    first, end = firsts[block, row], ends[block, row]
 
     def step(i, totals):
         d_key, d_value = totals
@@ -207,7 +209,7 @@ def _key_gradient_kernel(firsts, ends, *refs, blocks, scale):
         limits, segments = _query_places(places, row, seeing)
         seen = _seen(places, row, tokens, limits[None], segments[None], (..., None))
         queries, d_rows = (_load(x, row, seeing, head) for x in (query, d_output))
-        own_lse, own_dot = (_load_vector(x, (row, head), seeing)[None] for x in (lse, row_dot))
+        own_lse, own_dot = (_vector(x, (row, head), seeing)[None] for x in (lse, row_dot))
         scores = jnp.where(seen, _dot(own_key, queries.T) * scale, FAR)
         weights = jnp.where(seen, jnp.exp(scores - own_lse), 0.0)
         d_value = d_value + _dot(weights.astype(value.dtype), d_rows)
@@ -222,12 +224,6 @@ def _key_gradient_kernel(firsts, ends, *refs, blocks, scale):
         _store(ref, row, tokens, group, total)
 
 
-def _sizes(query: Annotated[Tensor, "B T H D"]) -> Sizes:
-    sizes = sizes_for(query.shape[3], query.dtype)
-    assert sizes is not None, "refused by `attention`"
-    return sizes
-
-
 def _places(queries: Queries, keys: Keys) -> Places:
     number = jnp.arange(keys.mask.shape[1], dtype="int32")
     limits = jnp.minimum(queries.limits, len(number) - 1)
@@ -235,36 +231,10 @@ def _places(queries: Queries, keys: Keys) -> Places:
     return Places(limits, queries.segments, place, keys.segments)
 
 
-def _reach(
-    places: Places, blocks: Blocks, axis: int
-) -> tuple[Annotated[Tensor, "B M"], Annotated[Tensor, "B M"]]:
-    """First block and end of the blocks that a block meets: of keys (`axis=2`) or of queries (1).
-
-    Between them all blocks count, also one that does not meet it.
-    """
-    sees, seen = places.limits >= 0, places.keys < NOWHERE
-    own = _bounds(places.query_segments, sees, blocks.queries)
-    others = _bounds(places.key_segments, seen, blocks.keys)
-    last = _bounds(places.limits, sees, blocks.queries)[1]
-    first = _bounds(places.keys, seen, blocks.keys)[0]
-    lowest, highest, last = (x[:, :, None] for x in (*own, last))
-    meets = (lowest <= others[1][:, None]) & (others[0][:, None] <= highest)
-    meets = meets & (first[:, None] <= last)  # (B, M, N)
-    number = jax.lax.broadcasted_iota("int32", meets.shape, axis)
-    firsts = jnp.min(jnp.where(meets, number, meets.shape[axis]), axis=axis)
-    return firsts, jnp.max(jnp.where(meets, number + 1, 0), axis=axis)
-
-
-def _bounds(
-    x: Annotated[Tensor, "B T"], there: Annotated[Tensor, "B T"], size: int
-) -> tuple[Annotated[Tensor, "B M"], Annotated[Tensor, "B M"]]:
-    """The least and the greatest of every block among those that are there."""
-    numbers = jnp.iinfo("int32")
-    missing = -x.shape[1] % size
-    x, there = (jnp.pad(v, ((0, 0), (0, missing))) for v in (x, there))
-    x, there = (v.reshape(len(v), -1, size) for v in (x, there))
-    least = jnp.min(jnp.where(there, x, numbers.max), axis=2)
-    return least, jnp.max(jnp.where(there, x, numbers.min), axis=2)
+def _meetings(queries: Queries, keys: Keys, blocks: Blocks) -> Annotated[Tensor, "M N B"]:
+    limits = to_blocks(queries.limits, blocks.queries, fill=-1)
+    segments = to_blocks(queries.segments, blocks.queries)
+    return meetings(limits, segments, keys, blocks.keys)
 
 
 def _query_block(query, key, blocks):
@@ -296,22 +266,19 @@ def _tokens(block, size: int, count: int) -> Tokens:
 
 
 def _query_places(places, row, tokens):
-    limits, segments = (_vector(x, (row,), tokens) for x in places[:2])
     # What is behind the last token sees nothing.
-    return _load_at(*limits, other=-1), _load_at(*segments, other=0)
+    return _vector(places[0], (row,), tokens, -1), _vector(places[1], (row,), tokens)
 
 
 def _seen(places, row, tokens, limits, segments, axes):
     """Which queries see which keys, in the order of the axes that are given."""
-    place, segment = (_vector(x, (row,), tokens) for x in places[2:])
-    place = _load_at(*place, other=NOWHERE)[axes]
-    return (place <= limits) & (_load_at(*segment, other=0)[axes] == segments)
+    place = _vector(places[2], (row,), tokens, NOWHERE)[axes]
+    return (place <= limits) & (_vector(places[3], (row,), tokens)[axes] == segments)
 
 
 def _load(ref, row, tokens: Tokens, head):
     """`ref[row, tokens, head]` as a matrix, zeros where there is nothing."""
-    at, mask = _matrix(ref, row, tokens, head)
-    return _load_at(at, mask, other=0.0)
+    return _load_at(*_matrix(ref, row, tokens, head))
 
 
 def _store(ref, row, tokens: Tokens, head, values):
@@ -331,16 +298,13 @@ def _matrix(ref, row, tokens, head):
     return ref.at[row, tokens.number[:, None], head, column[None]], mask
 
 
-def _vector(ref, before, tokens):
-    return ref.at[(*before, tokens.number)], tokens.known
+def _vector(ref, before, tokens, missing=0):
+    """`ref[*before, tokens]`, `missing` behind the last."""
+    return _load_at(ref.at[(*before, tokens.number)], tokens.known, missing)
 
 
-def _load_vector(ref, before, tokens):
-    return _load_at(*_vector(ref, before, tokens), other=0.0)
-
-
-def _load_at(at, mask, other):
-    return triton.load(at, mask=mask, other=None if mask is None else other)
+def _load_at(at, mask, missing=0):
+    return triton.load(at, mask=mask, other=None if mask is None else missing)
 
 
 def _dot(a, b):
@@ -355,7 +319,7 @@ def _width(dim: int) -> int:
     return max(NARROWEST, 1 << (dim - 1).bit_length())
 
 
-def _run(kernel, programs: int, blocks: Blocks, shapes, reach, places, *arrays):
+def _run(kernel, programs: int, blocks: Blocks, shapes, bounds, places, *arrays):
     if not programs:  # no rows: a kernel without programs does not start
         return tuple(jnp.zeros(shape.shape, shape.dtype) for shape in shapes)
     options = triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages)
@@ -373,4 +337,4 @@ def _run(kernel, programs: int, blocks: Blocks, shapes, reach, places, *arrays):
                 name=kernel.func.__name__.strip("_"),
             )(*inputs)
 
-    return run_kernel(run, *reach, *places, *arrays)
+    return run_kernel(run, *bounds, *places, *arrays)

@@ -42,6 +42,7 @@ PARALLEL = chunk_parallel.forward, chunk_parallel.backward
 PASSES: dict[str, tuple[Callable[..., Any], ...]] = {
     "chunked": (chunked.forward, chunked.backward),
     "chunk_parallel": PARALLEL,
+    "pallas": PARALLEL,  # with a loop of its own
 }
 RECURRENT_LIMIT = 4
 CHUNK = 64
@@ -180,19 +181,17 @@ def _shards(batch: int, groups: int) -> Shards | None:
 
 
 @functools.cache
-def _differentiable(
-    implementation: str, shards: Shards | None, half: bool
-) -> Callable[..., Any]:
+def _differentiable(implementation: str, shards: Shards | None, half: bool) -> Callable[..., Any]:
     """`f(*chunks, state) -> outputs (N, B, C, G, R, V), final state (B, G, R, K, V)`.
 
     `half` says that the chunks' numbers come from inputs in half precision.
     """
+    passes = PASSES[implementation]
     if implementation == "pallas":
         products = chunk_states_on_gpu.HALF if half else chunk_states_on_gpu.FULL
         loop = functools.partial(chunk_states_on_gpu.over_chunks, products=products)
-        run_forward, run_backward = (functools.partial(f, loop=loop) for f in PARALLEL)
-    else:
-        run_forward, run_backward = PASSES[implementation]
+        passes = tuple(functools.partial(f, loop=loop) for f in passes)
+    run_forward, run_backward = passes
 
     def forward(*inputs):
         chunks, state = DeltaInputs(*inputs[:-1]), inputs[-1]

@@ -6,8 +6,9 @@ import pytest
 from keras import ops
 
 from qwen3_next.layers.ops import attention
-from qwen3_next.layers.ops.attention import api
+from qwen3_next.layers.ops.attention import api, chunked_attention
 from tests.support import oracles
+from tests.support.pretended_gpu import lowered_for_gpu
 from tests.support.running import (
     BACKEND,
     DEFAULT,
@@ -24,11 +25,22 @@ MASK = np.random.default_rng(5).random((BATCH, LENGTH)) < 0.7
 SEGMENTS = np.array([[0] * 9 + [1] * 12, [0] * 2 + [1] * 14 + [2] * 5], "int32")
 
 
+# The largest block of keys, see `small_blocks`.
+BLOCKS = {"chunked": 8, **({"pallas": 16} if BACKEND == "jax" else {})}
+ON_JAX = pytest.mark.skipif(BACKEND != "jax", reason="the kernels are JAX's")
+
+
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of queries and of keys, neither of which divides the length."""
     monkeypatch.setattr(api, "BLOCK_Q", 8)
     monkeypatch.setattr(api, "BLOCK_KV", 8)
+    if BACKEND == "jax":
+        from qwen3_next.layers.ops.attention import pallas_attention
+        from qwen3_next.layers.ops.attention.pallas_attention import Blocks, Sizes
+
+        sizes = Sizes(Blocks(8, 16, 4, 1), Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1))
+        monkeypatch.setattr(pallas_attention, "SIZES", {1024: sizes})
 
 
 def inputs(length=LENGTH, keys=None, seed=0):
@@ -41,42 +53,60 @@ def plain(query, key, value):
     return attention(query, key, value)
 
 
-def masked(query, key, value, mask, segments):
-    output = attention(
-        query, key, value, key_mask=mask, query_segments=segments, key_segments=segments
-    )
-    return ops.where(mask[..., None, None], output, 0.0)
+@functools.cache
+def masked(implementation=None):
+    def apply(query, key, value, mask, segments):
+        seen = {"key_mask": mask, "query_segments": segments, "key_segments": segments}
+        output = attention(query, key, value, **seen, implementation=implementation)
+        return ops.where(mask[..., None, None], output, 0.0)
+
+    return apply
 
 
-def limited(query, key, value, limits):
-    return attention(query, key, value, limits=limits)
+@functools.cache
+def limited(implementation):
+    def apply(query, key, value, limits):
+        return attention(query, key, value, limits=limits, implementation=implementation)
+
+    return apply
+
+
+@functools.cache
+def by(implementation):
+    return lambda *arrays: attention(*arrays, implementation=implementation)
 
 
 @pytest.mark.portable
 def test_every_mode_matches_the_oracle(compiled):
     arrays = [*inputs(), MASK, SEGMENTS]
-    assert_close(run(masked, *arrays, mode=compiled), oracles.causal_attention(*arrays), TOLERANCE)
+    output = run(masked(), *arrays, mode=compiled)
+    assert_close(output, oracles.causal_attention(*arrays), TOLERANCE)
     cotangent = inputs(seed=1)[0]
-    found = gradients(masked, arrays, cotangent, mode=compiled)
+    found = gradients(masked(), arrays, cotangent, mode=compiled)
     assert_slopes(oracles.causal_attention, arrays, cotangent, found)
 
 
+@pytest.mark.parametrize("implementation", BLOCKS)
 @pytest.mark.parametrize("length", [1, 7, 8, 16, 21])
-def test_any_length_matches_the_oracle(length):
+def test_any_length_matches_the_oracle(implementation, length):
     arrays = inputs(length)
-    assert_close(run(plain, *arrays), oracles.causal_attention(*arrays), TOLERANCE)
+    output = run(by(implementation), *arrays)
+    assert_close(output, oracles.causal_attention(*arrays), TOLERANCE)
 
 
-def test_large_scores_do_not_overflow():
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_large_scores_do_not_overflow(implementation):
     query, key, value = inputs()
     arrays = [40 * query, 40 * key, value]
-    assert_close(run(plain, *arrays), oracles.causal_attention(*arrays), TOLERANCE)
+    output = run(by(implementation), *arrays)
+    assert_close(output, oracles.causal_attention(*arrays), TOLERANCE)
 
 
-def test_limits_choose_the_keys_that_are_seen():
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_limits_choose_the_keys_that_are_seen(implementation):
     query, key, value = inputs(length=3, keys=LENGTH)
     limits = np.array([[4, 17, 5], [0, 1, 20]], "int32")
-    output = run(limited, query, key, value, limits)
+    output = run(limited(implementation), query, key, value, limits)
     for row, token in np.ndindex(limits.shape):
         keys = limits[row, token] + 1
         # The last of as many queries as keys sees them all.
@@ -86,21 +116,40 @@ def test_limits_choose_the_keys_that_are_seen():
         assert_close(output[row, token], expected, TOLERANCE)
 
 
-def test_keys_beyond_every_limit_are_never_read():
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_keys_beyond_every_limit_are_never_read(implementation):
     query, key, value = inputs(length=3, keys=LENGTH)
     limits = np.array([[4, 6, 5], [0, 1, 2]], "int32")
-    output = run(limited, query, key, value, limits)
-    # The first block has 8 keys: no query needs another.
-    key[:, 8:], value[:, 8:] = np.nan, np.nan
-    assert np.array_equal(output, run(limited, query, key, value, limits))
+    output = run(limited(implementation), query, key, value, limits)
+    # No query needs another block than the first.
+    size = BLOCKS[implementation]
+    key[:, size:], value[:, size:] = np.nan, np.nan
+    assert np.array_equal(output, run(limited(implementation), query, key, value, limits))
 
 
-def test_a_token_that_sees_nothing_yields_zero_and_no_gradient():
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_keys_of_segments_that_lie_apart_are_never_read(implementation):
+    arrays = inputs(length=48)
+    segments = np.repeat([[0, 1, 2], [7, 7, 3]], 16, axis=1).astype("int32")
+    mask = np.ones_like(segments, bool)
+    arrays, cotangent = [*arrays, mask, segments], inputs(length=48, seed=1)[0]
+    cotangent[:, :32] = 0
+    output = run(masked(implementation), *arrays)
+    grads = gradients(masked(implementation), arrays, cotangent)
+    for x in arrays[:3]:
+        x[:, :32] = np.nan
+    assert np.array_equal(output[:, 32:], run(masked(implementation), *arrays)[:, 32:])
+    again = gradients(masked(implementation), arrays, cotangent)
+    for grad, expected in zip(again[:3], grads):
+        assert np.array_equal(grad[:, 32:], expected[:, 32:])
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
+def test_a_token_that_sees_nothing_yields_zero_and_no_gradient(implementation):
     arrays = [*inputs(), np.zeros_like(MASK), SEGMENTS]
-    assert not run(masked, *arrays).any()
-    assert not any(
-        grad.any() for grad in gradients(masked, arrays, inputs()[0]) if grad is not None
-    )
+    assert not run(masked(implementation), *arrays).any()
+    grads = gradients(masked(implementation), arrays, inputs()[0])
+    assert not any(grad.any() for grad in grads if grad is not None)
 
 
 def test_a_one_percent_error_in_one_value_is_seen():
@@ -112,14 +161,124 @@ def test_a_one_percent_error_in_one_value_is_seen():
         assert_close(output, oracles.causal_attention(query, key, value), TOLERANCE)
 
 
-@functools.cache
-def by(implementation):
-    return lambda *arrays: attention(*arrays, implementation=implementation)
-
-
 def test_implementations_agree():
     arrays = inputs()
     assert_close(run(by("fused"), *arrays), run(by("chunked"), *arrays), TOLERANCE)
+
+
+@ON_JAX
+@pytest.mark.parametrize("dim", [1, 24])
+def test_kernels_take_heads_of_any_width(dim):
+    arrays = [*(np.resize(x, (*x.shape[:3], dim)) for x in inputs()), MASK, SEGMENTS]
+    expected = oracles.causal_attention(*arrays)
+    assert_close(run(masked("pallas"), *arrays), expected, TOLERANCE)
+    cotangent = np.resize(inputs(seed=1)[0], expected.shape)
+    found = gradients(masked("pallas"), arrays, cotangent)
+    assert_slopes(oracles.causal_attention, arrays, cotangent, found)
+
+
+@ON_JAX
+def test_kernels_of_half_precision_sum_in_float32():
+    arrays = [to_numpy(ops.cast(ops.cast(x, "bfloat16"), "float32")) for x in inputs()]
+
+    def half(*arrays):
+        output = by("pallas")(*(ops.cast(x, "bfloat16") for x in arrays))
+        assert output.dtype == "bfloat16"
+        return ops.cast(output, "float32")
+
+    # Weights are rounded to 8 bits of mantissa, and outputs.
+    assert_close(run(half, *arrays), oracles.causal_attention(*arrays), 2**-8)
+
+
+@ON_JAX
+@pytest.mark.parametrize("dtype, dim", [("bfloat16", 256), ("float32", 256), ("bfloat16", 24)])
+def test_attention_and_its_gradients_are_three_kernels_on_a_gpu(monkeypatch, dtype, dim):
+    import jax
+
+    monkeypatch.undo()
+
+    def loss(*arrays):
+        *arrays, limits = arrays
+        output = attention(*arrays, limits=limits, implementation="pallas")
+        return ops.sum(ops.cast(output, "float32"))
+
+    shapes = [(1, 8192, 16, dim), (1, 9001, 2, dim), (1, 9001, 2, dim)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    arrays.append(jax.ShapeDtypeStruct((1, 8192), "int32"))
+    jaxpr, program = lowered_for_gpu(jax.grad(loss, argnums=(0, 1, 2)), *arrays)
+    assert program.count("gpu.triton") == 3
+    assert "stablehlo.while" not in program
+    assert ("TF32_TF32_F32_X3" in jaxpr) == (dtype == "float32")
+
+
+@ON_JAX
+def test_the_kernels_are_what_a_gpu_runs_where_they_can(monkeypatch):
+    import jax
+
+    def found(length=65, **options):
+        arrays = inputs(length)
+        if options.pop("half", False):
+            arrays = [ops.cast(x, "bfloat16") for x in arrays]
+        # A function of its own, whose trace is not known from another platform.
+        return str(jax.make_jaxpr(lambda *arrays: attention(*arrays, **options))(*arrays))
+
+    limits = {"limits": np.arange(65)[None]}
+    assert "pallas_call" not in found(**limits)
+    monkeypatch.setattr(api, "platform", lambda: "gpu")
+    assert "pallas_call" in found(**limits)
+    assert "pallas_call" in found()  # in float32 there is no other kernel
+    assert "pallas_call" in found(**limits, half=True)
+    assert "pallas_call" not in found(half=True)
+    assert "pallas_call" not in found(64)
+    seed = np.zeros(2, "uint32")
+    assert "pallas_call" not in found(**limits, dropout=0.1, dropout_seed=seed)
+    monkeypatch.setattr(api, "devices", lambda: "some")
+    monkeypatch.setattr(api, "_shards", lambda *_: None)
+    assert "pallas_call" not in found(**limits)
+
+
+@ON_JAX
+def test_a_few_queries_read_all_keys_without_a_loop_on_a_gpu(monkeypatch):
+    import jax
+
+    arrays = [*inputs(3, keys=LENGTH), np.array([[4, 17, 5], [0, 1, 20]], "int32")]
+    expected = run(limited("chunked"), *arrays)
+    assert "while" in str(jax.make_jaxpr(lambda *a: limited("chunked")(*a))(*arrays))
+    for module in (api, chunked_attention):
+        monkeypatch.setattr(module, "platform", lambda: "gpu")
+
+    def anew(*arrays):
+        return limited("chunked")(*arrays)
+
+    assert "while" not in str(jax.make_jaxpr(anew)(*arrays))
+    assert_close(run(anew, *arrays), expected, TOLERANCE)
+
+
+@ON_JAX
+@pytest.mark.parametrize(
+    "changes, received",
+    [
+        ({"dropout": 0.1, "dropout_seed": np.zeros(2, "int32")}, "dropout=0.1"),
+        (
+            {"query": np.zeros((BATCH, LENGTH, HEADS, DIM), "float16")},
+            "dropout.*'float16', 'float32'",
+        ),
+        (
+            dict.fromkeys(("query", "key", "value"), np.zeros((1, 2, 1, 512), "float32")),
+            "dropout.*512",
+        ),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(changes, received):
+    arguments = dict(zip(("query", "key", "value"), inputs())) | changes
+    with pytest.raises(ValueError, match=f"implementation='pallas'.*Received: {received}"):
+        attention(**arguments, implementation="pallas")
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="the kernels are JAX's")
+def test_other_backends_refuse_the_kernels():
+    with pytest.raises(ValueError, match=r"implementation='pallas'.*Received: backend="):
+        attention(*inputs(), implementation="pallas")
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="reads the memory plan of XLA")

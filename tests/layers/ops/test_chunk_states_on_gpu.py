@@ -17,18 +17,23 @@ def shapes(batch, length, groups, heads, key_dim, value_dim):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the kernel is JAX's")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", [REAL, TINY])
-def test_the_two_loops_over_chunks_are_two_kernels_on_a_gpu(sizes):
+def test_the_two_loops_over_chunks_are_two_kernels_on_a_gpu(sizes, dtype):
     import jax
 
     def loss(*arrays):
-        return gated_delta_rule(*arrays, chunk_size=64, implementation="pallas").output.sum()
+        output, _ = gated_delta_rule(*arrays, chunk_size=64, implementation="pallas")
+        return output.astype("float32").sum()
 
-    arrays = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes(*sizes)]
+    # Log decay and beta are float32, as the layer has them.
+    dtypes = dtype, dtype, dtype, "float32", "float32"
+    arrays = [jax.ShapeDtypeStruct(*x) for x in zip(shapes(*sizes), dtypes)]
     jaxpr, program = lowered_for_gpu(jax.grad(loss, argnums=(0, 1, 2, 3, 4)), *arrays)
     assert program.count("gpu.triton") == 2
     assert "stablehlo.while" not in program
-    assert jaxpr.count(f"precision={chunk_states_on_gpu.PRODUCTS}") == 6
+    products = chunk_states_on_gpu.FULL if dtype == "float32" else chunk_states_on_gpu.HALF
+    assert jaxpr.count(f"precision={products.algorithm}\n") == 6
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the kernel is JAX's")
