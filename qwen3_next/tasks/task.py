@@ -273,6 +273,7 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
         batch_size=None,
         verbose="auto",
         sample_weight=None,
+        steps=None,
         *args,
         think_iterations=None,
         **kwargs,
@@ -281,27 +282,37 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
         require_strategy_of(self, "evaluate")
         drop_stale_functions(self)
         self.thinking_of_generation = None
-        check_batch_size(x, batch_size, kwargs.get("steps"))
+        check_batch_size(x, batch_size, steps)
         with refused_by_all():
             x = checked(self.check_batch, x, y, sample_weight=sample_weight)
         iterating = self.iterating("test_function", think_iterations)
         with iterating, self._running_over_data():
-            return super().evaluate(x, y, batch_size, verbose, sample_weight, *args, **kwargs)
+            given = x, y, batch_size, verbose, sample_weight, steps
+            return super().evaluate(*given, *args, **kwargs)
 
-    def predict(self, x, batch_size=None, *args, think_iterations=None, **kwargs):
+    def predict(
+        self,
+        x,
+        batch_size=None,
+        verbose="auto",
+        steps=None,
+        *args,
+        think_iterations=None,
+        **kwargs,
+    ):
         """As `keras.Model.predict`, with so many `think_iterations` if it says so.
 
         Each of several processes brings its own rows and is given what belongs to them.
         """
         require_strategy_of(self, "predict")
         drop_stale_functions(self)
-        check_batch_size(x, batch_size, kwargs.get("steps"))
+        check_batch_size(x, batch_size, steps)
         check_steps_at_once(getattr(self, "steps_per_execution", 1))
         with refused_by_all():
             x = checked(self._check_inputs, x)
         iterating = self.iterating("predict_function", think_iterations)
         with iterating, self._running_over_data():
-            return super().predict(x, batch_size, *args, **kwargs)
+            return super().predict(x, batch_size, verbose, steps, *args, **kwargs)
 
     @contextlib.contextmanager
     def _running_over_data(self):

@@ -58,11 +58,21 @@ def test_rows_that_divide_are_spread():
     assert outputs.addressable_shards[0].data.shape == (1, 8, model.config.vocab_size)
 
 
-@pytest.mark.parametrize("run", ["fit", "evaluate", "predict"])
-def test_a_batch_size_that_does_not_divide_is_refused_before_a_step(run):
+@pytest.mark.parametrize(
+    "run, given",
+    [
+        ("fit", {"batch_size": 3}),
+        ("evaluate", {"batch_size": 3}),
+        ("predict", {"batch_size": 3}),
+        ("evaluate", (None, None, 0, None, 3)),  # three steps
+        ("predict", (None, 0, 3)),
+    ],
+)
+def test_a_batch_size_that_does_not_divide_is_refused_before_a_step(run, given):
     with distribution_of("data=4,expert=2"):
         model = small(**SIZES)
         model.compile("sgd")
         message = "multiple of the 4 devices along the axis 'data', such as 4.*batch_size=3.*7 rows"
+        method = getattr(model, run)
         with pytest.raises(ValueError, match=message):
-            getattr(model, run)(ROWS, batch_size=3)
+            method(ROWS, **given) if isinstance(given, dict) else method(ROWS, *given)
