@@ -1,7 +1,7 @@
 """How attention is cut: blocks of queries, blocks of keys, and the tile where two of them meet.
 
 Shapes: B batch, G key heads, R query heads per key head, C queries of a block (`block_q`), N blocks
-of queries, S keys.
+of queries, M blocks of keys, S keys.
 """
 
 from typing import Annotated, Any, NamedTuple

@@ -14,8 +14,8 @@ a CPU Pallas interprets them, for tests.
 
 Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 
-Shapes: B batch, T queries, S keys, H query heads, G key heads, D numbers of a head; M and N blocks
-of queries and keys.
+Shapes: B batch, T queries, S keys, H query heads, G key heads, D numbers of a head; N blocks of
+queries, M blocks of keys.
 """
 
 import functools
@@ -54,12 +54,13 @@ class Sizes(NamedTuple):
     of_keys: Blocks
 
 
-# By the bytes of one head of a token, up to which they fit a multiprocessor.
-SIZES = {
-    256: Sizes(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    512: Sizes(Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 8, 1)),
-    1024: Sizes(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)),
-}
+# By the bytes of one head of a token, up to which they fit a multiprocessor, see
+# `benchmarks/results/gpu`. The three passes of a float32 need room of their own.
+_NARROW = Sizes(Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+_PUBLISHED = Sizes(Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 8, 1))
+_WIDE = Sizes(Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
+HALF = {256: _NARROW, 512: _PUBLISHED, 1024: _WIDE}
+FLOAT32 = {256: _NARROW, 1024: _WIDE}
 
 
 class Places(NamedTuple):
@@ -81,7 +82,8 @@ class Places(NamedTuple):
 def sizes_for(dim: int, dtype: Any) -> Sizes | None:
     """Blocks for heads of `dim` numbers, `None` where there are none."""
     width = _width(dim) * jnp.dtype(dtype).itemsize
-    return next((sizes for widest, sizes in SIZES.items() if width <= widest), None)
+    found = FLOAT32 if dtype == "float32" else HALF
+    return next((sizes for widest, sizes in found.items() if width <= widest), None)
 
 
 def forward(
@@ -231,7 +233,7 @@ def _places(queries: Queries, keys: Keys) -> Places:
     return Places(limits, queries.segments, place, keys.segments)
 
 
-def _meetings(queries: Queries, keys: Keys, blocks: Blocks) -> Annotated[Tensor, "M N B"]:
+def _meetings(queries: Queries, keys: Keys, blocks: Blocks) -> Annotated[Tensor, "N M B"]:
     limits = to_blocks(queries.limits, blocks.queries, fill=-1)
     segments = to_blocks(queries.segments, blocks.queries)
     return meetings(limits, segments, keys, blocks.keys)

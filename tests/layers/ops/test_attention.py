@@ -39,7 +39,8 @@ def small_blocks(monkeypatch):
         from qwen3_next.layers.ops.attention.pallas_attention import Blocks, Sizes
 
         sizes = Sizes(Blocks(8, 16, 4, 1), Blocks(16, 8, 4, 1), Blocks(8, 16, 4, 1))
-        monkeypatch.setattr(pallas_attention, "SIZES", {1024: sizes})
+        for table in ("HALF", "FLOAT32"):
+            monkeypatch.setattr(pallas_attention, table, {1024: sizes})
 
 
 def inputs(length=LENGTH, keys=None, seed=0):
