@@ -201,6 +201,10 @@ def qwen3_moe():
     ):
         task = what.split()[0].rstrip(",")
         yield Row(f"Qwen3-MoE: {what}", task, size, (*OURS, LLAMA), "qwen3_moe")
+    for sequences in (1, 8):
+        packed = f", {sequences} sequences packed" if sequences > 1 else ""
+        size = {"batch": 1, "length": 4096, "sequences": sequences}
+        yield Row(f"Qwen3-MoE: train step 1 x 4096{packed}", "train", size, OURS, "qwen3_moe")
 
 
 def speculation():

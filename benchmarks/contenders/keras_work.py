@@ -41,10 +41,8 @@ def gradient(function, variables, *inputs, **extras):
     return _tensorflow(grad, inputs, **extras)
 
 
-def train(model, token_ids):
-    """`Work` of `train_on_batch` on next tokens with AdamW."""
-    labels = token_ids[:, 1:]
-    inputs = token_ids[:, :-1]
+def train(model, inputs, labels):
+    """`Work` of `train_on_batch`."""
     return Work(lambda: model.train_on_batch(inputs, labels))
 
 

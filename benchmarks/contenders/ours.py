@@ -53,12 +53,18 @@ def read(config, batch, length, asks=False, route=None):
     return forward(call, model.variables, ids)
 
 
-def train(config, batch, length, think_iterations=None, gradient_checkpointing=False):
+def train(config, batch, length, think_iterations=None, gradient_checkpointing=False, sequences=1):
+    """`sequences` are packed into every row."""
     model = build(config, think_iterations, gradient_checkpointing=gradient_checkpointing)
     # On TensorFlow Keras leaves XLA out on a CPU unless it is asked. For KerasHub it is not: there
     # a step takes longer with XLA.
     model.compile(keras.optimizers.AdamW(1e-4), jit_compile=True)
-    return train_work(model, token_ids(config, batch, length + 1))
+    ids = token_ids(config, batch, length + 1)
+    inputs = {"token_ids": ids[:, :-1]}
+    if sequences > 1:
+        segments = np.arange(length, dtype="int32") * sequences // length
+        inputs["segment_ids"] = np.tile(segments, (batch, 1))
+    return train_work(model, inputs, ids[:, 1:])
 
 
 def decode(
