@@ -55,18 +55,25 @@ def convolution():
     return run, arrays, layouts, (ROWS, (), HEADS), {("all-reduce", ROWS)}
 
 
-def causal_attention():
+def causal_attention(implementation):
     arrays = normal(B, T, H, D), normal(B, T, 2, D, seed=1), normal(B, T, 2, D, seed=2)
+    mask = np.arange(T) < np.array([16, 9, 12, 16])[:, None]
+
+    def run(*arrays):
+        mask_of_keys = ops.convert_to_tensor(mask)
+        return attention(*arrays, key_mask=mask_of_keys, implementation=implementation)
+
     by_head = ROWS, (), HEADS
-    return attention, arrays, (by_head,) * 3, by_head, set()
+    return run, arrays, (by_head,) * 3, by_head, set()
 
 
-def experts():
+def experts(implementation):
     routes = np.argsort(normal(B * T, E), axis=-1)[:, :2].astype("int32")
     routes[3] = E  # no expert at all
 
     def run(x, gate_up, down, weights):
-        return expert_mlp(x, gate_up, down, ops.convert_to_tensor(routes), weights)[0]
+        chosen = ops.convert_to_tensor(routes)
+        return expert_mlp(x, gate_up, down, chosen, weights, implementation=implementation)[0]
 
     arrays = normal(B * T, D), normal(E, D, 2 * F), normal(E, F, D), normal(B * T, 2)
     layouts = (ROWS,), (EXPERTS,), (EXPERTS,), (ROWS,)
@@ -94,8 +101,10 @@ CASES = {
     "parallel delta rule": functools.partial(delta_rule, "chunk_parallel"),
     "delta rule in a kernel": functools.partial(delta_rule, "pallas"),
     "convolution": convolution,
-    "attention": causal_attention,
-    "experts": experts,
+    "attention": functools.partial(causal_attention, "chunked"),
+    "attention in kernels": functools.partial(causal_attention, "pallas"),
+    "experts": functools.partial(experts, "tiled"),
+    "experts in kernels": functools.partial(experts, "pallas"),
     "loss": functools.partial(loss, 8),
     "loss with logits that are kept": functools.partial(loss, None),
 }
@@ -149,18 +158,20 @@ def test_no_device_has_an_expert_of_another_or_a_logit_for_each_word():
         assert max(sizes.values()) < 4 * np.prod(whole)
 
 
-def test_rows_and_experts_that_do_not_divide_are_not_spread():
-    _, (x, gate_up, down, weights), *_ = experts()
+@pytest.mark.parametrize("implementation", ["tiled", "pallas"])
+def test_rows_and_experts_that_do_not_divide_are_not_spread(implementation):
+    _, (x, gate_up, down, weights), *_ = experts("tiled")
     routes = np.argsort(normal(5, 6), axis=-1)[:, :2].astype("int32")
     given = x[:5], gate_up[:6], down[:6], routes, weights[:5]
     expected = expert_mlp(*given)
     with distribution_of("expert=4"):
-        for actual, wanted in zip(expert_mlp(*given), expected, strict=True):
+        found = expert_mlp(*given, implementation=implementation)
+        for actual, wanted in zip(found, expected, strict=True):
             assert_close(actual, wanted, 2e-6)
 
 
-def test_one_implementation_of_the_experts_is_spread():
-    _, (x, gate_up, down, weights), *_ = experts()
+def test_not_every_implementation_of_the_experts_is_spread():
+    _, (x, gate_up, down, weights), *_ = experts("tiled")
     routes = np.zeros((B * T, 2), "int32")
     with distribution_of("expert=4"), pytest.raises(ValueError, match="ragged_dot"):
         expert_mlp(x, gate_up, down, routes, weights, implementation="ragged_dot")

@@ -71,7 +71,7 @@ def attention(
             attention of the backend, cuDNN's or XLA's, for plain causal order without dropout),
             `"pallas"` (kernels for JAX on a GPU, without dropout; interpreted, which is slow, on a
             CPU), or `None`: on a GPU `"fused"` for plain causal order in half precision, and
-            `"pallas"` with JAX without a distribution for more than 64 queries, else `"chunked"`.
+            `"pallas"` with JAX for more than 64 queries, else `"chunked"`.
 
     Returns:
         `(B, T, H, D)` in the dtype of `value`.
@@ -116,7 +116,9 @@ def attention(
                 "shapes, of one dtype, and with heads of at most 1024 bytes. "
                 f"Received: {dropout=}, query.shape={query.shape}, key.shape={key.shape}, {dtypes=}"
             )
-        return _with_kernels(sizes, float(scale))(*keys, *queries[:3])
+        found = devices()
+        shards = found and _kernel_shards(found, query.shape[0], key.shape[2])
+        return _with_kernels(sizes, float(scale), shards)(*keys, *queries[:3])
     return _in_blocks(queries, keys, float(scale), float(dropout), dropout_seed)
 
 
@@ -126,7 +128,7 @@ def _default(queries: Queries, keys: Keys, plain: bool, dropout: float) -> str:
     if plain and keys.value.dtype in ("bfloat16", "float16"):
         return "fused"
     length = ops.shape(queries.query)[1]
-    if (isinstance(length, int) and length <= GPU_BLOCK_Q) or devices() is not None:
+    if isinstance(length, int) and length <= GPU_BLOCK_Q:
         return "chunked"
     return "pallas" if has_pallas() and _kernel_sizes(queries, keys, dropout) else "chunked"
 
@@ -209,6 +211,16 @@ def _shards(found: Devices, batch: int, groups: int) -> Shards:
     return Shards(found.mesh, inputs, queries, residuals, gradients)
 
 
+def _kernel_shards(found: Devices, batch: int, groups: int) -> Shards:
+    """The same for queries that are not in blocks."""
+    rows, heads = found.rows(batch), found.heads(groups)
+    by_head, by_row = spec(rows, (), heads), spec(rows)
+    inputs = by_head, by_head, by_row, by_row, by_head, by_row, by_row
+    gradients = by_head, by_head, None, None, by_head, None, None
+    residuals = inputs, by_head, spec(rows, heads)
+    return Shards(found.mesh, inputs, by_head, residuals, gradients)
+
+
 @functools.cache
 def _differentiable(options: BlockOptions, shards: Shards | None) -> Callable[..., Tensor]:
     """`f(*keys, *queries)`, the queries in blocks and, with dropout, with their seeds."""
@@ -230,7 +242,7 @@ def _differentiable(options: BlockOptions, shards: Shards | None) -> Callable[..
 
 
 @functools.cache
-def _with_kernels(sizes: "Sizes", scale: float) -> Callable[..., Tensor]:
+def _with_kernels(sizes: "Sizes", scale: float, shards: Shards | None) -> Callable[..., Tensor]:
     """`f(*keys, *queries)`, as they are."""
     from . import pallas_attention
 
@@ -247,7 +259,7 @@ def _with_kernels(sizes: "Sizes", scale: float) -> Callable[..., Tensor]:
         )
         return d_key, d_value, None, None, d_query, None, None
 
-    return custom_gradient(forward, backward)
+    return custom_gradient(forward, backward, shards=shards)
 
 
 def _check_shapes(queries: Queries, keys: Keys) -> None:

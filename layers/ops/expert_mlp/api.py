@@ -14,17 +14,15 @@ from keras import ops
 
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
-from ..backend.platform import choose, platform
+from ..backend.platform import choose, has_pallas, platform
 from ..backend.sharding import devices
 from ..checks import require_floats, require_shape, to_integers
-from ..grouped_matmul import grouped_matmul
 from ..grouped_matmul.api import IMPLEMENTATIONS as OF_GROUPED_MATMUL
 from ..grouped_matmul.api import pick
 from ..grouped_matmul.tiles import tile_sizes
 from ..padding import pad_end
-from ..rows import take_rows
 from ..tensor_types import Tensor
-from . import experts_in_place, spread_experts, tiled_experts
+from . import experts_in_place, grouped_experts, spread_experts, tiled_experts
 from .experts_in_place import PairInputs
 from .spread_experts import Spread
 from .tiled_experts import ExpertInputs, sort_by_expert
@@ -59,7 +57,8 @@ def expert_mlp(
         implementation: `"tiled"` (one loop over tiles of pairs), `"in_place"` (every pair reads its
             expert where it stands: for a few pairs), `"ragged_dot"` or `"pallas"` (see
             `grouped_matmul`), or `None`: in place on a CPU for up to 128 pairs, else as
-            `grouped_matmul` chooses; on the devices of a `keras.distribution` always tiled.
+            `grouped_matmul` chooses; on the devices of a `keras.distribution` `"pallas"` if they
+            are GPUs, and `"tiled"` elsewhere.
 
     Returns:
         `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
@@ -99,7 +98,8 @@ def expert_mlp(
     gate_up, down, weights = (ops.cast(w, x.dtype) for w in (gate_up, down, weights))
     if found is not None:
         axes = found.rows(x.shape[0]), found.experts(count)
-        how = Spread(found, *axes, found.columns(x.shape[1], axes[1], axes[0]))
+        columns = found.columns(x.shape[1], axes[1], axes[0])
+        how = Spread(found, *axes, columns, by_kernels=implementation == "pallas")
         output, tokens = spread_experts.run(x, gate_up, down, experts, weights, activation, how)
         return output[:rows], tokens
     inputs = ExpertInputs(x, gate_up, down, weights, *sort_by_expert(experts, count))
@@ -107,38 +107,22 @@ def expert_mlp(
         sizes = tile_sizes(inputs.sort_indices.shape[0], count)
         output = _differentiable(sizes, activation)(*inputs)
     else:
-        output = _by_grouped_matmul(inputs, activation, implementation)
+        output = grouped_experts.run(inputs, activation, implementation)
     return output[:rows], inputs.tokens_per_expert
-
-
-def _by_grouped_matmul(
-    inputs: ExpertInputs, activation: str, implementation: str
-) -> Annotated[Tensor, "N D"]:
-    """The same with one row in memory per (token, expert) pair, from products of grouped rows."""
-    x, gate_up, down, weights, sort_indices, inverse_sort, tokens_per_expert = inputs
-    chosen = inverse_sort.shape[1]
-
-    def product(rows, weights):
-        return grouped_matmul(rows, weights, tokens_per_expert, implementation=implementation)
-
-    rows = take_rows(x, sort_indices // chosen, inverse_sort)  # (N K, D)
-    gate, up = ops.split(product(rows, gate_up), 2, axis=-1)
-    rows = product(ACTIVATIONS[activation].function(gate) * up, down)
-    rows = take_rows(rows, ops.reshape(inverse_sort, (-1,)), ops.expand_dims(sort_indices, -1))
-    rows = ops.reshape(rows, (-1, chosen, x.shape[1]))
-    return ops.sum(ops.expand_dims(weights, -1) * rows, axis=1)
 
 
 def _pick(implementation: str | None, pairs: Any, spread: bool) -> str:
     """The implementation for pairs `(N, K)`; `spread`: whether the experts are over devices."""
     rows = None if None in pairs else math.prod(pairs)
     if implementation is None:
+        if spread:
+            return "pallas" if platform() == "gpu" and has_pallas() else "tiled"
         few = rows is not None and rows <= MOST_PAIRS_IN_PLACE and platform() == "cpu"
-        return "tiled" if spread else "in_place" if few else pick(None, rows)
+        return "in_place" if few else pick(None, rows)
     choose(implementation, IMPLEMENTATIONS, "")
-    if spread and implementation != "tiled":
+    if spread and implementation not in ("tiled", "pallas"):
         raise ValueError(
-            "Experts that are spread over devices need implementation='tiled'. "
+            "Experts that are spread over devices need implementation='tiled' or 'pallas'. "
             f"Received: {implementation=}"
         )
     if implementation == "in_place" and rows is None:

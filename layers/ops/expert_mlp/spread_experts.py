@@ -34,6 +34,7 @@ from ..backend.sharding import (
 )
 from ..grouped_matmul.tiles import for_each_tile, tile_sizes, write_tile
 from ..tensor_types import Tensor
+from . import grouped_experts
 from .tiled_experts import (
     ExpertInputs,
     add_to_kernels,
@@ -53,12 +54,14 @@ class Spread(NamedTuple):
         rows: Mesh axes of the rows.
         experts: Mesh axes of the experts.
         columns: Mesh axes of D of the kernels, axes of the rows alone: with FSDP.
+        by_kernels: Whether a device runs its experts in the kernels of a GPU, not tile by tile.
     """
 
     devices: Devices
     rows: Axes
     experts: Axes
     columns: Axes = ()
+    by_kernels: bool = False
 
     @property
     def shared(self) -> Axes:
@@ -95,6 +98,12 @@ def run(
 
 @functools.cache
 def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Callable[..., Any]:
+    if how.by_kernels:
+        outputs, gradients = _by_kernels(activation)
+    else:
+        outputs = functools.partial(_outputs, sizes=sizes, activation=activation)
+        gradients = functools.partial(_gradients, sizes=sizes, activation=activation)
+
     def whole(gate_up, down):
         return gather(gate_up, how.columns, 1), gather(down, how.columns, 2)
 
@@ -105,7 +114,7 @@ def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Cal
         own = ops.where((own >= 0) & (own < count), own, count)
         inputs = ExpertInputs(x, gate_up, down, weights, *sort_by_expert(own, count))
         gate_up, down = whole(gate_up, down)
-        output = _outputs(inputs._replace(gate_up=gate_up, down=down), sizes, activation)
+        output = outputs(inputs._replace(gate_up=gate_up, down=down))
         output = back(output)
         return (output, all_sum(inputs.tokens_per_expert, how.row_only)), inputs
 
@@ -117,7 +126,7 @@ def _differentiable(sizes: tuple[int, ...], activation: str, how: Spread) -> Cal
         # No residual: a compiler may gather them again and not keep those of all layers.
         gate_up, down = whole(inputs.gate_up, inputs.down)
         inputs = inputs._replace(gate_up=gate_up, down=down)
-        d_x, d_gate_up, d_down, d_weights = _gradients(inputs, d_output, sizes, activation)
+        d_x, d_gate_up, d_down, d_weights = gradients(inputs, d_output)
         d_gate_up = sum_rows(d_gate_up, how.row_only, how.columns, 1)
         d_down = sum_rows(d_down, how.row_only, how.columns, 2)
         return back(d_x), d_gate_up, d_down, back(d_weights), None
@@ -173,6 +182,21 @@ def _gradients(
         ops.cast(d_down, inputs.down.dtype),
         ops.take(d_weights, inputs.inverse_sort, axis=0),
     )
+
+
+def _by_kernels(activation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The same two, with a row for every pair: a loop over tiles would not fill a GPU."""
+    import jax
+
+    def outputs(inputs):
+        return grouped_experts.run(inputs, activation, "pallas")
+
+    def gradients(inputs, d_output):
+        floats, rest = inputs[:4], inputs[4:]
+        _, pull = jax.vjp(lambda *floats: outputs(ExpertInputs(*floats, *rest)), *floats)
+        return pull(d_output)
+
+    return outputs, gradients
 
 
 def _shards(how: Spread) -> Shards:

@@ -98,8 +98,8 @@ def gated_delta_rule(
             bits of mantissa where query, key and value are in half precision; interpreted, which
             is slow, on a CPU),
             `"recurrent"` (token by token, a static and small T without segments), or `None`:
-            recurrent up to 4 tokens; beyond them chunked on a CPU, the kernel for JAX on a GPU
-            without a distribution, and parallel elsewhere.
+            recurrent up to 4 tokens; beyond them chunked on a CPU, the kernel for JAX on a GPU,
+            and parallel elsewhere.
 
     Returns:
         `GatedDeltaRuleOutput(output, state)`.
@@ -149,7 +149,7 @@ def _choose(implementation: str | None, value: Tensor, segment_ids: Tensor | Non
         default = "chunked"
     else:
         known = all(isinstance(size, int) for size in ops.shape(value)[:2])
-        kernel = known and platform() == "gpu" and has_pallas() and devices() is None
+        kernel = known and platform() == "gpu" and has_pallas()
         default = "pallas" if kernel else "chunk_parallel"
     implementation = choose(implementation, IMPLEMENTATIONS, default)
     if implementation == "pallas":

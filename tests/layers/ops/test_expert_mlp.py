@@ -8,6 +8,8 @@ import pytest
 from keras import ops
 
 from qwen3_next.layers.ops import expert_mlp
+from qwen3_next.layers.ops.expert_mlp import api
+from qwen3_next.layers.ops.grouped_matmul import api as products
 from tests.support.paths import ROOT
 from tests.support.running import BACKEND, assert_close, gradients, run
 
@@ -142,6 +144,23 @@ def test_a_few_pairs_are_read_in_place_without_being_told(pairs, chosen):
     found = run(program(), *arrays)
     assert np.array_equal(found, run(program(implementation=chosen), *arrays))
     assert not np.array_equal(found, run(program(implementation=other), *arrays))
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the kernels are JAX's")
+@pytest.mark.parametrize(
+    "platform, spread, expected",
+    [
+        ("cpu", True, "tiled"),
+        ("gpu", False, "pallas"),
+        ("gpu", True, "pallas"),
+        ("tpu", False, "ragged_dot"),
+        ("tpu", True, "tiled"),
+    ],
+)
+def test_a_gpu_runs_the_kernels_alone_or_as_one_of_several(monkeypatch, platform, spread, expected):
+    for module in (api, products):
+        monkeypatch.setattr(module, "platform", lambda: platform)
+    assert api._pick(None, (300, 2), spread) == expected
 
 
 def test_in_place_padding_is_zero_whatever_the_experts_hold():
@@ -292,6 +311,8 @@ def test_gradients_of_one_layer_are_held_at_a_time():
 HELD_IN_A_LOOP = """
 import jax
 from qwen3_next.layers.ops import expert_mlp
+from qwen3_next.layers.ops.expert_mlp import api
+from qwen3_next.layers.ops.grouped_matmul import api as products
 
 shapes = (2, 64), (64, 64, 128), (64, 64, 64), (2, 2)
 floats = [jax.ShapeDtypeStruct(shape, "bfloat16") for shape in shapes]
