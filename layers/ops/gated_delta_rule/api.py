@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
+import keras
 from keras import ops
 
 from qwen3_next.config.validation import OPTIONAL_NUMBER, require
@@ -45,6 +46,7 @@ PASSES: dict[str, tuple[Callable[..., Any], ...]] = {
     "pallas": PARALLEL,  # with a loop of its own
 }
 RECURRENT_LIMIT = 4
+HALF = ("bfloat16", "float16")
 CHUNK = 64
 CPU_CHUNK = 32
 
@@ -132,8 +134,9 @@ def gated_delta_rule(
             chunk_size = min(chunk_size, chunk_size_for(length))
         chunks = to_chunks(inputs, chunk_size)
         shards = _shards(value.shape[0], key.shape[2])
-        half = all(x.dtype in ("bfloat16", "float16") for x in (query, key, value))
-        output, final = _differentiable(implementation, shards, half)(*chunks, start)
+        half = [keras.backend.standardize_dtype(x.dtype) in HALF for x in (query, key, value)]
+        exact = implementation != "pallas" or not all(half)
+        output, final = _differentiable(implementation, shards, exact)(*chunks, start)
         output = from_blocks(output, length)
     batch, _, heads, value_dim = ops.shape(value)
     final = ops.reshape(final, (batch, heads, key.shape[3], value_dim))
@@ -181,14 +184,15 @@ def _shards(batch: int, groups: int) -> Shards | None:
 
 
 @functools.cache
-def _differentiable(implementation: str, shards: Shards | None, half: bool) -> Callable[..., Any]:
+def _differentiable(implementation: str, shards: Shards | None, exact: bool) -> Callable[..., Any]:
     """`f(*chunks, state) -> outputs (N, B, C, G, R, V), final state (B, G, R, K, V)`.
 
-    `half` says that the chunks' numbers come from inputs in half precision.
+    `exact` says whether products keep all of a float32: the kernel needs not, for inputs that
+    were in half precision.
     """
     passes = PASSES[implementation]
     if implementation == "pallas":
-        products = chunk_states_on_gpu.HALF if half else chunk_states_on_gpu.FULL
+        products = chunk_states_on_gpu.FULL if exact else chunk_states_on_gpu.HALF
         loop = functools.partial(chunk_states_on_gpu.over_chunks, products=products)
         passes = tuple(functools.partial(f, loop=loop) for f in passes)
     run_forward, run_backward = passes
