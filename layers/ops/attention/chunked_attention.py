@@ -161,7 +161,8 @@ def _spans(
     if 0 in limits.shape:  # none of which one is the largest
         return ops.zeros((count,), "int32"), ops.zeros((count,), "int32")
     if limits.shape[0] == 1:  # of all segments there are
-        end = (ops.max(limits) + block_kv) // block_kv
+        last = ops.minimum(ops.max(limits), ops.shape(keys.mask)[1] - 1)  # what is added fits
+        end = (last + block_kv) // block_kv
         return ops.zeros((1,), "int32"), ops.reshape(end, (1,))
     meets = meetings(limits, queries.segments, keys, block_kv)
     return span(ops.any(meets, axis=-1), axis=1)

@@ -128,6 +128,14 @@ def test_keys_beyond_every_limit_are_never_read(implementation):
 
 
 @pytest.mark.parametrize("implementation", BLOCKS)
+def test_the_largest_limits_see_every_key(implementation):
+    arrays = inputs(length=3, keys=LENGTH)
+    last, beyond = (np.full((BATCH, 3), limit, "int32") for limit in (LENGTH - 1, 2**31 - 1))
+    expected = run(limited(implementation), *arrays, last)
+    assert np.array_equal(expected, run(limited(implementation), *arrays, beyond))
+
+
+@pytest.mark.parametrize("implementation", BLOCKS)
 def test_keys_of_segments_that_lie_apart_are_never_read(implementation):
     arrays = inputs(length=48)
     segments = np.repeat([[0, 1, 2], [7, 7, 3]], 16, axis=1).astype("int32")
