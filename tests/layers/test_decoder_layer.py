@@ -27,6 +27,7 @@ def test_what_a_layer_has_not_is_empty():
     assert output.cache == () and output.routing == ()
 
 
+@pytest.mark.portable
 def test_residual_dropout_changes_training_only():
     name = "decoder_layer_full"
     dropped = load_published(new_layer(name, dropout=0.5), name)

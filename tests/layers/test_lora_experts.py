@@ -140,6 +140,7 @@ def test_dropout_is_for_training_alone():
     np.testing.assert_array_equal(to_numpy(passing(0.0)(X, ALL, training=True)), X)
 
 
+@pytest.mark.portable
 def test_dropout_repeats_with_its_seed():
     experts = passing(0.5)
     seeds = [experts.draw_dropout_seed(True) for _ in range(2)]

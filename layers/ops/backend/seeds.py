@@ -18,6 +18,7 @@ class DrawnSeed(keras.random.SeedGenerator):
     def __init__(self, seed: Tensor) -> None:
         # No state of its own: the parent would create a variable.
         self._seed = seed
+        self._initial_seed = seed  # torch leaves a generator without one unused
 
     def next(self, ordered: bool = True) -> Tensor:
         return self._seed
