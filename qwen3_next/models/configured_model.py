@@ -98,7 +98,15 @@ class ConfiguredModel(keras.Model):
 
         On TensorFlow they are `(batch, tokens)` of any size. Elsewhere shapes are fixed, and the
         default is `(1, max_position_embeddings)`: pad on the right, which changes no logits before.
+
+        Raises:
+            ValueError: on torch, which does not trace how tokens are sorted by expert.
         """
+        if keras.backend.backend() == "torch":
+            raise ValueError(
+                f"`export` needs JAX or TensorFlow: load the model there, from a file. "
+                f"Received: format={format!r}, backend='torch'"
+            )
         if input_signature is None:
             dynamic = keras.backend.backend() == "tensorflow"
             shape = (None, None) if dynamic else (1, self.config.max_position_embeddings)

@@ -115,3 +115,11 @@ def test_a_model_is_exported_without_a_signature(tmp_path):
     ids = random_ids(1, 16) if BACKEND == "jax" else random_ids(3, 7)
     found = artifact.serve(tf.constant(ids, "int32"))
     np.testing.assert_allclose(found, logits_once(model, ids), atol=1e-5)
+
+
+@pytest.mark.portable
+@pytest.mark.skipif(BACKEND != "torch", reason="the others export")
+def test_export_is_refused_where_nothing_traces_the_model(tmp_path):
+    for name in ("tf_saved_model", "onnx", "torch"):
+        with pytest.raises(ValueError, match=f"`export`.*Received: format='{name}'"):
+            small(**ONE_LAYER).export(tmp_path / "artifact", format=name)
