@@ -268,6 +268,8 @@ class _ResultsFile:
     def __init__(self, path, rows, settings):
         self.path = None if path is None else Path(path)
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        # JSON does not know NumPy's numbers.
+        settings = json.loads(json.dumps(settings, default=lambda number: number.item()))
         self.head = {"prompts": digest, "settings": settings}
         self.rows = rows
 

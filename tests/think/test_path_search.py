@@ -218,6 +218,12 @@ def test_a_file_is_continued_without_generating_again(tmp_path):
     assert path.read_text() == text
 
 
+def test_a_file_of_settings_from_numpy_is_continued(tmp_path):
+    path = tmp_path / "paths.jsonl"
+    first = search(path=path, seed=np.int64(1), length_penalty=np.float32(2))
+    assert search(fails, path=path, seed=1, length_penalty=2.0) == first
+
+
 @pytest.mark.parametrize(
     "changes",
     [
