@@ -30,9 +30,9 @@ from qwen3_next.checkpoints.interchange import (
 )
 from qwen3_next.checkpoints.safetensors_files import COUNTER_DTYPES, Checkpoint, TensorSpec, write
 from qwen3_next.checkpoints.shared_saving import save_once
-from qwen3_next.checkpoints.staging import PATH, files_of, read_json, staged
+from qwen3_next.checkpoints.staging import files_of, read_json, staged
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.validation import BOOLEAN, Rule, integer, require, shown
+from qwen3_next.config.validation import BOOLEAN, PATH, Rule, integer, require, shown
 from qwen3_next.layers.initializers import Normal, weights_to_be_loaded
 from qwen3_next.layers.ops.backend.shards import set_values
 from qwen3_next.models.configured_model import ConfiguredModel

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+import os
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple, Self
@@ -53,6 +54,7 @@ OPTIONAL_NUMBER = Rule(
     lambda value: value is None or _is_finite(value),
 )
 DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
+PATH = Rule("a path", lambda value: isinstance(value, str | os.PathLike) and value != "")
 
 
 def is_list_of(value: Any, fits: Callable[[Any], bool]) -> bool:

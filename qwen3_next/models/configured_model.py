@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from qwen3_next.config import Qwen3NextConfig
-from qwen3_next.config.validation import Rule, require, shown
+from qwen3_next.config.validation import PATH, Rule, require, shown
 from qwen3_next.models.decisions import with_decisions
 from qwen3_next.models.inputs import check_token_ids, require_inputs
 from qwen3_next.models.placement import check_placement
@@ -19,6 +19,15 @@ _FLOATING = "`dtype` must be a policy of floating-point types"
 _FIELDS = Rule(
     "a dict from names to values",
     lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+)
+_SIGNATURE = Rule(
+    "a list of one input, a `keras.InputSpec` or a dict of them",
+    lambda value: (
+        isinstance(value, list | tuple)
+        and len(value) == 1
+        and all(hasattr(spec, "shape") and hasattr(spec, "dtype") for spec in _specs(value))
+        and not any(isinstance(spec, np.ndarray | np.generic) for spec in _specs(value))
+    ),
 )
 
 
@@ -100,8 +109,10 @@ class ConfiguredModel(keras.Model):
         default is `(1, max_position_embeddings)`: pad on the right, which changes no logits before.
 
         Raises:
-            ValueError: on torch, which does not trace how tokens are sorted by expert.
+            ValueError: no path, a signature that is not that of one input, on JAX one without a
+                number of tokens, and whatever on torch, which cannot trace the model.
         """
+        require(PATH, "filepath", filepath)
         if keras.backend.backend() == "torch":
             raise ValueError(
                 f"`export` needs JAX or TensorFlow: load the model there, from a file. "
@@ -111,6 +122,13 @@ class ConfiguredModel(keras.Model):
             dynamic = keras.backend.backend() == "tensorflow"
             shape = (None, None) if dynamic else (1, self.config.max_position_embeddings)
             input_signature = [keras.InputSpec(shape=shape, dtype="int32")]
+        require(_SIGNATURE, "input_signature", input_signature)
+        shapes = [tuple(spec.shape or ()) for spec in _specs(input_signature)]
+        if keras.backend.backend() == "jax" and any(None in shape[1:] for shape in shapes):
+            raise ValueError(
+                "On JAX `input_signature` must fix all dims but the first. "
+                f"Received: input_signature={shown(input_signature)}"
+            )
         if keras.backend.backend() != "tensorflow" or format != "tf_saved_model":
             super().export(filepath, format, verbose, input_signature, **kwargs)
             return
@@ -179,6 +197,11 @@ class ConfiguredModel(keras.Model):
         if flags is not None:
             set_trainable_by_layer(model, flags)
         return model
+
+
+def _specs(signature):
+    """The parts of the one input of a signature."""
+    return [*signature[0].values()] if isinstance(signature[0], dict) else [signature[0]]
 
 
 def _policy(dtype):

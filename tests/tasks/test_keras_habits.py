@@ -123,3 +123,18 @@ def test_export_is_refused_where_nothing_traces_the_model(tmp_path):
     for name in ("tf_saved_model", "onnx", "torch"):
         with pytest.raises(ValueError, match=f"`export`.*Received: format='{name}'"):
             small(**ONE_LAYER).export(tmp_path / "artifact", format=name)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="refused there")
+def test_what_cannot_be_exported_is_refused_by_name(model, tmp_path):
+    ids = keras.InputSpec(shape=(1, 8), dtype="int32")
+    for signature in ([], "a", 3, ids, {"token_ids": ids}, [ids, ids], [IDS], [[1]]):
+        with pytest.raises(ValueError, match=r"`input_signature` must be.*Received"):
+            model.export(tmp_path / "artifact", input_signature=signature)
+    for path in (None, 3, "", b"a"):
+        with pytest.raises(ValueError, match=r"`filepath` must be a path. Received"):
+            model.export(path)
+    if BACKEND == "jax":
+        any_length = [keras.InputSpec(shape=(1, None), dtype="int32")]
+        with pytest.raises(ValueError, match=r"`input_signature` must fix.*Received"):
+            model.export(tmp_path / "artifact", input_signature=any_length)

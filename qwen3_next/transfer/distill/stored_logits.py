@@ -21,8 +21,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from qwen3_next.checkpoints.staging import PATH, files_of, staged
-from qwen3_next.config.validation import BOOLEAN, POSITIVE, Rule, integer, require, shown
+from qwen3_next.checkpoints.staging import files_of, staged
+from qwen3_next.config.validation import BOOLEAN, PATH, POSITIVE, Rule, integer, require, shown
 from qwen3_next.layers.ops import linear_top_log_probs
 from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.inputs import (

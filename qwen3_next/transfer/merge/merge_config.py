@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from qwen3_next.checkpoints.interchange import table_of
 from qwen3_next.checkpoints.presets import preset_config
-from qwen3_next.checkpoints.staging import PATH
 from qwen3_next.config.validation import (
     BOOLEAN,
     NOT_NEGATIVE,
+    PATH,
     Rule,
     integer,
     one_of,

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_next.checkpoints.staging import PATH, read_json, require_regular
-from qwen3_next.config.validation import require, shown
+from qwen3_next.checkpoints.staging import read_json, require_regular
+from qwen3_next.config.validation import PATH, require, shown
 from qwen3_next.models.weight_rows import PARTS
 from qwen3_next.transfer.merge.merge_amounts import REST
 
