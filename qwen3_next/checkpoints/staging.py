@@ -21,7 +21,6 @@ from qwen3_next.config.validation import PATH, Rule, is_list_of, require
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 WRITING, COMMITTED, LIST = ".writing-", ".committed", ".files.json"
-# `""` is where the program runs, which nobody means by it.
 FILE = Rule(
     "a path to a file in a folder that exists",
     lambda value: PATH.fits(value) and not Path(value).is_dir() and Path(value).parent.is_dir(),

@@ -54,6 +54,7 @@ OPTIONAL_NUMBER = Rule(
     lambda value: value is None or _is_finite(value),
 )
 DROPOUT_RATE = number("in [0, 1)", lambda value: 0 <= value < 1)
+# `""` is where the program runs, which nobody means by it.
 PATH = Rule("a path", lambda value: isinstance(value, str | os.PathLike) and value != "")
 
 
