@@ -110,26 +110,28 @@ class ConfiguredModel(keras.Model):
 
         Raises:
             ValueError: no path, a signature that is not that of one input, on JAX one without a
-                number of tokens, and whatever on torch, which cannot trace the model.
+                number of tokens, LiteRT, whose converter asks for the gradients of what is served,
+                and whatever on torch, which cannot trace the model.
         """
         require(PATH, "filepath", filepath)
-        if keras.backend.backend() == "torch":
+        backend = keras.backend.backend()
+        if backend == "torch" or format == "litert":
             raise ValueError(
-                f"`export` needs JAX or TensorFlow: load the model there, from a file. "
-                f"Received: format={format!r}, backend='torch'"
+                "`export` needs JAX or TensorFlow, where a file of the model can be loaded, and "
+                f"writes no LiteRT. Received: {format=}, {backend=}"
             )
         if input_signature is None:
-            dynamic = keras.backend.backend() == "tensorflow"
+            dynamic = backend == "tensorflow"
             shape = (None, None) if dynamic else (1, self.config.max_position_embeddings)
             input_signature = [keras.InputSpec(shape=shape, dtype="int32")]
         require(_SIGNATURE, "input_signature", input_signature)
         shapes = [tuple(spec.shape or ()) for spec in _specs(input_signature)]
-        if keras.backend.backend() == "jax" and any(None in shape[1:] for shape in shapes):
+        if backend == "jax" and any(None in shape[1:] for shape in shapes):
             raise ValueError(
                 "On JAX `input_signature` must fix all dims but the first. "
                 f"Received: input_signature={shown(input_signature)}"
             )
-        if keras.backend.backend() != "tensorflow" or format != "tf_saved_model":
+        if backend != "tensorflow" or format != "tf_saved_model":
             super().export(filepath, format, verbose, input_signature, **kwargs)
             return
         import tensorflow as tf

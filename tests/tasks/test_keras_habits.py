@@ -134,6 +134,8 @@ def test_what_cannot_be_exported_is_refused_by_name(model, tmp_path):
     for path in (None, 3, "", b"a"):
         with pytest.raises(ValueError, match=r"`filepath` must be a path. Received"):
             model.export(path)
+    with pytest.raises(ValueError, match=r"`export`.*LiteRT. Received: format='litert'"):
+        model.export(tmp_path / "artifact.tflite", format="litert")
     if BACKEND == "jax":
         any_length = [keras.InputSpec(shape=(1, None), dtype="int32")]
         with pytest.raises(ValueError, match=r"`input_signature` must fix.*Received"):
