@@ -13,10 +13,11 @@ def table(results):
             found.setdefault(result["name"], {})[result["contender"]] = result
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    on_gpu = all(result.get("gpu") for by in found.values() for result in by.values())
     lines = [
         f"{machine['cores']} cores ({machine['processor']}), {machine['memory_gib']} GiB; "
         f"{machine['gpu'] + '; ' if 'gpu' in machine else ''}"
-        f"Python {machine['python']}; {versions}. float32.",
+        f"Python {machine['python']}; {versions}.{'' if on_gpu else ' float32.'}",
         *_times({n: by for n, by in found.items() if not any(map(_elsewhere, by.values()))}),
         *(_speculation(found) + _thinking(found) + _adaptive(found) + _routes(found)),
         *_conversion(found),

@@ -185,7 +185,10 @@ def _gradients(
 
 
 def _by_kernels(activation: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The same two, with a row for every pair: a loop over tiles would not fill a GPU."""
+    """The same two for a GPU, which a loop over tiles would not fill.
+
+    They take the memory that `_outputs` saves: a row for every pair, also of others' experts.
+    """
     import jax
 
     def outputs(inputs):
