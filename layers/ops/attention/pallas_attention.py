@@ -1,16 +1,16 @@
 """Attention as kernels of a GPU, written in Pallas for JAX.
 
-The equations are those of `chunked_attention`. A
-program holds a block of queries of one head, or of keys of one key head, and walks over the blocks
-of the other that it meets; what it sums stays in its registers:
+The equations are those of `chunked_attention`. A program holds a block of queries of one head, or
+of keys of one key head, and walks over the blocks of the other, from the first that it meets to the
+last (see `meetings`), so that packed sequences cost about what they would one by one. What it sums
+stays in its registers:
 
     forward     O and L, a program per block of queries
     backward    dQ, a program per block of queries
                 dK and dV, a program per block of keys, over all query heads that read them
 
-It starts and ends with the blocks that its own meets (see `meetings`), so that packed sequences
-cost about what they would one by one. Scores and sums are float32. Triton compiles the kernels; on
-a CPU Pallas interprets them, for tests.
+Scores and sums are float32. Triton compiles the kernels; on a CPU Pallas interprets them, for
+tests.
 
 Source: FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2.
 
