@@ -39,6 +39,7 @@ from .attention_blocks import (
     by_head,
     by_token,
     meetings,
+    product,
     scores_of,
     span,
     tile_of,
@@ -81,7 +82,7 @@ def forward(
             if options.dropout:
                 shape = ops.shape(weights)
                 weights = weights * keep_factor(shape, own.seed, number, options.dropout)
-            read = ops.cast(ops.cast(weights, tile.value.dtype) @ tile.value, "float32")
+            read = product(ops.cast(weights, tile.value.dtype), tile.value)
             return new_max, row_sum, shrink[..., None] * output + read
 
         zeros = ops.zeros(ops.shape(query)[:-1], "float32")
@@ -126,7 +127,7 @@ def backward(
             tile = tile_of(own, keys, number, options.block_kv)
             weights = ops.exp(scores_of(query, tile, options.scale) - lse[..., None])
             weights = ops.where(tile.seen, weights, 0.0)
-            d_weights = ops.cast(d_rows @ ops.swapaxes(tile.value, -1, -2), "float32")
+            d_weights = product(d_rows, ops.swapaxes(tile.value, -1, -2))
             kept = weights
             if options.dropout:
                 keep = keep_factor(ops.shape(weights), own.seed, number, options.dropout)
@@ -134,9 +135,9 @@ def backward(
             d_scores = options.scale * weights * (d_weights - row_dot)
             d_scores = ops.cast(d_scores, tile.key.dtype)
             kept = ops.cast(kept, tile.value.dtype)
-            d_query = d_query + ops.cast(d_scores @ tile.key, "float32")
-            d_key = _add(d_key, tile.start, ops.swapaxes(query, -1, -2) @ d_scores)
-            d_value = _add(d_value, tile.start, ops.swapaxes(d_rows, -1, -2) @ kept)
+            d_query = d_query + product(d_scores, tile.key)
+            d_key = _add(d_key, tile.start, product(ops.swapaxes(query, -1, -2), d_scores))
+            d_value = _add(d_value, tile.start, product(ops.swapaxes(d_rows, -1, -2), kept))
             return d_query, d_key, d_value
 
         running = (ops.zeros(ops.shape(query), "float32"), *carry)
@@ -192,7 +193,7 @@ def _add(
     Columns, because they come from products in which the wide matrices of queries by keys stand as
     they are; a compiler for the CPU turns those round slowly.
     """
-    rows = ops.cast(ops.transpose(columns, (0, 3, 1, 2)), "float32")
+    rows = ops.transpose(columns, (0, 3, 1, 2))
     old = get_rows(buffer, start, rows.shape[1], axis=1)
     return set_rows(buffer, start, old + rows, axis=1)
 
