@@ -2,24 +2,30 @@
 
 require_shape     a shape, as far as it is known
 require_tokens    rows with tokens
-require_floats    a float dtype
-as_array          lists as tensors
+require_words     rows with words
+as_array          numbers, lists of them as tensors
 as_floats         the same, of a float dtype
 as_mask           a mask of any dtype as bool
 exact_int32       integers that int32 can hold, nothing else
 to_integers       integers as int32, nothing else
 to_int32          the same, of what is known to be integers
+if_given          one of these for an argument that may be `None`
 known_values      the values of what has some already
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from qwen3_next.config.validation import shown
+
 from .tensor_types import Tensor
+
+_OF_NUMBERS = re.compile("bool|u?int[0-9]+|b?float[0-9]+.*")
 
 
 def require_shape(name: str, x: Tensor | None, expected: Sequence[int | None]) -> None:
@@ -44,42 +50,52 @@ def require_tokens(name: str, x: Tensor) -> None:
         )
 
 
-def require_floats(name: str, x: Tensor) -> None:
-    """Raises `ValueError` unless `x` is of a float dtype."""
-    if "float" not in keras.backend.standardize_dtype(x.dtype):
-        raise ValueError(f"`{name}` must be floats. Received: {name}.dtype={x.dtype}")
+def require_words(name: str, x: Tensor) -> None:
+    """Raises `ValueError` for rows `(..., V)` that are known to hold no word."""
+    if x.shape[-1] == 0:
+        raise ValueError(
+            f"`{name}` must hold at least one word. Received: {name}.shape={tuple(x.shape)}"
+        )
 
 
-def as_array(name: str, x: Any) -> Tensor | None:
-    """Lists as tensors; `TypeError` for what cannot be one."""
-    if x is None or hasattr(x, "dtype"):
-        return x
-    error = None
+def as_array(name: str, x: Any, convert: Callable[[Any], Tensor] = ops.convert_to_tensor) -> Tensor:
+    """What has a shape and a dtype as it is, lists as tensors; `TypeError` for what is no array of
+    real numbers."""
+    found, error = x, None
     try:
-        found = ops.convert_to_tensor(x)
-    except (TypeError, ValueError) as caught:
-        error = caught
-    if error is not None or keras.backend.standardize_dtype(found.dtype) == "string":
-        raise TypeError(f"`{name}` must be an array of numbers. Received: {name}={x!r}") from error
+        if not (hasattr(x, "dtype") and hasattr(x, "shape")):
+            found = convert(x)
+        dtype = keras.backend.standardize_dtype(found.dtype)
+    except (AttributeError, OverflowError, TypeError, ValueError) as caught:
+        dtype, error = "", caught
+    if not _OF_NUMBERS.fullmatch(dtype):
+        raise TypeError(
+            f"`{name}` must be an array of numbers. Received: {name}={shown(x)}"
+        ) from error
     return found
 
 
-def as_floats(name: str, x: Any) -> Tensor | None:
+def as_floats(name: str, x: Any) -> Tensor:
     """The same; `ValueError` unless it is of a float dtype."""
     x = as_array(name, x)
-    if x is not None:
-        require_floats(name, x)
+    if "float" not in keras.backend.standardize_dtype(x.dtype):
+        raise ValueError(f"`{name}` must be floats. Received: {name}.dtype={x.dtype}")
     return x
 
 
-def as_mask(x: Tensor | None, name: str = "padding_mask") -> Tensor | None:
+def if_given(check: Callable[[str, Any], Tensor], name: str, x: Any) -> Tensor | None:
+    """`check(name, x)`, or `None` for no x."""
+    return None if x is None else check(name, x)
+
+
+def as_mask(x: Any, name: str = "padding_mask") -> Tensor | None:
     """A mask as bool, true where it is not 0: of other numbers `~` and sums make something else.
 
     Raises `ValueError` for NaN, where values are known: it is neither.
     """
-    x = as_array(name, x)
     if x is None:
         return None
+    x = as_array(name, x)
     if "float" in keras.backend.standardize_dtype(x.dtype):
         values = known_values(x)
         if values is not None and np.isnan(np.asarray(values, "float32")).any():
@@ -89,7 +105,7 @@ def as_mask(x: Tensor | None, name: str = "padding_mask") -> Tensor | None:
 
 def exact_int32(name: str, x: Any) -> Tensor:
     """`to_integers`; `ValueError` for what int32 cannot hold, too, where values are known."""
-    x = as_array(name, x)
+    x = as_array(name, x, np.asarray)
     if keras.backend.standardize_dtype(x.dtype) in ("int64", "uint32", "uint64"):
         values = known_values(x)
         wrong = np.zeros(0) if values is None else values[values != values.astype("int32")]
@@ -98,9 +114,9 @@ def exact_int32(name: str, x: Any) -> Tensor:
     return to_integers(name, x)
 
 
-def to_integers(name: str, x: Tensor) -> Tensor:
+def to_integers(name: str, x: Any) -> Tensor:
     """`to_int32` of integers; `ValueError` for other dtypes, of which a cast would lose a part."""
-    x = x if hasattr(x, "dtype") else np.asarray(x)
+    x = as_array(name, x, np.asarray)
     if "int" not in keras.backend.standardize_dtype(x.dtype):
         raise ValueError(f"`{name}` must be integers. Received: {name}.dtype={x.dtype}")
     return to_int32(x)

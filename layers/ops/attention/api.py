@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Annotated
 
 from keras import ops
 
-from qwen3_next.config.validation import OPTIONAL_NUMBER, require
+from qwen3_next.config.validation import DROPOUT_RATE, OPTIONAL_NUMBER, require
 
 from ..backend.autodiff import Shards, custom_gradient
 from ..backend.platform import choose, has_pallas, platform, require_pallas
 from ..backend.sharding import Devices, devices, spec
-from ..checks import as_floats, as_mask, exact_int32, require_shape, require_tokens
+from ..checks import as_floats, as_mask, exact_int32, if_given, require_shape, require_tokens
 from ..padding import from_blocks, pad_end, to_blocks
 from ..tensor_types import Tensor
 from . import chunked_attention
 from .attention_blocks import Keys, Queries
 from .chunked_attention import BlockOptions
-from .tile_dropout import block_seeds
+from .tile_dropout import as_seed, block_seeds
 
 if TYPE_CHECKING:
     from .pallas_attention import Sizes
@@ -77,16 +77,16 @@ def attention(
         `(B, T, H, D)` in the dtype of `value`.
 
     Raises:
+        TypeError: what is no array of numbers.
         ValueError: shapes or dtypes that do not fit together, rows without tokens, a scale that is
             no number, a dropout rate out of range or without a seed, or an implementation that is
             unknown or cannot do what is asked.
     """
     query, key, value = as_floats("query", query), as_floats("key", key), as_floats("value", value)
-    limits = None if limits is None else exact_int32("limits", limits)
-    if query_segments is not None:
-        query_segments = exact_int32("query_segments", query_segments)
-    if key_segments is not None:
-        key_segments = exact_int32("key_segments", key_segments)
+    limits = if_given(exact_int32, "limits", limits)
+    query_segments = if_given(exact_int32, "query_segments", query_segments)
+    key_segments = if_given(exact_int32, "key_segments", key_segments)
+    dropout_seed = if_given(as_seed, "dropout_seed", dropout_seed)
     queries = Queries(query, limits, query_segments)
     keys = Keys(key, value, as_mask(key_mask, "key_mask"), key_segments)
     _check_shapes(queries, keys)
@@ -283,7 +283,7 @@ def _check_shapes(queries: Queries, keys: Keys) -> None:
             f"Received: query.shape={tuple(query.shape)}, key.shape={tuple(key.shape)}"
         )
     if limits is not None:
-        rows = 1 if limits.shape[0] == 1 else batch
+        rows = 1 if tuple(limits.shape[:1]) == (1,) else batch
         require_shape("limits", limits, (rows, length))
     require_shape("key_mask", key_mask, (batch, count))
     if (query_segments is None) != (key_segments is None):
@@ -296,11 +296,9 @@ def _check_shapes(queries: Queries, keys: Keys) -> None:
 
 
 def _check_dropout(dropout: float, seed: Tensor | None) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"`dropout` must be in [0, 1). Received: {dropout=}")
+    require(DROPOUT_RATE, "dropout", dropout)
     if dropout and seed is None:
         raise ValueError(
             "`dropout_seed` is required with dropout. "
             f"Received: dropout={dropout}, dropout_seed={seed}"
         )
-    require_shape("dropout_seed", seed, (2,))

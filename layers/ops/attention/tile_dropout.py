@@ -4,6 +4,7 @@ A tile is what a block of queries has to do with a block of keys. The tiles are 
 block by query block, and a tile's seed is the call's seed with its number added to the first
 entry, times a large odd factor: calls differ in the second entry, so no two tiles share a seed.
 
+    as_seed        the seed of a call
     block_seeds    a seed for every block of queries
     keep_factor    what the weights of a tile are multiplied with
 """
@@ -14,9 +15,19 @@ import keras
 from keras import ops
 
 from ..backend.seeds import DrawnSeed
+from ..checks import as_array, require_shape
 from ..tensor_types import Tensor
 
 SPREAD = 0x61C88647  # 2^32 divided by the golden ratio squared, to the next odd number
+
+
+def as_seed(name: str, seed: Any) -> Annotated[Tensor, "2"]:
+    """Two integers as uint32, as JAX takes them; `ValueError` for anything else."""
+    seed = as_array(name, seed)
+    require_shape(name, seed, (2,))
+    if "int" not in keras.backend.standardize_dtype(seed.dtype):
+        raise ValueError(f"`{name}` must be integers. Received: {name}.dtype={seed.dtype}")
+    return ops.cast(seed, "uint32")
 
 
 def block_seeds(

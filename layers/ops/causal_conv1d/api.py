@@ -16,14 +16,28 @@ from typing import Annotated, NamedTuple
 import keras
 from keras import ops
 
+from qwen3_next.config.validation import Rule, require
+
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
 from ..backend.loops import zero_after
-from ..checks import as_array, as_floats, as_mask, require_shape, require_tokens
+from ..checks import as_floats, as_mask, exact_int32, if_given, require_shape, require_tokens
 from ..rows import permute_tokens
 from ..sequence import compaction, segment_index, valid_lengths
 from ..sums import column_sums
 from ..tensor_types import Tensor
+
+
+def _is_activation(value):
+    if value is not None and not isinstance(value, str):
+        return False
+    try:
+        return keras.activations.get(value) is not None
+    except ValueError:
+        return False
+
+
+ACTIVATION = Rule("None or the name of a Keras activation", _is_activation)
 
 
 class CausalConv1DOutput(NamedTuple):
@@ -64,12 +78,16 @@ def causal_conv1d(
         `CausalConv1DOutput(output, state)`; the state keeps the tokens of the last segment only.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or rows without tokens.
+        TypeError: what is no array of numbers.
+        ValueError: shapes or dtypes that do not fit together, an unknown activation, or rows
+            without tokens.
     """
     inputs, kernel = as_floats("inputs", inputs), as_floats("kernel", kernel)
-    state, segment_ids = as_floats("state", state), as_array("segment_ids", segment_ids)
+    state = if_given(as_floats, "state", state)
+    segment_ids = if_given(exact_int32, "segment_ids", segment_ids)
     padding_mask = as_mask(padding_mask)
     _check(inputs, kernel, state, padding_mask, segment_ids)
+    require(ACTIVATION, "activation", activation)
     taps, channels = kernel.shape
     kernel = ops.cast(kernel, inputs.dtype)
     if state is None:

@@ -24,7 +24,7 @@ from qwen3_next.config.validation import BOOLEAN, Rule, optional_integer, requir
 from ..backend.autodiff import Shards, custom_gradient
 from ..backend.loops import get_rows, scan, set_rows
 from ..backend.sharding import all_sum, devices, gather, spec, sum_rows
-from ..checks import require_shape, to_integers
+from ..checks import as_floats, require_shape, require_words, to_integers
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
 from .spread_words import Words, argmax, log_sum_exp, logit_of
@@ -52,10 +52,12 @@ def cross_entropy(
         cannot refuse a value, and a finite number would hide it.
 
     Raises:
-        ValueError: labels that are no integers, or not one per row.
+        TypeError: what is no array of numbers.
+        ValueError: logits that are no floats, labels that are no integers, or not one per row.
     """
-    logits, labels = ops.convert_to_tensor(logits), to_integers("labels", labels)
+    logits, labels = as_floats("logits", logits), to_integers("labels", labels)
     require_shape("labels", labels, logits.shape[:-1])
+    require_words("logits", logits)
     return _losses(logits, labels, Words())[0]
 
 
@@ -96,15 +98,14 @@ def linear_cross_entropy(
         1 where the label was predicted.
 
     Raises:
-        ValueError: shapes that do not fit together, labels that are no integers, or an option out
-            of range.
+        TypeError: what is no array of numbers.
+        ValueError: shapes or dtypes that do not fit together, or an option out of range.
     """
     require(CHUNK_ROWS, "chunk_rows", chunk_rows)
     require(KEEP_LOGITS, "keep_logits", keep_logits)
     require(BOOLEAN, "return_correct", return_correct)
+    hidden, kernel = head_inputs(hidden, kernel)
     labels = to_integers("labels", labels)
-    require_shape("hidden", hidden, (None, None))
-    require_shape("kernel", kernel, (hidden.shape[1], None))
     require_shape("labels", labels, (hidden.shape[0],))
     found = devices()
     how = Words()
@@ -118,6 +119,18 @@ def linear_cross_entropy(
     kernel = ops.cast(kernel, hidden.dtype)
     plan = Plan(chunk_rows, keep_logits, return_correct, how)
     return _differentiable(plan)(hidden, kernel, labels)
+
+
+def head_inputs(
+    hidden: Any, kernel: Any, of: str = ""
+) -> tuple[Annotated[Tensor, "N D"], Annotated[Tensor, "D V"]]:
+    """Hidden states and the kernel of a head, checked; `of` is what their names begin with."""
+    names = f"{of}hidden", f"{of}kernel"
+    hidden, kernel = as_floats(names[0], hidden), as_floats(names[1], kernel)
+    require_shape(names[0], hidden, (None, None))
+    require_shape(names[1], kernel, (hidden.shape[1], None))
+    require_words(names[1], kernel)
+    return hidden, kernel
 
 
 class Plan(NamedTuple):

@@ -22,8 +22,8 @@ from keras import ops
 from qwen3_next.config.validation import integer, number, require
 
 from ..backend.loops import scan
-from ..checks import require_shape, to_integers
-from ..cross_entropy.api import CHUNK_LOGITS, CHUNK_ROWS
+from ..checks import as_floats, as_mask, require_shape, to_integers
+from ..cross_entropy.api import CHUNK_LOGITS, CHUNK_ROWS, head_inputs
 from ..padding import pad_to_multiple
 from ..tensor_types import Tensor
 from .divergences import LINEAR, TOP, differentiable
@@ -62,12 +62,16 @@ def linear_kl_divergence(
         `(N,)` float32, 0 at rows that do not count, whatever they hold.
 
     Raises:
-        ValueError: shapes that do not fit together, or a temperature or `chunk_rows` out of range.
+        TypeError: what is no array of numbers.
+        ValueError: shapes or dtypes that do not fit together, or a temperature or `chunk_rows` out
+            of range.
 
     Reference: Distilling the Knowledge in a Neural Network, arXiv 1503.02531, section 2.
     """
+    hidden, kernel = head_inputs(hidden, kernel)
+    teacher_hidden, teacher_kernel = head_inputs(teacher_hidden, teacher_kernel, of="teacher_")
     require_shape("teacher_hidden", teacher_hidden, (hidden.shape[0], None))
-    require_shape("teacher_kernel", teacher_kernel, (teacher_hidden.shape[1], kernel.shape[-1]))
+    require_shape("teacher_kernel", teacher_kernel, (None, kernel.shape[1]))
     teacher_kernel = ops.cast(teacher_kernel, teacher_hidden.dtype)
     teacher = LINEAR, (teacher_hidden,), (teacher_kernel,)
     return _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows)
@@ -107,10 +111,13 @@ def linear_top_kl_divergence(
         that is no token, as a program cannot refuse a value.
 
     Raises:
-        ValueError: shapes that do not fit together, ids that are no integers, or a temperature or
-            `chunk_rows` out of range.
+        TypeError: what is no array of numbers.
+        ValueError: shapes or dtypes that do not fit together, or a temperature or `chunk_rows` out
+            of range.
     """
+    hidden, kernel = head_inputs(hidden, kernel)
     teacher_ids = to_integers("teacher_ids", teacher_ids)
+    teacher_log_probs = as_floats("teacher_log_probs", teacher_log_probs)
     require_shape("teacher_ids", teacher_ids, (hidden.shape[0], None))
     require_shape("teacher_log_probs", teacher_log_probs, tuple(teacher_ids.shape))
     known = (teacher_ids >= 0) & (teacher_ids < kernel.shape[-1])
@@ -140,16 +147,18 @@ def linear_top_log_probs(
         Token ids `(N, n)` int32 and log-probabilities `(N, n)` float32, the largest first.
 
     Raises:
-        ValueError: shapes that do not fit together, or a count, a temperature or `chunk_rows` out
-            of range.
+        TypeError: what is no array of numbers.
+        ValueError: shapes or dtypes that do not fit together, or a count, a temperature or
+            `chunk_rows` out of range.
     """
-    _check(hidden, kernel, temperature, chunk_rows)
+    hidden, kernel = head_inputs(hidden, kernel)
+    _check_options(temperature, chunk_rows)
     require(integer(1, kernel.shape[1]), "count", count)
     rows, (xs,) = _chunks(kernel, chunk_rows, (hidden,))
     kernel = ops.cast(kernel, hidden.dtype)
 
     def step(carry, xs):
-        logits = ops.cast(xs[0] @ kernel, "float32") / temperature  # (R, V)
+        logits = ops.cast(xs[0] @ kernel, "float32") / float(temperature)  # (R, V)
         values, ids = ops.top_k(logits, count)
         return carry, (ops.cast(ids, "int32"), values - ops.logsumexp(logits, -1, keepdims=True))
 
@@ -163,19 +172,19 @@ def linear_top_log_probs(
 
 
 def _by_chunk(hidden, kernel, teacher, temperature, mask, chunk_rows):
-    _check(hidden, kernel, temperature, chunk_rows)
+    _check_options(temperature, chunk_rows)
+    mask = as_mask(mask, "mask")
     require_shape("mask", mask, (hidden.shape[0],))
     kind, by_row, shared = teacher
-    mask = ops.ones_like(hidden[:, 0], "bool") if mask is None else ops.cast(mask, "bool")
+    if mask is None:
+        mask = ops.ones_like(hidden[:, 0], "bool")
     count, rows = _chunks(kernel, chunk_rows, (hidden, mask, *by_row))
     function = differentiable(kind, len(by_row), float(temperature))
     losses = function(ops.cast(kernel, hidden.dtype), *shared, *rows)
     return ops.reshape(losses, (-1,))[:count]
 
 
-def _check(hidden, kernel, temperature, chunk_rows):
-    require_shape("hidden", hidden, (None, None))
-    require_shape("kernel", kernel, (hidden.shape[1], None))
+def _check_options(temperature, chunk_rows):
     require(TEMPERATURE, "temperature", temperature)
     require(CHUNK_ROWS, "chunk_rows", chunk_rows)
 

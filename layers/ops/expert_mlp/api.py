@@ -12,11 +12,13 @@ from typing import Annotated, Any
 
 from keras import ops
 
+from qwen3_next.config.validation import one_of, require
+
 from ..activations import ACTIVATIONS
 from ..backend.autodiff import custom_gradient
 from ..backend.platform import choose, has_pallas, platform
 from ..backend.sharding import devices
-from ..checks import require_floats, require_shape, to_integers
+from ..checks import as_floats, require_shape, to_integers
 from ..grouped_matmul.api import IMPLEMENTATIONS as OF_GROUPED_MATMUL
 from ..grouped_matmul.api import pick
 from ..grouped_matmul.tiles import tile_sizes
@@ -64,11 +66,13 @@ def expert_mlp(
         `(y, tokens_per_expert)`: `(N, D)` in the dtype of x and `(E,)` int32.
 
     Raises:
+        TypeError: what is no array of numbers.
         ValueError: shapes or dtypes that do not fit, an unknown activation or implementation, or
             one that cannot run on these devices or without a known number of tokens.
     """
+    x, weights = as_floats("x", x), as_floats("weights", weights)
+    gate_up, down = as_floats("gate_up", gate_up), as_floats("down", down)
     require_shape("x", x, (None, None))
-    require_floats("x", x)
     require_shape("gate_up", gate_up, (None, x.shape[1], None))
     require_shape("down", down, (gate_up.shape[0], gate_up.shape[2] // 2, x.shape[1]))
     require_shape("gate_up", gate_up, (None, None, 2 * down.shape[1]))
@@ -80,10 +84,7 @@ def expert_mlp(
             f"Received: experts.shape={tuple(experts.shape)}"
         )
     require_shape("weights", weights, experts.shape)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"`activation` must be one of {sorted(ACTIVATIONS)}. Received: {activation=}"
-        )
+    require(one_of(sorted(ACTIVATIONS)), "activation", activation)
     found, count, rows = devices(), gate_up.shape[0], ops.shape(x)[0]
     if not isinstance(rows, int) or rows == 0:
         # There may be none, of which XLA cannot gather: one more, which is sent nowhere.

@@ -16,12 +16,12 @@ from typing import Annotated, Any, NamedTuple
 import keras
 from keras import ops
 
-from qwen3_next.config.validation import OPTIONAL_NUMBER, require
+from qwen3_next.config.validation import OPTIONAL_NUMBER, Rule, integer, require
 
 from ..backend.autodiff import Shards, custom_gradient, full_precision
 from ..backend.platform import choose, has_pallas, platform, require_pallas
 from ..backend.sharding import devices, spec
-from ..checks import as_array, as_mask
+from ..checks import as_mask, exact_int32, if_given
 from ..padding import from_blocks
 from ..sequence import segment_index
 from ..tensor_types import Tensor
@@ -49,6 +49,11 @@ RECURRENT_LIMIT = 4
 HALF = ("bfloat16", "float16")
 CHUNK = 64
 CPU_CHUNK = 32
+SIZE = integer(1)
+CHUNK_SIZE = Rule(
+    "None or a power of two",
+    lambda value: value is None or (SIZE.fits(value) and not value & (value - 1)),
+)
 
 
 class GatedDeltaRuleOutput(NamedTuple):
@@ -107,19 +112,20 @@ def gated_delta_rule(
         `GatedDeltaRuleOutput(output, state)`.
 
     Raises:
+        TypeError: what is no array of numbers.
         ValueError: shapes or dtypes that do not fit together, a scale that is no number, rows
             without tokens, a chunk size that is no power of two, or an implementation that is
             unknown or not for this backend.
     """
     given, state = floats_given(DeltaInputs(query, key, value, log_decay, beta), state)
     query, key, value = given[:3]
-    segment_ids, padding_mask = as_array("segment_ids", segment_ids), as_mask(padding_mask)
+    segment_ids = if_given(exact_int32, "segment_ids", segment_ids)
+    padding_mask = as_mask(padding_mask)
     check_shapes(given._replace(segment=segment_ids), state, padding_mask)
     require(OPTIONAL_NUMBER, "scale", scale)
+    require(CHUNK_SIZE, "chunk_size", chunk_size)
     if chunk_size is None:
         chunk_size = CPU_CHUNK if platform() == "cpu" else CHUNK
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"`chunk_size` must be a power of two. Received: {chunk_size=}")
     implementation = _choose(implementation, value, segment_ids)
     if segment_ids is not None:
         given = given._replace(segment=segment_index(segment_ids, padding_mask))

@@ -27,7 +27,7 @@ from typing import Annotated, NamedTuple
 
 from keras import ops
 
-from ..checks import as_floats, require_shape, require_tokens
+from ..checks import as_floats, if_given, require_shape, require_tokens
 from ..padding import to_blocks
 from ..tensor_types import Tensor
 
@@ -55,7 +55,7 @@ class DeltaInputs(NamedTuple):
 def floats_given(given: DeltaInputs, state: Tensor | None) -> tuple[DeltaInputs, Tensor | None]:
     """Inputs and state as tensors; `ValueError` for integers, which outputs would be cast to."""
     floats = {name: as_floats(name, getattr(given, name)) for name in DeltaInputs._fields[:5]}
-    return given._replace(**floats), as_floats("state", state)
+    return given._replace(**floats), if_given(as_floats, "state", state)
 
 
 def check_shapes(
@@ -91,7 +91,7 @@ def by_group(
     heads, value_dim = given.value.shape[2:]
     repeats = heads // groups
     query, key, value, log_decay, beta = (ops.cast(x, "float32") for x in given[:5])
-    query = query * (key_dim**-0.5 if scale is None else scale)
+    query = query * (key_dim**-0.5 if scale is None else float(scale))
     query, key = (ops.reshape(x, (batch, length, groups, 1, key_dim)) for x in (query, key))
     value = ops.reshape(value, (batch, length, groups, repeats, value_dim))
     log_decay, beta = (ops.reshape(x, (batch, length, groups, repeats)) for x in (log_decay, beta))

@@ -17,10 +17,10 @@ from typing import Annotated, NamedTuple
 
 from keras import ops
 
-from qwen3_next.config.validation import OPTIONAL_NUMBER, require
+from qwen3_next.config.validation import OPTIONAL_NUMBER, Rule, require
 
 from ..backend.autodiff import full_precision
-from ..checks import as_mask, require_shape
+from ..checks import as_floats, as_mask, exact_int32, require_shape
 from ..tensor_types import Tensor
 from . import chunked
 from .delta_inputs import (
@@ -53,6 +53,9 @@ class Replay(NamedTuple):
     log_decay: Annotated[Tensor, "B G R C"]
 
 
+RECORD = Rule("a `Replay`", lambda value: isinstance(value, Replay))
+
+
 def gated_delta_rule_with_replay(
     query: Annotated[Tensor, "B T G K"],
     key: Annotated[Tensor, "B T G K"],
@@ -74,10 +77,11 @@ def gated_delta_rule_with_replay(
         `(output, Replay)`, the output `(B, T, H, V)` in the dtype of value.
 
     Raises:
-        ValueError: shapes that do not fit together, or no or too many tokens.
+        TypeError: what is no array of numbers.
+        ValueError: shapes or dtypes that do not fit together, or no or too many tokens.
     """
     given, state = floats_given(DeltaInputs(query, key, value, log_decay, beta), state)
-    value = given.value
+    value, state = given.value, as_floats("state", state)  # which is not optional here
     padding_mask = as_mask(padding_mask)
     check_shapes(given, state, padding_mask)
     require(OPTIONAL_NUMBER, "scale", scale)
@@ -119,10 +123,18 @@ def replay(
 
     Returns:
         `(B, H, K, V)` float32.
+
+    Raises:
+        TypeError: what is no array of numbers.
+        ValueError: no `Replay`, or shapes or dtypes that do not fit together.
     """
+    require(RECORD, "record", record)
+    state = ops.cast(as_floats("state", state), "float32")
+    counts = exact_int32("counts", counts)
     batch, groups, repeats, size = record.log_decay.shape
+    sizes = record.key.shape[-1], record.delta.shape[-1]
+    require_shape("state", state, (batch, groups * repeats, *sizes))
     require_shape("counts", counts, (state.shape[0],))
-    require_shape("state", state, (batch, groups * repeats, None, None))
     index = ops.arange(size, dtype="int32")
     kept = (index < counts[:, None])[:, None, None]  # (B, 1, 1, C)
     log_decay = ops.where(kept, record.log_decay, 0.0)

@@ -17,7 +17,7 @@ from keras import ops
 from ..backend.autodiff import custom_gradient
 from ..backend.platform import BACKEND, choose, has_pallas, platform, require_pallas
 from ..backend.sharding import devices
-from ..checks import as_array, as_floats, exact_int32, known_values, require_shape
+from ..checks import as_floats, exact_int32, known_values, require_shape
 from ..tensor_types import Tensor
 from . import tiled_matmul
 from .tiles import tile_sizes
@@ -48,16 +48,16 @@ def grouped_matmul(
         `(R, F)` in the dtype of `rows`.
 
     Raises:
+        TypeError: what is no array of numbers.
         ValueError: shapes, dtypes or known sizes that do not fit together, or an implementation
             that is unknown or cannot run here.
     """
     rows, weights = as_floats("rows", rows), as_floats("weights", weights)
     require_shape("rows", rows, (None, None))
     require_shape("weights", weights, (None, rows.shape[1], None))
-    given = as_array("group_sizes", group_sizes)
-    require_shape("group_sizes", given, (weights.shape[0],))
-    group_sizes = exact_int32("group_sizes", given)
-    sizes, count = known_values(given), rows.shape[0]
+    group_sizes = exact_int32("group_sizes", group_sizes)
+    require_shape("group_sizes", group_sizes, (weights.shape[0],))
+    sizes, count = known_values(group_sizes), rows.shape[0]
     if sizes is not None and (
         (sizes < 0).any() or (count is not None and sizes.sum(dtype="int64") > count)
     ):
