@@ -8,6 +8,7 @@ from keras import ops
 
 from .adapters import BLOCK_OUTPUT, Adapters
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .gated_attention import AttentionCache, AttentionUpdate
 from .gated_delta_net import DeltaNetCache, DeltaNetUpdate, GatedDeltaNet
 from .mixer_context import MixerContext
@@ -55,7 +56,7 @@ class DecoderLayerOutput(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class DecoderLayer(keras.layers.Layer):
+class DecoderLayer(CheckedLayer):
     """A pre-norm decoder layer with two residuals.
 
         h = x + dropout(mixer(norm_1(x)))

@@ -8,6 +8,7 @@ from keras import ops
 from qwen3_next.config.validation import require
 
 from .arguments import RULES, check_arguments
+from .checked_layer import CheckedLayer
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.backend.replicas import sum_over_replicas
@@ -21,7 +22,7 @@ EPSILON = 1e-6
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class ExpertRouter(keras.layers.Layer):
+class ExpertRouter(CheckedLayer):
     """Scores the LoRA experts of a think loop and balances how often each is chosen.
 
         u = [e / rms(e); s / rms(s)] W            e the encoder's output, s the think state

@@ -7,6 +7,7 @@ from keras import ops
 
 from .adapters import Adapters, project
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .mixer_context import MixerContext, check_context
 from .norms import make_norm
 from .ops import attention
@@ -45,7 +46,7 @@ class AttentionUpdate(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class GatedAttention(keras.layers.Layer):
+class GatedAttention(CheckedLayer):
     """Causal grouped-query attention with normed queries and keys and an output gate.
 
         q, gate = split(x W_q)            per head

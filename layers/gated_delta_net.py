@@ -7,6 +7,7 @@ from keras import ops
 
 from .adapters import Adapters, project
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .gated_rms_norm import GatedRMSNorm
 from .initializers import LogUniform, Normal
 from .mixer_context import MixerContext, check_context
@@ -61,7 +62,7 @@ class _Read(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class GatedDeltaNet(keras.layers.Layer):
+class GatedDeltaNet(CheckedLayer):
     """Linear attention with a gated delta rule.
 
         q, k, v, z = x W_qkvz              b, a = x W_ba

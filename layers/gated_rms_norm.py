@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .ops.activations import silu
 from .ops.sums import scaled
 from .ops.tensor_types import Tensor
@@ -13,7 +14,7 @@ from .shapes import Shape
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class GatedRMSNorm(keras.layers.Layer):
+class GatedRMSNorm(CheckedLayer):
     """RMSNorm, then a SiLU gate.
 
         y = w * x / sqrt(mean(x^2) + epsilon) * silu(gate)

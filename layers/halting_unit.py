@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
@@ -32,7 +33,7 @@ class Halting(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class HaltingUnit(keras.layers.Layer):
+class HaltingUnit(CheckedLayer):
     """Gives the probability that a token needs no further iteration.
 
         p_j = sigmoid(w h_j + b)                          after iteration j

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .initializers import Normal
 from .ops.backend.autodiff import full_precision
 from .ops.tensor_types import Tensor
@@ -17,7 +18,7 @@ EXECUTE = 1
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class LayerRouter(keras.layers.Layer):
+class LayerRouter(CheckedLayer):
     """Gives the logits of skipping a layer, running it, and running it twice.
 
         w = 1 .. W windows of the prompt, u_w the mean of the layer's input in each

@@ -1,5 +1,6 @@
 """LoRA experts: several low-rank changes of one projection."""
 
+import math
 from typing import Annotated, Any
 
 import keras
@@ -8,14 +9,16 @@ from keras import ops
 from qwen3_next.config.validation import integer, require
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .initializers import Normal
 from .ops.backend.seeds import DrawnSeed
+from .ops.checks import require_shape
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class LoRAExperts(keras.layers.Layer):
+class LoRAExperts(CheckedLayer):
     """What low-rank experts add to the output of a projection.
 
         y = (alpha / rank) sum_n w_n (x A_n) B_n
@@ -74,17 +77,13 @@ class LoRAExperts(keras.layers.Layer):
         self.seed_generator: Any = keras.random.SeedGenerator() if dropout else None
 
     def build(self, x_shape: Shape, weights_shape: Shape | None = None) -> None:
-        width = 1
-        for dim in x_shape[2:]:
-            width *= dim
+        width = math.prod(x_shape[2:])
         self.lora_a = self.add_weight(
             name="lora_a",
             shape=(width, self.num_experts, self.rank),
             initializer=Normal(self.initializer_range),
         )
-        outputs = 1
-        for dim in self.dims:
-            outputs *= dim
+        outputs = math.prod(self.dims)
         self.lora_b = self.add_weight(
             name="lora_b", shape=(self.num_experts, self.rank, outputs), initializer="zeros"
         )
@@ -96,12 +95,18 @@ class LoRAExperts(keras.layers.Layer):
     def call(
         self,
         x: Annotated[Tensor, "B T ..."],
-        weights: Annotated[Tensor, "B T N"],
+        weights: Annotated[Tensor, "B T|1 N"],
         dropout_seed: Tensor | None = None,
         training: bool | None = None,
     ) -> Annotated[Tensor, "B T ..."]:
+        width = self.lora_a.shape[0]
+        if math.prod(x.shape[2:]) != width:
+            raise ValueError(
+                f"`x` must hold {width} numbers per token. Received: x.shape={tuple(x.shape)}"
+            )
+        require_shape("weights", weights, (None, None, self.num_experts))
         batch, length = ops.shape(x)[:2]
-        flat = ops.reshape(ops.cast(x, self.compute_dtype), (batch, length, self.lora_a.shape[0]))
+        flat = ops.reshape(ops.cast(x, self.compute_dtype), (batch, length, width))
         if dropout_seed is None:
             dropout_seed = self.draw_dropout_seed(training)
         if dropout_seed is not None:

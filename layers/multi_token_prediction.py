@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .decoder_layer import DecoderLayer, LayerCache
 from .norms import make_norm
 from .ops.tensor_types import Tensor
@@ -26,7 +27,7 @@ class MTPOutput(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class MultiTokenPrediction(keras.layers.Layer):
+class MultiTokenPrediction(CheckedLayer):
     """Turns what is known at a token, and the next token, into what is known one token later.
 
         x_i = W [norm_e(embedding_i); norm_h(hidden_i)]      the embedding stands first

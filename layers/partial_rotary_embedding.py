@@ -6,12 +6,13 @@ import keras
 from keras import ops
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class PartialRotaryEmbedding(keras.layers.Layer):
+class PartialRotaryEmbedding(CheckedLayer):
     """Rotates the first `partial_rotary_factor` of the head dims, the rest passes through.
 
     With r rotated dims, dim i < r/2 is paired with dim i + r/2 (the halves, not neighbours):
@@ -58,7 +59,7 @@ class PartialRotaryEmbedding(keras.layers.Layer):
         """There are no weights; Keras asks for one argument per argument of `call`."""
 
     def call(
-        self, x: Annotated[Tensor, "B T H D"], positions: Annotated[Tensor, "B T"]
+        self, x: Annotated[Tensor, "B T H D"], positions: Annotated[Tensor, "B|1 T"]
     ) -> Annotated[Tensor, "B T H D"]:
         x = ops.cast(x, self.compute_dtype)
         rotated = rotary_dim(x.shape[-1], self.partial_rotary_factor)

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .initializers import Normal
 from .ops import expert_mlp
 from .ops.tensor_types import Tensor
@@ -14,7 +15,7 @@ from .swiglu import gate_activation
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class RoutedExperts(keras.layers.Layer):
+class RoutedExperts(CheckedLayer):
     """E gated feed-forward networks with stacked weights.
 
         y_n = sum_k weight_nk * down_e(act(gate_e(x_n)) * up_e(x_n)),   e = expert_nk

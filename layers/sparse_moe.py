@@ -9,6 +9,7 @@ from keras import ops
 from qwen3_next.config.validation import Rule, is_list_of, require
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .ops.backend.autodiff import full_precision
 from .ops.backend.sharding import devices, on_shards, spec
 from .ops.checks import as_mask
@@ -72,7 +73,7 @@ def load_balancing_loss(routings: Iterable[Routing], by_layer: bool = False) -> 
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class SparseMoE(keras.layers.Layer):
+class SparseMoE(CheckedLayer):
     """Gated feed-forward experts of which a router picks k, plus one that sees every token.
 
         p = softmax(x W_gate)                        float32, over all E experts

@@ -7,6 +7,7 @@ import keras
 from qwen3_next.config.validation import one_of, require
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .ops.activations import ACTIVATIONS
 from .ops.tensor_types import Tensor
 from .projection import dense
@@ -22,7 +23,7 @@ def gate_activation(ffn_type: str) -> str:
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class SwiGLU(keras.layers.Layer):
+class SwiGLU(CheckedLayer):
     """Feed-forward network with a gate: `down(act(gate(x)) * up(x))`, no biases.
 
     Args:

@@ -20,6 +20,7 @@ from keras import ops
 
 from .adapters import build_experts
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .decoder_layer import DecoderLayer, both_masks
 from .expert_router import NO_EXPERT, ExpertRouter
 from .halting_unit import HaltingUnit
@@ -45,7 +46,7 @@ from .think_types import (
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class ThinkLoop(keras.layers.Layer):
+class ThinkLoop(CheckedLayer):
     """Runs decoder layers several times on their own output, with one set of weights.
 
     Args:

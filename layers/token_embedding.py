@@ -5,13 +5,14 @@ from typing import Annotated
 import keras
 from keras import ops
 
+from .checked_layer import CheckedLayer
 from .ops.backend.autodiff import dense_gradient
 from .ops.checks import to_int32
 from .ops.tensor_types import Tensor
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class TokenEmbedding(keras.layers.Embedding):
+class TokenEmbedding(CheckedLayer, keras.layers.Embedding):
     """Rows of a table, `y_t = E[token_t]`, with one dense gradient on every backend.
 
     An id that has no row gives NaN on every backend: a compiled program cannot refuse a value, and
@@ -39,7 +40,7 @@ class TokenEmbedding(keras.layers.Embedding):
     ```
     """
 
-    def call(self, inputs: Annotated[Tensor, "B T"]) -> Annotated[Tensor, "B T D"]:
+    def call(self, inputs: Annotated[Tensor, "..."]) -> Annotated[Tensor, "... D"]:
         table = dense_gradient(ops.convert_to_tensor(self.embeddings))
         ids = to_int32(inputs)
         known = (ids >= 0) & (ids < self.input_dim)

@@ -6,13 +6,14 @@ import keras
 from keras import ops
 
 from .arguments import check_arguments
+from .checked_layer import CheckedLayer
 from .ops.sums import scaled
 from .ops.tensor_types import Tensor
 from .shapes import Shape
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
-class ZeroCenteredRMSNorm(keras.layers.Layer):
+class ZeroCenteredRMSNorm(CheckedLayer):
     """RMSNorm whose weight is stored around zero.
 
         y = x / sqrt(mean(x^2) + epsilon) * (1 + w)
