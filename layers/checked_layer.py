@@ -36,7 +36,7 @@ class CheckedLayer(keras.layers.Layer):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        names, axes, optional = _arguments(type(self))
+        names, axes, optional = _arguments(type(self).call)
         sizes = self._built_sizes(axes[names[0]][-1])
 
         def checked(name, x):
@@ -58,17 +58,17 @@ class CheckedLayer(keras.layers.Layer):
 
 
 @functools.cache
-def _arguments(kind):
+def _arguments(call):
     """The names of what `call` takes, in order, the axes of the tensors among them, and those that
     may be `None`."""
-    parameters = [*inspect.signature(kind.call).parameters.values()][1:]
+    parameters = [*inspect.signature(call).parameters.values()][1:]
     axes = {}
     for parameter in parameters:
         for part in (parameter.annotation, *typing.get_args(parameter.annotation)):
             if typing.get_origin(part) is typing.Annotated:
                 axes[parameter.name] = part.__metadata__[0].split()
     optional = {p.name for p in parameters if p.default is not inspect.Parameter.empty}
-    return [p.name for p in parameters], axes, optional
+    return tuple(p.name for p in parameters), axes, optional
 
 
 def _checked(name, x, axes, sizes):

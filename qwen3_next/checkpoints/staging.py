@@ -76,7 +76,8 @@ def replaced(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
             _sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written nothing was
+            temporary.unlink()
 
 
 def files_of(directory: str | Path) -> dict[str, Path]:

@@ -109,9 +109,10 @@ class ConfiguredModel(keras.Model):
         default is `(1, max_position_embeddings)`: pad on the right, which changes no logits before.
 
         Raises:
-            ValueError: no path, a signature that is not that of one input, on JAX one without a
-                number of tokens, LiteRT, whose converter asks for the gradients of what is served,
-                and whatever on torch, which cannot trace the model.
+            ValueError: no path, for a SavedModel that of a file, a signature that is not that of
+                one input, on JAX one without a number of tokens, LiteRT, whose converter asks for
+                the gradients of what is served, and whatever on torch, which cannot trace the
+                model.
         """
         require(PATH, "filepath", filepath)
         backend = keras.backend.backend()
@@ -119,6 +120,13 @@ class ConfiguredModel(keras.Model):
             raise ValueError(
                 "`export` needs JAX or TensorFlow, where a file of the model can be loaded, and "
                 f"writes no LiteRT. Received: {format=}, {backend=}"
+            )
+        path = Path(filepath)
+        files = [p for p in (path, *path.parents) if p.exists() and not p.is_dir()]
+        if format == "tf_saved_model" and files:
+            raise ValueError(
+                f"`filepath` must be a directory. Received: {shown(filepath)}, where {files[0]} "
+                "is a file"
             )
         if input_signature is None:
             dynamic = backend == "tensorflow"

@@ -127,7 +127,7 @@ def test_lengths_are_one_integer_per_row(name):
 
 
 def test_a_flag_is_a_bool():
-    with pytest.raises(ValueError, match="`return_routing` must be a bool. Received: "):
+    with pytest.raises(ValueError, match="`return_routing` must be a bool"):
         moe()(X, return_routing="no")
 
 

@@ -77,7 +77,7 @@ CASES = {
         {},
         {"x_shape": (2, 3, 2, 8), "positions_shape": (2, 3)},
         0,
-        MANY,
+        {"input_dtype": {"x_shape": "float32", "positions_shape": "int32"}, **MANY},
     ),
     "RoutedExperts": (
         {"num_experts": 3, "moe_intermediate_size": 4},

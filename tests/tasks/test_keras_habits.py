@@ -134,6 +134,10 @@ def test_what_cannot_be_exported_is_refused_by_name(model, tmp_path):
     for path in (None, 3, "", b"a"):
         with pytest.raises(ValueError, match=r"`filepath` must be a path. Received"):
             model.export(path)
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", str(tmp_path / "file" / "artifact")):
+        with pytest.raises(ValueError, match=r"`filepath` must be a directory. Received"):
+            model.export(path)
     with pytest.raises(ValueError, match=r"`export`.*LiteRT. Received: format='litert'"):
         model.export(tmp_path / "artifact.tflite", format="litert")
     if BACKEND == "jax":

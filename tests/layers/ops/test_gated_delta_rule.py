@@ -310,7 +310,8 @@ def test_an_error_names_the_argument(name, changes):
     names = ("query", "key", "value", "log_decay", "beta", "state")
     arguments = dict(zip(names, inputs(8), strict=True))
     for key, value in changes.items():
-        arguments[key] = np.zeros(value, "float32") if isinstance(value, tuple) else value
+        dtype = "int32" if key == "segment_ids" else "float32"
+        arguments[key] = np.zeros(value, dtype) if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=f"{name}.*Received"):
         gated_delta_rule(**arguments)
 
