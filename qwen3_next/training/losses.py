@@ -1,13 +1,14 @@
 """Mean cross-entropies over the labels that count."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from keras import ops
 
 from qwen3_next.layers.ops import linear_cross_entropy
-from qwen3_next.layers.ops.backend.replicas import sum_over_replicas
+from qwen3_next.layers.ops.backend.replicas import replica_count, sum_over_replicas
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.training.replicas_of_step import MEANS
 
 
 def masked_mean(
@@ -52,6 +53,32 @@ def label_weight(labels: Annotated[Tensor, "B T"], sample_weight: Tensor | None)
     """The sample weights with 0 at ignored labels."""
     weight = ops.cast(labels != IGNORE, "float32")
     return weight if sample_weight is None else weight * per_token(sample_weight)
+
+
+def keras_labels(
+    loss: Any, labels: Annotated[Tensor, "B T"], sample_weight: Tensor | None
+) -> tuple[Annotated[Tensor, "B T"], Annotated[Tensor, "B T"]]:
+    """Labels and weights with which a loss of Keras is that of the labels that count.
+
+    Its mean is one over all positions, or over those without its `ignore_class`, so that padding
+    would make it smaller: the weights make up for that.
+
+    Args:
+        loss: What `compile` was given.
+        labels: `(B, T)` int32, -100 where ignored.
+        sample_weight: `(B,)` or `(B, T)`, or `None` for ones.
+    """
+    weight = label_weight(labels, sample_weight)
+    ignored = getattr(loss, "ignore_class", None)
+    known = ops.where(labels == IGNORE, 0 if ignored is None else ignored, labels)
+    if getattr(loss, "reduction", "mean") not in MEANS:
+        return known, weight
+    counts = ops.cast(labels != IGNORE, "float32")
+    divisors = ops.ones_like(counts)
+    if ignored is not None:
+        divisors = counts = ops.cast(known != ignored, "float32")
+    divisor, count = ops.sum(divisors) * replica_count(), sum_over_replicas(ops.sum(counts))
+    return known, weight * (divisor / ops.maximum(count, 1.0))
 
 
 def per_token(sample_weight: Tensor) -> Tensor:

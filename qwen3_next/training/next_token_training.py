@@ -18,9 +18,9 @@ from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.decisions import reads_prompts
 from qwen3_next.models.inputs import next_token_labels, unpack
-from qwen3_next.training.losses import label_weight, masked_mean
+from qwen3_next.training.losses import keras_labels, label_weight, masked_mean
 from qwen3_next.training.own_losses import note_step, own_losses
-from qwen3_next.training.replicas_of_step import weight_of_rows
+from qwen3_next.training.replicas_of_step import MEANS
 from qwen3_next.training.step_inputs import StepOutput, with_step_inputs
 from qwen3_next.training.thinking_metrics import make_thinking_metrics
 
@@ -65,8 +65,8 @@ class NextTokenTraining(ConfiguredModel):
         )
         self._is_token_loss = (
             type(self.loss) is keras.losses.SparseCategoricalCrossentropy
-            and self.loss.reduction == "sum_over_batch_size"
-            and self.loss.ignore_class is None
+            and self.loss.reduction in MEANS
+            and self.loss.ignore_class in (None, IGNORE)
             and kwargs.get("loss_weights") is None
         )
         self._has_metrics = bool(metrics or weighted_metrics)
@@ -133,9 +133,8 @@ class NextTokenTraining(ConfiguredModel):
         Where the loss is fused, Keras asks for it once and symbolically, before the first step: a
         compiled loss that was never built would make it trace the model again at every call.
         """
-        weight = label_weight(labels, sample_weight)
-        weight = weight_of_rows(self.loss, labels, weight)
-        loss = super().compute_loss(x, ops.maximum(labels, 0), logits, weight, training)
+        labels, weight = keras_labels(self.loss, labels, sample_weight)
+        loss = super().compute_loss(x, labels, logits, weight, training)
         return sum_over_replicas(loss)
 
     def _update_metrics(self, inputs, labels, logits, sample_weight):
