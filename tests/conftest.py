@@ -10,12 +10,16 @@ import keras
 import pytest
 
 from tests.support.memory import free_programs
+from tests.support.other_backend import keras_knows_no_tensorflow
 from tests.support.paths import ROOT
-from tests.support.running import MODES
+from tests.support.running import BACKEND, MODES
 from tests.support.xla_flags import set_xla_flags
 
 # Tracing makes so many objects that Python would look for garbage for a fifteenth of the time.
 gc.set_threshold(100_000, 50, 100)
+
+if BACKEND != "tensorflow":
+    keras_knows_no_tensorflow()
 
 SEVERAL_DEVICES = ROOT / "tests" / "scale"
 

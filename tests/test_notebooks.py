@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.support.other_backend import environment_without_tensorflow
 from tests.support.paths import ROOT
 from tests.support.running import BACKEND
 
@@ -46,6 +47,12 @@ SMALL = {
         "LAYERS": "1",
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def _without_tensorflow(tmp_path, monkeypatch):
+    for key, value in environment_without_tensorflow(tmp_path).items():
+        monkeypatch.setenv(key, value)
 
 
 def printed_by(name, monkeypatch):

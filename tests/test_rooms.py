@@ -11,6 +11,7 @@ import pytest
 
 import qwen3_next
 from tests.support.paths import ROOT
+from tests.support.running import BACKEND
 
 # A module may import from its own room and from those named here, all of them further down.
 BELOW_MODELS = {"config", "config.validation", "variants", "layers", "layers.ops"}
@@ -201,3 +202,9 @@ def test_make_runs_every_file_of_tests():
     files = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")]
     assert [file for file in files if not {str(file), str(file.parent)} & parts] == []
     assert [part for part in parts if not (ROOT / part).exists()] == []
+
+
+def test_keras_looks_for_tensorflow_on_tensorflow_alone():
+    from keras.src.utils import module_utils
+
+    assert module_utils.tensorflow.available == (BACKEND == "tensorflow")

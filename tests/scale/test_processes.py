@@ -10,6 +10,7 @@ import pytest
 
 from qwen3_next import Qwen3Next
 from tests.support.devices import distribution_of, eight_devices, jax_only
+from tests.support.other_backend import environment_without_tensorflow
 from tests.support.paths import ROOT
 from tests.support.process_runs import BATCHES, train
 from tests.support.xla_flags import FASTER
@@ -33,7 +34,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     for mesh in MESHES:
         (folder / mesh).mkdir()
-    environment = {**os.environ, "XLA_FLAGS": FASTER}
+    environment = {
+        **os.environ,
+        **environment_without_tensorflow(tmp_path_factory.mktemp("modules")),
+        "XLA_FLAGS": FASTER,
+    }
     common = ["2", str(free_port()), *MESHES]
     started = []
     for process in range(2):
