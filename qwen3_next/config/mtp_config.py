@@ -16,6 +16,7 @@ from qwen3_next.config.validation import (
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head")
 HIDDEN_STATES = ("after_norm", "before_norm")
+LOOKAHEAD = 3
 # Above this vocabulary the product of a draft with the whole head costs more than it gives.
 LARGE_VOCABULARY, DRAFT_VOCABULARY = 32768, 8192
 
@@ -62,7 +63,7 @@ class MTPConfig(Config):
     share_weights_across_steps: bool = True
     loss_weight_decay: float = 0.5
     mtp_loss_weight: float = 0.5
-    speculation_lookahead: int = 3
+    speculation_lookahead: int = LOOKAHEAD
     hidden_state: str = "after_norm"
     sequential_forward: bool = True
     warmup_steps: int = 0
@@ -86,7 +87,8 @@ class MTPConfig(Config):
         if self.speculation_lookahead > self.num_predict_tokens:
             raise ValueError(
                 "`speculation_lookahead` must be at most `num_predict_tokens`, the steps the head "
-                f"learns. Received: speculation_lookahead={self.speculation_lookahead}, "
+                f"learns; unless it is given it is {LOOKAHEAD}. Received: "
+                f"speculation_lookahead={self.speculation_lookahead}, "
                 f"num_predict_tokens={self.num_predict_tokens}"
             )
 

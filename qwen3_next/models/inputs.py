@@ -223,6 +223,8 @@ def host_values(name: str, x: Any) -> np.ndarray | None:
 def _is_array(x):
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind in "buif"
+    if hasattr(x, "ragged_rank"):  # a tensor to Keras, but not to its ops
+        return False
     known = x is None or isinstance(x, keras.KerasTensor) or ops.is_tensor(x)
     return known or hasattr(x, "__array__") or hasattr(x, "_fields")
 

@@ -87,7 +87,7 @@ def checked(check: Check, x: Any, y: Any = None, *, name: str = "x", **weights: 
     if isinstance(x, types.GeneratorType):
         return _checked_batches(check, x)
     if _is_tensorflow_dataset(x):
-        return _checked_dataset(check, x)
+        return _checked_dataset(check, x, name)
     shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(x)]
     if any(shape[:1] == (0,) for shape in shapes):
         raise ValueError(
@@ -192,8 +192,16 @@ def _is_tensorflow_dataset(x):
     return tensorflow is not None and isinstance(x, tensorflow.data.Dataset)
 
 
-def _checked_dataset(check, dataset):
+def _checked_dataset(check, dataset, name):
     import tensorflow as tf
+
+    specs = tf.nest.flatten(dataset.element_spec)
+    others = [s for s in specs if isinstance(s, tf.RaggedTensorSpec | tf.SparseTensorSpec)]
+    if others:
+        raise ValueError(
+            f"`{name}` must yield arrays: `pad` makes them of rows of different lengths. "
+            f"Received: {name} of {others[0]}"
+        )
 
     def checked_batch(*batch):
         def on_host(*arrays):

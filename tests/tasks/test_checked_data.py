@@ -181,6 +181,22 @@ def test_a_run_needs_data_and_batches_of_some_size(method):
             getattr(model(), method)(IDS, batch_size=size, verbose=0)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tensors of TensorFlow alone")
+def test_ragged_rows_are_refused():
+    tf = pytest.importorskip("tensorflow")
+    rows = tf.ragged.constant([[1, 2, 3], [4, 5]], dtype="int32")
+    batches = tf.data.Dataset.from_tensor_slices(rows).batch(2)
+    with pytest.raises(ValueError, match="`inputs` must be an array"):
+        model()(rows)
+    for x, message in (
+        (rows, "`inputs` must be an array"),
+        (batches, "`x` must yield arrays.*pad"),
+    ):
+        for method in ("fit", "predict"):
+            with pytest.raises(ValueError, match=message):
+                getattr(model(), method)(x, verbose=0)
+
+
 def test_labels_have_the_shape_of_the_token_ids():
     for labels in (IDS[:, :3], IDS[..., None]):
         with pytest.raises(ValueError, match=r"`y` must have shape .*12.*Received: y.shape="):
