@@ -186,7 +186,7 @@ def test_ragged_rows_are_refused():
     tf = pytest.importorskip("tensorflow")
     rows = tf.ragged.constant([[1, 2, 3], [4, 5]], dtype="int32")
     batches = tf.data.Dataset.from_tensor_slices(rows).batch(2)
-    with pytest.raises(ValueError, match="`inputs` must be an array"):
+    with pytest.raises(ValueError, match=r"`inputs` must be an array"):
         model()(rows)
     for x, message in (
         (rows, "`inputs` must be an array"),
