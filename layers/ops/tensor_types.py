@@ -9,6 +9,9 @@ The letters, the same in every op:
     G  key heads                      E  experts, groups
     R  value or query heads per key   C  tokens of a chunk or of a block of queries
        head; rows of grouped matrices N  chunks or blocks; tokens without a batch axis
+
+`...` is any number of axes, `T|1` either size. Layers hold what they are called with against it
+(`layers.checked_layer`).
 """
 
 from typing import Any

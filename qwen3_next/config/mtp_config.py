@@ -12,6 +12,7 @@ from qwen3_next.config.validation import (
     number,
     one_of,
     optional_integer,
+    require,
 )
 
 HEAD_TYPES = ("transformer", "mlp", "shared_lm_head")
@@ -35,7 +36,8 @@ class MTPConfig(Config):
             every step has a module of its own.
         loss_weight_decay: Factor b of the step weights `a_k = b^(k-1) / sum_j b^(j-1)`.
         mtp_loss_weight: Factor w of the weighted sum in the training loss.
-        speculation_lookahead: Tokens drafted before a verification, at most K.
+        speculation_lookahead: Tokens drafted before a verification, at most K. Defaults to 3, or to
+            K where that is less.
         hidden_state: What the first step reads of the backbone: its output `"after_norm"`, as the
             published module does, or `"before_norm"`.
         sequential_forward: Whether training holds the logits of one chunk of one step at a time
@@ -53,8 +55,9 @@ class MTPConfig(Config):
     ```python
     from qwen3_next import MTPConfig
 
-    config = MTPConfig(num_predict_tokens=2, speculation_lookahead=2)
+    config = MTPConfig(num_predict_tokens=2)
     assert config.step_weights == [2 / 3, 1 / 3]
+    assert config.speculation_lookahead == 2
     ```
     """
 
@@ -63,7 +66,7 @@ class MTPConfig(Config):
     share_weights_across_steps: bool = True
     loss_weight_decay: float = 0.5
     mtp_loss_weight: float = 0.5
-    speculation_lookahead: int = LOOKAHEAD
+    speculation_lookahead: int = None  # type: ignore[assignment]  # until K is known
     hidden_state: str = "after_norm"
     sequential_forward: bool = True
     warmup_steps: int = 0
@@ -83,12 +86,15 @@ class MTPConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        require(self.RULES["num_predict_tokens"], "num_predict_tokens", self.num_predict_tokens)
+        if self.speculation_lookahead is None:
+            lookahead = min(LOOKAHEAD, self.num_predict_tokens)
+            object.__setattr__(self, "speculation_lookahead", lookahead)
         self.check_fields()
         if self.speculation_lookahead > self.num_predict_tokens:
             raise ValueError(
                 "`speculation_lookahead` must be at most `num_predict_tokens`, the steps the head "
-                f"learns; unless it is given it is {LOOKAHEAD}. Received: "
-                f"speculation_lookahead={self.speculation_lookahead}, "
+                f"learns. Received: speculation_lookahead={self.speculation_lookahead}, "
                 f"num_predict_tokens={self.num_predict_tokens}"
             )
 

@@ -38,3 +38,8 @@ def test_a_large_vocabulary_is_drafted_from_in_part():
         assert MTPConfig(draft_vocab_size=given).draft_vocab_size_of(151_936) == given
     with pytest.raises(ValueError, match=r"draft_vocab_size.*Received"):
         Qwen3NextConfig(vocab_size=50, mtp={"draft_vocab_size": 51})
+
+
+@pytest.mark.parametrize("steps, lookahead", [(1, 1), (2, 2), (3, 3), (5, 3)])
+def test_as_many_tokens_are_drafted_as_the_head_learns(steps, lookahead):
+    assert MTPConfig(num_predict_tokens=steps).speculation_lookahead == lookahead
