@@ -71,14 +71,29 @@ def keras_labels(
     weight = label_weight(labels, sample_weight)
     ignored = getattr(loss, "ignore_class", None)
     known = ops.where(labels == IGNORE, 0 if ignored is None else ignored, labels)
-    if getattr(loss, "reduction", "mean") not in MEANS:
+    if getattr(loss, "reduction", MEANS[0]) not in MEANS:
         return known, weight
-    counts = ops.cast(labels != IGNORE, "float32")
-    divisors = ops.ones_like(counts)
-    if ignored is not None:
-        divisors = counts = ops.cast(known != ignored, "float32")
-    divisor, count = ops.sum(divisors) * replica_count(), sum_over_replicas(ops.sum(counts))
-    return known, weight * (divisor / ops.maximum(count, 1.0))
+    count = counted_labels(loss, labels)
+    divisor = ops.sum(ops.ones_like(weight)) if ignored is None else count
+    count = ops.maximum(sum_over_replicas(count), 1.0)
+    return known, weight * (divisor * replica_count() / count)
+
+
+def counted_labels(loss: Any, labels: Annotated[Tensor, "B T"]) -> Annotated[Tensor, ""]:
+    """How many labels count for a loss of Keras."""
+    ignored = getattr(loss, "ignore_class", None)
+    counts = labels != IGNORE if ignored is None else (labels != IGNORE) & (labels != ignored)
+    return ops.sum(ops.cast(counts, "float32"))
+
+
+def weight_of_loss(
+    loss: Any, labels: Annotated[Tensor, "B T"], sample_weight: Tensor | None
+) -> Annotated[Tensor, ""] | None:
+    """What the loss of a batch was divided by, or `None` where it is no mean."""
+    reduction = getattr(loss, "reduction", MEANS[0])
+    if reduction == "mean_with_sample_weight":
+        return ops.sum(label_weight(labels, sample_weight))
+    return counted_labels(loss, labels) if reduction in MEANS else None
 
 
 def per_token(sample_weight: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.decisions import reads_prompts
 from qwen3_next.models.inputs import next_token_labels, unpack
-from qwen3_next.training.losses import keras_labels, label_weight, masked_mean
+from qwen3_next.training.loss_tracker import LossTracker
+from qwen3_next.training.losses import keras_labels, label_weight, masked_mean, weight_of_loss
 from qwen3_next.training.own_losses import note_step, own_losses
 from qwen3_next.training.replicas_of_step import MEANS
 from qwen3_next.training.step_inputs import StepOutput, with_step_inputs
@@ -58,7 +59,8 @@ class NextTokenTraining(ConfiguredModel):
     ) -> None:
         """As `keras.Model.compile`; the default loss is the cross-entropy from logits.
 
-        `weighted_metrics` leave out ignored labels, `metrics` are given all positions.
+        `weighted_metrics` leave out ignored labels, `metrics` are given all positions. The loss of
+        `fit` and `evaluate` is the mean over all labels that count, whichever rows share a batch.
         """
         super().compile(
             optimizer, loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
@@ -70,12 +72,20 @@ class NextTokenTraining(ConfiguredModel):
             and kwargs.get("loss_weights") is None
         )
         self._has_metrics = bool(metrics or weighted_metrics)
+        # Past Keras, which would list it twice: as the tracker and among the metrics of the model.
+        object.__setattr__(self, "_loss_tracker", LossTracker())
 
     def train_step(self, *args):
-        return super().train_step(*with_step_inputs(args, reads_prompts(self.config)))
+        with self._loss_tracker.over(self._weight_of_loss(args[-1])):
+            return super().train_step(*with_step_inputs(args, reads_prompts(self.config)))
 
     def test_step(self, *args):
-        return super().test_step(*with_step_inputs(args, reads_prompts(self.config)))
+        with self._loss_tracker.over(self._weight_of_loss(args[-1])):
+            return super().test_step(*with_step_inputs(args, reads_prompts(self.config)))
+
+    def _weight_of_loss(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        return weight_of_loss(self.loss, self.step_labels(x, y), sample_weight)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not isinstance(y_pred, StepOutput):

@@ -98,6 +98,25 @@ def test_a_loss_is_that_of_the_labels_that_count(loss):
     np.testing.assert_allclose(found, factor * (weights * expected()).sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
+def test_a_loss_over_batches_is_that_of_all_labels(reduction):
+    ids, lengths, row_weights = random_ids(3, 10), np.array([10, 2, 5]), np.array([0.5, 2.0, 1.0])
+    counts = np.arange(10) < lengths[:, None]
+    weights = counts * row_weights[:, None]
+    values = logits_once(model(), ids).astype("float64")
+    chosen = np.take_along_axis(values, ids[..., None], axis=-1)[..., 0]
+    losses = np.log(np.exp(values).sum(-1)) - chosen
+    loss = CROSS_ENTROPY(from_logits=True, reduction=reduction)
+    model().compile(keras.optimizers.SGD(0.0), loss=loss, **CHEAPEST_STEPS)
+    data = {"token_ids": ids, "padding_mask": counts}, ids
+    options = {"sample_weight": row_weights, "batch_size": 2, "verbose": 0}
+    found = model().evaluate(*data, **options, return_dict=True)["loss"]
+    divisor = counts.sum() if reduction == "sum_over_batch_size" else weights.sum()
+    np.testing.assert_allclose(found, (weights * losses).sum() / divisor, rtol=1e-5)
+    trained = model().fit(*data, **options, shuffle=False).history["loss"]
+    np.testing.assert_allclose(trained, found, rtol=1e-5)
+
+
 def test_the_weight_of_a_loss_is_not_dropped():
     name = "sparse_categorical_crossentropy"
     np.testing.assert_allclose(loss_of(name, loss_weights=0.5), 0.5 * expected().mean(), rtol=1e-5)

@@ -91,7 +91,7 @@ def gated_delta_rule(
     Args:
         query, key: `(B, T, G, K)`.
         value: `(B, T, H, V)`, H a multiple of G.
-        log_decay: `(B, T, H)`, `g <= 0`.
+        log_decay: `(B, T, H)`, `g <= 0`; minus infinity leaves nothing of the state.
         beta: `(B, T, H)`, write strength, usually in [0, 1].
         state: `(B, H, K, V)` float32 or `None` for zeros.
         padding_mask: `(B, T)` bool, true at real tokens, anywhere in the row; or `None`.

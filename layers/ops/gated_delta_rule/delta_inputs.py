@@ -32,6 +32,10 @@ from ..padding import to_blocks
 from ..tensor_types import Tensor
 
 
+# A logarithm of 0 in float32, as those below it are, that sums and products with 0 keep finite.
+NOTHING_LEFT = -1e4
+
+
 class DeltaInputs(NamedTuple):
     """What the delta rule reads besides its state; shapes by group, others in the module's table.
 
@@ -91,6 +95,7 @@ def by_group(
     heads, value_dim = given.value.shape[2:]
     repeats = heads // groups
     query, key, value, log_decay, beta = (ops.cast(x, "float32") for x in given[:5])
+    log_decay = ops.maximum(log_decay, NOTHING_LEFT)
     query = query * (key_dim**-0.5 if scale is None else float(scale))
     query, key = (ops.reshape(x, (batch, length, groups, 1, key_dim)) for x in (query, key))
     value = ops.reshape(value, (batch, length, groups, repeats, value_dim))
