@@ -31,7 +31,6 @@ from ..checks import as_floats, if_given, require_shape, require_tokens
 from ..padding import to_blocks
 from ..tensor_types import Tensor
 
-
 # A logarithm of 0 in float32, as those below it are, that sums and products with 0 keep finite.
 NOTHING_LEFT = -1e4
 
