@@ -55,28 +55,22 @@ def label_weight(labels: Annotated[Tensor, "B T"], sample_weight: Tensor | None)
     return weight if sample_weight is None else weight * per_token(sample_weight)
 
 
-def keras_labels(
+def weight_on_replica(
     loss: Any, labels: Annotated[Tensor, "B T"], sample_weight: Tensor | None
-) -> tuple[Annotated[Tensor, "B T"], Annotated[Tensor, "B T"]]:
-    """Labels and weights with which a loss of Keras is that of the labels that count.
-
-    Its mean is one over all positions, or over those without its `ignore_class`, so that padding
-    would make it smaller: the weights make up for that.
+) -> Annotated[Tensor, "B T"] | None:
+    """Sample weights with which Keras' share of a mean is that of the mean over the batch.
 
     Args:
         loss: What `compile` was given.
-        labels: `(B, T)` int32, -100 where ignored.
+        labels: `(B, T)` int32 of the replica, -100 where ignored.
         sample_weight: `(B,)` or `(B, T)`, or `None` for ones.
     """
-    weight = label_weight(labels, sample_weight)
-    ignored = getattr(loss, "ignore_class", None)
-    known = ops.where(labels == IGNORE, 0 if ignored is None else ignored, labels)
-    if getattr(loss, "reduction", MEANS[0]) not in MEANS:
-        return known, weight
-    count = counted_labels(loss, labels)
-    divisor = ops.sum(ops.ones_like(weight)) if ignored is None else count
-    count = ops.maximum(sum_over_replicas(count), 1.0)
-    return known, weight * (divisor * replica_count() / count)
+    weight = None if sample_weight is None else label_weight(labels, sample_weight)
+    if replica_count() == 1 or getattr(loss, "reduction", MEANS[0]) not in MEANS:
+        return weight
+    own = counted_labels(loss, labels)
+    factor = own * replica_count() / ops.maximum(sum_over_replicas(own), 1.0)
+    return factor * label_weight(labels, sample_weight)
 
 
 def counted_labels(loss: Any, labels: Annotated[Tensor, "B T"]) -> Annotated[Tensor, ""]:

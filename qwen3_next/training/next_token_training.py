@@ -18,8 +18,9 @@ from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.decisions import reads_prompts
 from qwen3_next.models.inputs import next_token_labels, unpack
+from qwen3_next.training.counted_logits import counted_logits
 from qwen3_next.training.loss_tracker import LossTracker
-from qwen3_next.training.losses import keras_labels, label_weight, masked_mean, weight_of_loss
+from qwen3_next.training.losses import label_weight, masked_mean, weight_of_loss, weight_on_replica
 from qwen3_next.training.own_losses import note_step, own_losses
 from qwen3_next.training.replicas_of_step import MEANS
 from qwen3_next.training.step_inputs import StepOutput, with_step_inputs
@@ -59,8 +60,9 @@ class NextTokenTraining(ConfiguredModel):
     ) -> None:
         """As `keras.Model.compile`; the default loss is the cross-entropy from logits.
 
-        `weighted_metrics` leave out ignored labels, `metrics` are given all positions. The loss of
-        `fit` and `evaluate` is the mean over all labels that count, whichever rows share a batch.
+        Metrics leave out ignored labels and padding, a metric of one's own if it is weighted or
+        reads Keras' mask of the logits. The loss of `fit` and `evaluate` is the mean over all
+        labels that count, whichever rows share a batch.
         """
         super().compile(
             optimizer, loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
@@ -143,12 +145,14 @@ class NextTokenTraining(ConfiguredModel):
         Where the loss is fused, Keras asks for it once and symbolically, before the first step: a
         compiled loss that was never built would make it trace the model again at every call.
         """
-        labels, weight = keras_labels(self.loss, labels, sample_weight)
-        loss = super().compute_loss(x, labels, logits, weight, training)
+        weight = weight_on_replica(self.loss, labels, sample_weight)
+        logits = counted_logits(logits, labels != IGNORE)
+        loss = super().compute_loss(x, ops.maximum(labels, 0), logits, weight, training)
         return sum_over_replicas(loss)
 
     def _update_metrics(self, inputs, labels, logits, sample_weight):
         weight = label_weight(labels, sample_weight)
+        logits = counted_logits(logits, labels != IGNORE)
         super().compute_metrics(inputs, ops.maximum(labels, 0), logits, sample_weight=weight)
 
     def step_labels(self, x: Any, y: Any) -> Annotated[Tensor, "B T"]:

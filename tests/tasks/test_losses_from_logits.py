@@ -98,6 +98,21 @@ def test_a_loss_is_that_of_the_labels_that_count(loss):
     np.testing.assert_allclose(found, factor * (weights * expected()).sum(), rtol=1e-5)
 
 
+def test_metrics_are_those_of_the_labels_that_count():
+    ids, counts = random_ids(3, 10), np.arange(10) < np.array([[10], [2], [5]])
+    hits = logits_once(model(), ids).argmax(-1)
+    labels = np.where(np.arange(30).reshape(3, 10) % 3 == 0, hits, ids)
+    names = {"metrics": ["accuracy"], "weighted_metrics": ["sparse_categorical_accuracy"]}
+    model().compile("sgd", **names, **CHEAPEST_STEPS)
+    row_weights = np.array([0.5, 2.0, 1.0])
+    options = {"sample_weight": row_weights, "verbose": 0, "return_dict": True}
+    found = model().evaluate({"token_ids": ids, "padding_mask": counts}, labels, **options)
+    right, weights = counts & (hits == labels), counts * row_weights[:, None]
+    np.testing.assert_allclose(found["accuracy"], right.sum() / counts.sum(), rtol=1e-5)
+    weighted = (right * weights).sum() / weights.sum()
+    np.testing.assert_allclose(found["sparse_categorical_accuracy"], weighted, rtol=1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["sum_over_batch_size", "mean_with_sample_weight"])
 def test_a_loss_over_batches_is_that_of_all_labels(reduction):
     ids, lengths, row_weights = random_ids(3, 10), np.array([10, 2, 5]), np.array([0.5, 2.0, 1.0])
