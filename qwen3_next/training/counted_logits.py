@@ -19,7 +19,7 @@ class _WithMask(keras.layers.Layer):
     """Keras takes the mask of a tensor from the layer that it comes from."""
 
     def __init__(self):
-        super().__init__(autocast=False)
+        super().__init__(name="with_mask", autocast=False)
 
     def call(self, inputs):
         return inputs[0]

@@ -2,11 +2,25 @@
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import keras
 
 from qwen3_next.layers.ops.tensor_types import Tensor
+
+# Replicas take turns in threads, each with a number of its own.
+_labels: ContextVar[Tensor | None] = ContextVar("labels of a loss", default=None)
+
+
+@contextlib.contextmanager
+def loss_over(labels: Tensor | None) -> Iterator[None]:
+    """Within it a loss is the mean over that many labels, or over rows for `None`."""
+    token = _labels.set(labels)
+    try:
+        yield
+    finally:
+        _labels.reset(token)
 
 
 class LossTracker(keras.metrics.Mean):
@@ -18,17 +32,7 @@ class LossTracker(keras.metrics.Mean):
 
     def __init__(self) -> None:
         super().__init__(name="loss")
-        self.labels: Tensor | None = None
-
-    @contextlib.contextmanager
-    def over(self, labels: Tensor | None) -> Iterator[None]:
-        """Within it a loss is the mean of that many labels, or of rows for `None`."""
-        self.labels = labels
-        try:
-            yield
-        finally:
-            self.labels = None
 
     def update_state(self, values: Any, sample_weight: Any = None) -> None:
-        weight = sample_weight if self.labels is None else self.labels
-        super().update_state(values, sample_weight=weight)
+        labels = _labels.get()
+        super().update_state(values, sample_weight=sample_weight if labels is None else labels)

@@ -19,7 +19,7 @@ from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.decisions import reads_prompts
 from qwen3_next.models.inputs import next_token_labels, unpack
 from qwen3_next.training.counted_logits import counted_logits
-from qwen3_next.training.loss_tracker import LossTracker
+from qwen3_next.training.loss_tracker import LossTracker, loss_over
 from qwen3_next.training.losses import label_weight, masked_mean, weight_of_loss, weight_on_replica
 from qwen3_next.training.own_losses import note_step, own_losses
 from qwen3_next.training.replicas_of_step import MEANS
@@ -78,11 +78,11 @@ class NextTokenTraining(ConfiguredModel):
         object.__setattr__(self, "_loss_tracker", LossTracker())
 
     def train_step(self, *args):
-        with self._loss_tracker.over(self._weight_of_loss(args[-1])):
+        with loss_over(self._weight_of_loss(args[-1])):
             return super().train_step(*with_step_inputs(args, reads_prompts(self.config)))
 
     def test_step(self, *args):
-        with self._loss_tracker.over(self._weight_of_loss(args[-1])):
+        with loss_over(self._weight_of_loss(args[-1])):
             return super().test_step(*with_step_inputs(args, reads_prompts(self.config)))
 
     def _weight_of_loss(self, data):
