@@ -141,13 +141,18 @@ def require_inputs(inputs: Any) -> None:
 
 
 def check_token_ids(inputs: Any, vocab_size: int) -> None:
-    """Raises `ValueError` for a token id outside the vocabulary, and for masks and segment ids
-    that a cast would change.
+    """Raises `ValueError` for ragged rows, a token id outside the vocabulary, and for masks and
+    segment ids that a cast would change.
 
     Looks at arrays that are on the host or were computed already; inside a compiled function
     there are no values to look at.
     """
     token_ids = inputs.get("token_ids") if isinstance(inputs, dict) else inputs
+    if hasattr(token_ids, "row_splits"):  # a tensor to Keras, but not to its ops
+        raise ValueError(
+            "`token_ids` must be an array: `pad` makes one of rows of different lengths. "
+            f"Received: token_ids={shown(token_ids)}"
+        )
     for key in BY_TOKEN if isinstance(inputs, dict) else ():
         _check_by_token(key, inputs.get(key))
     values = host_values("token_ids", token_ids)
@@ -223,8 +228,6 @@ def host_values(name: str, x: Any) -> np.ndarray | None:
 def _is_array(x):
     if isinstance(x, np.ndarray | np.generic):
         return x.dtype.kind in "buif"
-    if hasattr(x, "ragged_rank"):  # a tensor to Keras, but not to its ops
-        return False
     known = x is None or isinstance(x, keras.KerasTensor) or ops.is_tensor(x)
     return known or hasattr(x, "__array__") or hasattr(x, "_fields")
 

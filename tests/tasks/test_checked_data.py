@@ -186,12 +186,9 @@ def test_ragged_rows_are_refused():
     tf = pytest.importorskip("tensorflow")
     rows = tf.ragged.constant([[1, 2, 3], [4, 5]], dtype="int32")
     batches = tf.data.Dataset.from_tensor_slices(rows).batch(2)
-    with pytest.raises(ValueError, match=r"`inputs` must be an array"):
+    with pytest.raises(ValueError, match=r"`token_ids` must be an array.*pad"):
         model()(rows)
-    for x, message in (
-        (rows, "`inputs` must be an array"),
-        (batches, "`x` must yield arrays.*pad"),
-    ):
+    for x, message in ((rows, "`token_ids` must be"), (batches, "`x` must yield arrays.*pad")):
         for method in ("fit", "predict"):
             with pytest.raises(ValueError, match=message):
                 getattr(model(), method)(x, verbose=0)
