@@ -245,7 +245,7 @@ class ThinkLoop(CheckedLayer):
         training: bool | None = None,
         prompt_mask: Annotated[Tensor, "B T"] | None = None,
         route: Annotated[Tensor, "B L"] | None = None,
-        branch: Annotated[Tensor, "B"] | None = None,
+        branch: Annotated[Tensor, "B ..."] | None = None,
     ) -> Annotated[Tensor, "B T D"] | ThinkLoopOutput:
         count = self.checked_iterations(think_iterations)
         check_routing(self, prompt_mask, segment_ids, route, branch)
