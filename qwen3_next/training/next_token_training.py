@@ -61,8 +61,8 @@ class NextTokenTraining(ConfiguredModel):
         """As `keras.Model.compile`; the default loss is the cross-entropy from logits.
 
         Metrics leave out ignored labels and padding, a metric of one's own if it is weighted or
-        reads Keras' mask of the logits. The loss of `fit` and `evaluate` is the mean over all
-        labels that count, whichever rows share a batch.
+        reads Keras' mask of the logits. Where the loss is a mean, that of `fit` and `evaluate` is
+        over all labels that count, whichever rows share a batch.
         """
         super().compile(
             optimizer, loss, metrics=metrics, weighted_metrics=weighted_metrics, **kwargs
