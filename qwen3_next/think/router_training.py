@@ -26,6 +26,7 @@ from qwen3_next.tasks.checked_trainer import CheckedTrainer
 from qwen3_next.tasks.losses_from_logits import loss_from_logits
 from qwen3_next.tasks.metrics_from_logits import metrics_from_logits
 from qwen3_next.tasks.task import Task
+from qwen3_next.training.losses import per_token
 
 ACTIONS = 3
 COUNTS = Rule(
@@ -205,6 +206,15 @@ class RouterTrainer(CheckedTrainer):
             x = unpack(x)._replace(route=ops.cast(y, "int32")).given()
             args = *state, (x, y, sample_weight)
         return super().train_step(*args)
+
+    # Weights of rows `(B,)` are made to weigh rows: Keras lines them up with the layers.
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        weight = None if sample_weight is None else per_token(sample_weight)
+        return super().compute_loss(x, y, y_pred, weight, training)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        weight = None if sample_weight is None else per_token(sample_weight)
+        return super().compute_metrics(x, y, y_pred, weight)
 
     def check_inputs(self, x: Any, y: Any = None) -> None:
         """Raises `ValueError` for inputs that the model has no row for."""

@@ -283,6 +283,19 @@ def test_losses_and_metrics_by_name_are_those_of_logits():
         trainer.compile("sgd", name, steps_per_execution=0)
 
 
+def test_weights_of_rows_weigh_rows_even_where_there_are_as_many_layers():
+    trainer = trainer_of(untrained())
+    weights = np.array([[2.0], [0.5]])
+    losses = focal(trainer.predict(ROWS, verbose=0).astype("float64"), 2.0, (1,) * 3, TWO_LABELS)
+    for given in (np.repeat(weights, 2, axis=1), weights[:, 0], weights):
+        trainer.compile("sgd", FocalLoss(), weighted_metrics=["accuracy"])
+        loss, accuracy = trainer.evaluate(ROWS, TWO_LABELS, sample_weight=given, verbose=0)
+        assert loss == pytest.approx((weights * losses).mean(), rel=1e-5)
+        right = trainer.predict(ROWS, verbose=0).argmax(-1) == TWO_LABELS
+        assert accuracy == pytest.approx((weights * right).mean() / weights.mean())
+    trainer.train_on_batch(ROWS, TWO_LABELS, sample_weight=weights[:, 0])
+
+
 @pytest.mark.parametrize("label", [-1, 3, 1.5])
 def test_the_loss_of_a_label_that_is_no_action_is_not_a_number(label):
     losses = to_numpy(FocalLoss().call(np.array([[label, 1]]), LOGITS[:1]))
