@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from qwen3_next.checkpoints.coverage import listed
-from qwen3_next.checkpoints.safetensors_files import COUNTER_DTYPES
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import shown
 from qwen3_next.models.weight_rows import Weight
@@ -49,7 +48,6 @@ FREE_FIELDS = {
     "etd.lora_expert.dropout",
     "etd.lora_expert.bias_update_rate",
 }
-_COUNTERS = {str(dtype) for dtype in COUNTER_DTYPES.values()} | {"uint32"}
 
 Combine = Callable[[Weight, list[np.ndarray]], np.ndarray]
 
@@ -84,7 +82,7 @@ def require_mergeable(models: Mapping[str, Task]) -> None:
     require_same_function({name: model.config for name, model in models.items()})
     require_same_weights(models)
     for name, model in models.items():
-        _require_no_others(name, model)
+        NamedWeights(model, name)
 
 
 def require_same_function(configs: Mapping[str, Qwen3NextConfig]) -> None:
@@ -154,13 +152,3 @@ def _flat(fields, prefix=""):
         else:
             found[f"{prefix}{name}"] = value
     return found
-
-
-def _require_no_others(name, model):
-    rows = NamedWeights(model).rows
-    others = [v.path for v in model.weights if v.path not in rows and v.dtype not in _COUNTERS]
-    if others:
-        raise ValueError(
-            f"`{name}` must have the weights of its configuration and no others, such as those "
-            f"that `enable_lora` adds. Received: {listed(others)}"
-        )
