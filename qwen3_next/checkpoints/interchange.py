@@ -16,6 +16,7 @@ import numpy as np
 from qwen3_next.checkpoints.coverage import CoverageReport, listed
 from qwen3_next.checkpoints.hugging_face_config import config_to_hugging_face
 from qwen3_next.checkpoints.safetensors_files import (
+    COUNTER_DTYPES,
     Checkpoint,
     TensorSpec,
     write,
@@ -72,6 +73,18 @@ class Plan(NamedTuple):
 def table_of(model: Any) -> list[Weight]:
     """The weight table of a model."""
     return weight_table(model.config, _num_labels(model))
+
+
+def require_no_other_weights(name: str, model: Any) -> None:
+    """Raises `ValueError` for a model with weights that its table, and so a copy, would lack."""
+    counters = {*map(str, COUNTER_DTYPES.values()), "uint32"}
+    known = {row.path for row in table_of(model)}
+    others = [v.path for v in model.weights if v.path not in known and v.dtype not in counters]
+    if others:
+        raise ValueError(
+            f"`{name}` must have the weights of its configuration and no others, such as those "
+            f"that `enable_lora` adds. Received: {listed(others)}"
+        )
 
 
 def load_hugging_face(model: Any, directory: str | Path, progress: bool = True) -> CoverageReport:

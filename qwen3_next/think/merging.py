@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from qwen3_next.checkpoints.interchange import require_no_other_weights
 from qwen3_next.config.lora_expert_config import BLOCK_OUTPUT, LoRAExpertConfig
 from qwen3_next.config.validation import integer, require
 from qwen3_next.models.trainable_layers import FIELD, set_trainable_like
@@ -28,8 +29,8 @@ def merge_lora_expert(model: Task, expert: int) -> Any:
         A model of the same class.
 
     Raises:
-        ValueError: a model without LoRA experts, a number out of range, or experts of the output of
-            layers, which has no weight to merge them into.
+        ValueError: a model without LoRA experts, or with LoRA of Keras beside them; a number out of
+            range, or experts of the output of layers, which has no weight to merge them into.
 
     Example:
 
@@ -51,6 +52,7 @@ def merge_lora_expert(model: Task, expert: int) -> Any:
             f"`ETDConfig(use_lora_experts=True)`. Received: model={model!r}"
         )
     require_values(model.weights)
+    require_no_other_weights("model", model)
     require(integer(0, etd.num_lora_experts - 1), "expert", expert)
     if BLOCK_OUTPUT in (etd.lora_expert.target_modules or ()):
         raise ValueError(

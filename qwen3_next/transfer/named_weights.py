@@ -11,8 +11,7 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.checkpoints.coverage import listed
-from qwen3_next.checkpoints.interchange import table_of
-from qwen3_next.checkpoints.safetensors_files import COUNTER_DTYPES
+from qwen3_next.checkpoints.interchange import require_no_other_weights, table_of
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.layers.initializers import weights_to_be_loaded
 from qwen3_next.models.assembly import require_unquantized
@@ -20,8 +19,6 @@ from qwen3_next.models.values import require_values
 from qwen3_next.models.weight_rows import Weight
 from qwen3_next.models.weight_table import weight_table
 from qwen3_next.tasks.task import Task
-
-_COUNTERS = {str(dtype) for dtype in COUNTER_DTYPES.values()} | {"uint32"}
 
 
 class NamedWeights(Mapping[str, np.ndarray]):
@@ -40,12 +37,7 @@ class NamedWeights(Mapping[str, np.ndarray]):
         require_unquantized(name, model)
         found = {variable.path: variable for variable in model.weights}
         self.rows = {row.path: row for row in table_of(model)}
-        others = [p for p, v in found.items() if p not in self.rows and v.dtype not in _COUNTERS]
-        if others:
-            raise ValueError(
-                f"`{name}` must have the weights of its configuration and no others, such as those "
-                f"that `enable_lora` adds. Received: {listed(others)}"
-            )
+        require_no_other_weights(name, model)
         self._variables = {path: found[path] for path in self.rows}
 
     def __getitem__(self, path: str) -> np.ndarray:

@@ -225,3 +225,10 @@ def test_what_cannot_be_merged_is_refused():
     for model in (small(), routed(Qwen3Next, "routes"), small(Qwen3NextBackbone)):
         with pytest.raises(ValueError, match=r"`model` must be a Qwen3Next .*with LoRA experts"):
             merge_lora_expert(model, 0)
+
+
+def test_what_was_learned_beside_an_expert_is_not_dropped_in_silence():
+    model = routed(Qwen3Next, "experts", etd=ETD, **SMALL)
+    model.lm_head.enable_lora(2)
+    with pytest.raises(ValueError, match=r"no others.*Received: lm_head/lora_kernel_a"):
+        merge_lora_expert(model, 0)
