@@ -67,7 +67,6 @@ PARTS := \
   tests/checkpoints \
   tests/transfer/conversion \
   tests/transfer/growth \
-  tests/transfer/test_named_weights.py \
   tests/layers/ops \
   tests/tasks/test_thinking_tasks.py \
   tests/transfer/distill \

@@ -1,9 +1,11 @@
-"""Variables without values: on JAX Keras takes them while a model runs over data."""
+"""Values of variables: without some, as on JAX while a model runs over data, and told apart."""
 
 import contextlib
+import zlib
 from collections.abc import Iterable, Iterator
 
 import keras
+import numpy as np
 
 _TAKEN = (
     "On JAX a model can be neither called nor saved or read while `fit`, `evaluate` or `predict` "
@@ -40,6 +42,15 @@ def require_values(variables: Iterable[keras.Variable]) -> None:
             f"{_TAKEN}Received: {len(missing)} variables without a value, the first of them "
             f"{missing[0].path}"
         )
+
+
+def checksum(arrays: Iterable) -> int:
+    """CRC-32 of the values of arrays or variables, one behind the other."""
+    total = 0
+    for array in arrays:
+        array = np.ascontiguousarray(keras.ops.convert_to_numpy(array))
+        total = zlib.crc32(array.view("uint8").reshape(-1).data, total)
+    return total
 
 
 def _has_value(variable):

@@ -22,6 +22,7 @@ from qwen3_next.config.validation import (
 )
 from qwen3_next.generation.prompts import read_prompts
 from qwen3_next.models.inputs import token_id_list
+from qwen3_next.models.values import checksum
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.think.path_tree import PathTree
 from qwen3_next.training.data import pad
@@ -146,7 +147,7 @@ def search_paths(
         stop_token_ids: Tokens that end an answer.
         seed: Seed of the choices.
         path: File with one JSON line per prompt. What it holds already is not searched again; it
-            must be of the same prompts and settings. `None` for none.
+            must be of the same prompts, settings and weights. `None` for none.
         verbose: 0 for silence, 1 for a progress bar, 2 for a line at the end.
 
     Returns:
@@ -202,7 +203,7 @@ def search_paths(
         "stop_token_ids": stops,
     }
     settings = [*tree, simulations, early_stop, seed, answers]
-    file = _ResultsFile(path, rows, settings)
+    file = _ResultsFile(path, rows, settings, model)
     bar = keras.utils.Progbar(len(rows), verbose=verbose, unit_name="prompt")
     found = file.known()
     todo = [number for number in range(len(rows)) if number not in found]
@@ -265,12 +266,14 @@ class _Search:
 class _ResultsFile:
     """One JSON line per prompt behind a first line that says of which search they are."""
 
-    def __init__(self, path, rows, settings):
+    def __init__(self, path, rows, settings, model):
         self.path = None if path is None else Path(path)
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         # JSON does not know NumPy's numbers.
         settings = json.loads(json.dumps(settings, default=lambda number: number.item()))
         self.head = {"prompts": digest, "settings": settings}
+        if self.path is not None:
+            self.head["weights"] = checksum(_weights_of_answers(model))
         self.rows = rows
 
     def known(self):
@@ -290,8 +293,8 @@ class _ResultsFile:
             raise ValueError(f"{self.path} does not hold the results of a path search") from error
         if first != json.loads(head):
             raise ValueError(
-                f"{self.path} is of other prompts or settings: continue that search, or give "
-                f"another `path`. Received: path={str(self.path)!r}"
+                f"{self.path} is of other prompts, settings or weights: continue that search, or "
+                f"give another `path`. Received: path={str(self.path)!r}"
             )
         if whole != text:
             self.path.write_text(whole, encoding="utf-8")
@@ -310,6 +313,13 @@ def _from_json(entry, rows):
     route = entry["route"]
     route = None if route is None else tuple(route)
     return FoundPath((), bool(entry["full_is_right"]), route, int(entry["tried"]))
+
+
+def _weights_of_answers(model):
+    """What answers on a given route depend on: neither layer routers, nor seeds and counters."""
+    routers = {id(v) for one in model.backbone.think_loop.routers for v in one.variables}
+    weights = (weight for weight in model.weights if id(weight) not in routers)
+    return [weight for weight in weights if keras.backend.is_float_dtype(weight.dtype)]
 
 
 def _routed_etd(model):

@@ -241,9 +241,25 @@ def test_a_file_of_another_search_is_refused(tmp_path, changes):
     path = tmp_path / "paths.jsonl"
     search(path=path)
     text = path.read_text()
-    with pytest.raises(ValueError, match=r"other prompts or settings.*paths\.jsonl"):
+    with pytest.raises(ValueError, match=r"other prompts, settings or weights.*paths\.jsonl"):
         search(fails, path=path, **changes)
     assert path.read_text() == text
+
+
+def test_a_file_is_of_the_weights_that_answered_whatever_routers_have_learned_since(tmp_path):
+    path = tmp_path / "paths.jsonl"
+    first = search(path=path)
+    kernels = model().backbone.think_loop.routers[0].weights[0], model().lm_head.kernel
+    before = [kernel.numpy() for kernel in kernels]
+    try:
+        kernels[0].assign(before[0] + 1.0)
+        assert search(fails, path=path) == first
+        kernels[1].assign(before[1] * 1.01)
+        with pytest.raises(ValueError, match=r"other prompts, settings or weights"):
+            search(fails, path=path)
+    finally:
+        for kernel, value in zip(kernels, before):
+            kernel.assign(value)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -10,7 +10,6 @@ Source: Distilling to Hybrid Attention Models via KL-Guided Layer Selection, arX
 """
 
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from qwen3_next.layers import SparseMoE
 from qwen3_next.layers.ops import linear_kl_divergence
 from qwen3_next.models.compiled import compile_with_weights
 from qwen3_next.models.inputs import unpack
+from qwen3_next.models.values import checksum
 from qwen3_next.tasks.language_model import Qwen3Next
 from qwen3_next.think.figures import axes_for
 from qwen3_next.transfer.conversion.sample_tokens import check_sample
@@ -184,7 +184,7 @@ def select_attention_layers(
     require(integer(1, layers - 1), "keep", keep)
     require(integer(1), "batch_size", batch_size)
     require(BOOLEAN, "progress", progress)
-    known = _Known(path, _fingerprint(teacher, student, token_ids), layers)
+    known = _Known(path, _checksum(teacher, student, token_ids), layers)
     divergence = _divergence(teacher, student, token_ids, batch_size)
     bar = keras.utils.Progbar(layers + 1, unit_name="pass") if progress else None
     for restored in range(-1, layers):
@@ -278,17 +278,11 @@ def _mixed_pass(teacher, student, inputs, restored):
     return student.backbone.norm(hidden)
 
 
-def _fingerprint(*sources):
+def _checksum(teacher, student, inputs):
     """Tells runs over other weights or tokens apart."""
-    total = 0
-    for source in sources:
-        arrays = source.weights if isinstance(source, Qwen3Next) else unpack(source).given()
-        if isinstance(arrays, dict):
-            arrays = arrays.values()
-        for array in arrays:
-            array = np.ascontiguousarray(ops.convert_to_numpy(array))
-            total = zlib.crc32(array.view("uint8").reshape(-1).data, total)
-    return total
+    given = unpack(inputs).given()
+    tokens = given.values() if isinstance(given, dict) else [given]
+    return checksum([*teacher.weights, *student.weights, *tokens])
 
 
 class _Known:
