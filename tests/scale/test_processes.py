@@ -13,7 +13,6 @@ from tests.support.devices import distribution_of, eight_devices, jax_only
 from tests.support.other_backend import environment_without_tensorflow
 from tests.support.paths import ROOT
 from tests.support.process_runs import BATCHES, train
-from tests.support.xla_flags import FASTER
 
 pytestmark = jax_only
 
@@ -37,7 +36,6 @@ def folder(tmp_path_factory):
     environment = {
         **os.environ,
         **environment_without_tensorflow(tmp_path_factory.mktemp("modules")),
-        "XLA_FLAGS": FASTER,
     }
     common = ["2", str(free_port()), *MESHES]
     started = []
