@@ -27,6 +27,20 @@ def pad_to_multiple(x: Tensor, size: int, axis: int = 0, fill: int | Tensor = 0)
     return pad_end(x, -ops.shape(x)[axis] % size, axis, fill)
 
 
+def to_chunks_of_rows(
+    x: Annotated[Tensor, "N ..."], size: int, fill: int | Tensor = 0
+) -> Annotated[Tensor, "C size ..."]:
+    """Cuts the rows into chunks of `size`, the last one filled up with `fill`.
+
+    No rows are a chunk, too, as in a replica without data: a loop of TensorFlow under XLA cannot
+    write what it finds into a tensor of none.
+    """
+    count, *rest = ops.shape(x)
+    some = max(count, 1) if isinstance(count, int) else ops.maximum(count, 1)
+    x = pad_end(x, some - count + -some % size, fill=fill)
+    return ops.reshape(x, (-1, size, *rest))
+
+
 def to_blocks(
     x: Annotated[Tensor, "B T ..."], size: int, fill: int | Tensor = 0
 ) -> Annotated[Tensor, "N B size ..."]:

@@ -25,7 +25,7 @@ from ..backend.autodiff import Shards, custom_gradient
 from ..backend.loops import get_rows, scan, set_rows
 from ..backend.sharding import all_sum, devices, gather, spec, sum_rows
 from ..checks import as_floats, require_shape, require_words, to_integers
-from ..padding import pad_to_multiple
+from ..padding import to_chunks_of_rows
 from ..tensor_types import Tensor
 from .spread_words import Words, argmax, log_sum_exp, logit_of
 
@@ -262,16 +262,13 @@ def _chunk_words(chunk_rows: int, words: int, rows: int | None) -> int:
     return min(size, words)
 
 
-def _chunks(chunk_rows: int, hidden: Tensor, labels: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Tensors `(N, ...)` as `(chunks, rows of a chunk, ...)`, what fills them without a loss."""
+def _chunks(chunk_rows: int, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and labels as `(chunks, rows of a chunk, ...)`, what fills them without a loss."""
     count = ops.shape(hidden)[0]
     if isinstance(count, int):
         chunk_rows = max(1, min(chunk_rows, count))
-    labels = pad_to_multiple(labels, chunk_rows, fill=IGNORE)
-    hidden, *padded = (pad_to_multiple(x, chunk_rows) for x in (hidden, *others))
-    return tuple(
-        ops.reshape(x, (-1, chunk_rows, *ops.shape(x)[1:])) for x in (hidden, labels, *padded)
-    )
+    chunks = to_chunks_of_rows(hidden, chunk_rows)
+    return chunks, to_chunks_of_rows(labels, chunk_rows, fill=IGNORE)
 
 
 def correct(

@@ -24,7 +24,7 @@ from qwen3_next.config.validation import integer, number, require
 from ..backend.loops import scan
 from ..checks import as_floats, as_mask, require_shape, to_integers
 from ..cross_entropy.api import CHUNK_LOGITS, CHUNK_ROWS, head_inputs
-from ..padding import pad_to_multiple
+from ..padding import to_chunks_of_rows
 from ..tensor_types import Tensor
 from .divergences import LINEAR, TOP, differentiable
 
@@ -198,5 +198,4 @@ def _chunks(kernel, chunk_rows, xs):
             chunk_rows = min(chunk_rows, CHUNK_OF_UNKNOWN)
     if isinstance(count, int):
         chunk_rows = max(1, min(chunk_rows, count))
-    padded = (pad_to_multiple(x, chunk_rows) for x in xs)
-    return count, [ops.reshape(x, (-1, chunk_rows, *ops.shape(x)[1:])) for x in padded]
+    return count, [to_chunks_of_rows(x, chunk_rows) for x in xs]

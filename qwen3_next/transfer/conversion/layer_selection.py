@@ -184,7 +184,8 @@ def select_attention_layers(
     require(integer(1, layers - 1), "keep", keep)
     require(integer(1), "batch_size", batch_size)
     require(BOOLEAN, "progress", progress)
-    known = _Known(path, _checksum(teacher, student, token_ids), layers)
+    run = None if path is None else _checksum(teacher, student, token_ids)
+    known = _Known(path, run, layers)
     divergence = _divergence(teacher, student, token_ids, batch_size)
     bar = keras.utils.Progbar(layers + 1, unit_name="pass") if progress else None
     for restored in range(-1, layers):
@@ -288,9 +289,9 @@ def _checksum(teacher, student, inputs):
 class _Known:
     """Divergences that were found so far, in a file if there is one; -1 stands for no layer."""
 
-    def __init__(self, path, fingerprint, layers):
+    def __init__(self, path, run, layers):
         self.path = None if path is None else Path(path)
-        self.fingerprint, self.found = fingerprint, {}
+        self.run, self.found = run, {}
         if self.path is None or not self.path.exists():
             return
         saved = read_json(self.path)
@@ -300,7 +301,7 @@ class _Known:
             key in numbers and isinstance(value, int | float)
             for key, value in saved["divergences"].items()
         )
-        if not is_known or saved.get("fingerprint") != fingerprint:
+        if not is_known or saved.get("fingerprint") != run:
             raise ValueError(
                 "`path` must be a file of the same models and tokens, or none. "
                 f"Received: path={str(path)!r}"
@@ -312,5 +313,5 @@ class _Known:
         if self.path is None:
             return
         with replaced(self.path) as temporary:
-            saved = {"fingerprint": self.fingerprint, "divergences": self.found}
+            saved = {"fingerprint": self.run, "divergences": self.found}
             temporary.write_text(json.dumps(saved) + "\n", encoding="utf-8")

@@ -92,6 +92,14 @@ def test_an_ignored_label_has_no_loss_and_no_gradient():
     assert not d_logits.any()
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 8])
+def test_no_rows_have_no_loss_and_no_gradient(chunk_rows, compiled):
+    arrays = inputs(0)
+    assert run(linear(chunk_rows), *arrays, mode=compiled).shape == (0,)
+    d_hidden, d_kernel, _ = gradients(linear(chunk_rows), arrays, COTANGENT[:0], mode=compiled)
+    assert d_hidden.shape == (0, DIM) and not d_kernel.any()
+
+
 def test_all_labels_ignored_is_a_zero_loss():
     hidden, kernel, labels = inputs()
     labels = np.full_like(labels, IGNORE)

@@ -176,6 +176,16 @@ def test_rows_that_do_not_count_give_nothing_whatever_they_hold():
         np.testing.assert_array_equal(d_kernel, expected[1][1])
 
 
+@pytest.mark.parametrize(("function", "make"), [(full, inputs), (top, top_inputs)])
+def test_no_rows_lack_nothing(function, make, compiled):
+    no_rows = [x[:0] if len(x) == ROWS else x for x in make()]
+    assert run(function(), *no_rows, mode=compiled).shape == (0,)
+    d_hidden, d_kernel, *_ = gradients(function(), no_rows, COTANGENT[:0], mode=compiled)
+    assert d_hidden.shape == (0, DIM) and not d_kernel.any()
+    ids, log_probs = run(_top_of_rows, *no_rows[:2], mode=compiled)
+    assert ids.shape == log_probs.shape == (0, TOP)
+
+
 def test_a_student_that_is_its_teacher_lacks_nothing():
     hidden, kernel, *_ = inputs()
     arrays = [hidden, kernel, hidden, kernel, MASK]
