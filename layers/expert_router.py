@@ -132,11 +132,13 @@ class ExpertRouter(CheckedLayer):
 
     def update_bias(self, rate: float | None = None) -> None:
         """`b_n += rate * sign(mean of the counts - count_n)`, over what was noted since the last
-        time; `rate` defaults to `bias_update_rate` and must be at least 0 as well."""
+        time; `rate` defaults to `bias_update_rate` and must be at least 0 as well. With
+        `trainable=False` the bias stays as it is."""
         rate = self.bias_update_rate if rate is None else rate
         require(RULES["bias_update_rate"], "rate", rate)
         counts = sum_over_replicas(ops.convert_to_tensor(self.selected))
-        self.selection_bias.assign_add(rate * ops.sign(ops.mean(counts) - counts))
+        if self.trainable:
+            self.selection_bias.assign_add(rate * ops.sign(ops.mean(counts) - counts))
         self.selected.assign(ops.zeros_like(counts))
 
     def compute_output_shape(

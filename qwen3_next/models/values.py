@@ -1,8 +1,10 @@
 """Values of variables: without some, as on JAX while a model runs over data, and told apart."""
 
 import contextlib
+import json
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -44,11 +46,12 @@ def require_values(variables: Iterable[keras.Variable]) -> None:
         )
 
 
-def checksum(arrays: Iterable) -> int:
-    """CRC-32 of the values of arrays or variables, one behind the other."""
-    total = 0
+def checksum(arrays: Iterable, *settings: Any) -> int:
+    """CRC-32 of arrays or variables, their shapes and dtypes, and of what JSON can hold."""
+    total = zlib.crc32(json.dumps(settings).encode())
     for array in arrays:
         array = np.ascontiguousarray(keras.ops.convert_to_numpy(array))
+        total = zlib.crc32(f"{array.dtype}{array.shape}".encode(), total)
         total = zlib.crc32(array.view("uint8").reshape(-1).data, total)
     return total
 

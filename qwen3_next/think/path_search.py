@@ -147,7 +147,7 @@ def search_paths(
         stop_token_ids: Tokens that end an answer.
         seed: Seed of the choices.
         path: File with one JSON line per prompt. What it holds already is not searched again; it
-            must be of the same prompts, settings and weights. `None` for none.
+            must be of the same prompts, settings and model. `None` for none.
         verbose: 0 for silence, 1 for a progress bar, 2 for a line at the end.
 
     Returns:
@@ -273,7 +273,7 @@ class _ResultsFile:
         settings = json.loads(json.dumps(settings, default=lambda number: number.item()))
         self.head = {"prompts": digest, "settings": settings}
         if self.path is not None:
-            self.head["weights"] = checksum(_weights_of_answers(model))
+            self.head["model"] = checksum(_weights_of_answers(model), model.config.to_dict())
         self.rows = rows
 
     def known(self):
@@ -293,7 +293,7 @@ class _ResultsFile:
             raise ValueError(f"{self.path} does not hold the results of a path search") from error
         if first != json.loads(head):
             raise ValueError(
-                f"{self.path} is of other prompts, settings or weights: continue that search, or "
+                f"{self.path} is of other prompts, settings or models: continue that search, or "
                 f"give another `path`. Received: path={str(self.path)!r}"
             )
         if whole != text:

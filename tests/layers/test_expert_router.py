@@ -151,6 +151,17 @@ def test_the_bias_moves_by_the_sign_rule_and_the_counts_begin_anew():
     np.testing.assert_array_equal(to_numpy(router.selection_bias.value), [0.75, 1, -0.75])
 
 
+def test_the_bias_of_a_frozen_router_stays():
+    router = learned()
+    router.trainable = False
+    router.count(np.array([[3.0, 0, 0]], "float32"))
+    router.update_bias()
+    assert not to_numpy(router.selection_bias.value).any()
+    router.trainable = True
+    router.update_bias()  # what was counted while it was frozen is forgotten
+    assert not to_numpy(router.selection_bias.value).any()
+
+
 def test_an_overloaded_expert_loses_selection():
     router, chosen = learned(bias_update_rate=0.01), []
     scores = np.tile(np.array([0.5, 0.3, 0.45], "float32"), (4, 1, 1))

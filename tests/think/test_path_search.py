@@ -241,7 +241,7 @@ def test_a_file_of_another_search_is_refused(tmp_path, changes):
     path = tmp_path / "paths.jsonl"
     search(path=path)
     text = path.read_text()
-    with pytest.raises(ValueError, match=r"other prompts, settings or weights.*paths\.jsonl"):
+    with pytest.raises(ValueError, match=r"other prompts, settings or models.*paths\.jsonl"):
         search(fails, path=path, **changes)
     assert path.read_text() == text
 
@@ -255,11 +255,20 @@ def test_a_file_is_of_the_weights_that_answered_whatever_routers_have_learned_si
         kernels[0].assign(before[0] + 1.0)
         assert search(fails, path=path) == first
         kernels[1].assign(before[1] * 1.01)
-        with pytest.raises(ValueError, match=r"other prompts, settings or weights"):
+        with pytest.raises(ValueError, match=r"other prompts, settings or models"):
             search(fails, path=path)
     finally:
         for kernel, value in zip(kernels, before):
             kernel.assign(value)
+
+
+def test_a_file_of_another_configuration_of_the_same_weights_is_refused(tmp_path):
+    path = tmp_path / "paths.jsonl"
+    search(path=path)
+    other = small(etd={**ETD, "use_layer_router": True, "max_think_iterations": 3}, **ATTENTION)
+    other.set_weights(model().get_weights())
+    with pytest.raises(ValueError, match=r"other prompts, settings or models"):
+        search(fails, path=path, model=other)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -280,10 +280,11 @@ def _mixed_pass(teacher, student, inputs, restored):
 
 
 def _checksum(teacher, student, inputs):
-    """Tells runs over other weights or tokens apart."""
+    """Tells runs of other models or tokens apart."""
     given = unpack(inputs).given()
-    tokens = given.values() if isinstance(given, dict) else [given]
-    return checksum([*teacher.weights, *student.weights, *tokens])
+    given = given if isinstance(given, dict) else {"token_ids": given}
+    configs = [model.config.to_dict() for model in (teacher, student)]
+    return checksum([*teacher.weights, *student.weights, *given.values()], configs, [*given])
 
 
 class _Known:
