@@ -266,10 +266,21 @@ class DistillationTrainer(CheckedTrainer):
         return losses._replace(loss=added)
 
     def _note_step(self, output, losses, training):
-        values = {"loss": losses.loss, **losses.parts}
+        values, counts = {"loss": losses.loss, **losses.parts}, {}
+        if isinstance(self._stage, Logits) and self._stage.layer_weight:
+            # A mean over other tokens: `get_metrics_result` adds it to the mean of the rest.
+            values["loss"] = losses.loss - self._stage.layer_weight * values["layer_loss"]
+            counts["layer_loss"] = losses.real
         for mean in self.means:
-            mean.update_state(values[mean.name], sample_weight=losses.count)
+            mean.update_state(values[mean.name], counts.get(mean.name, losses.count))
         self._stage.note(self.student, output, losses, training)
+
+    def get_metrics_result(self) -> dict[str, Any]:
+        """The means so far."""
+        found = super().get_metrics_result()
+        if isinstance(self._stage, Logits) and self._stage.layer_weight:
+            found["loss"] = found["loss"] + self._stage.layer_weight * found["layer_loss"]
+        return found
 
     def save(self, filepath: str | Path, overwrite: bool = True, **kwargs: Any) -> None:
         """As `keras.Model.save`, without the teacher; a `.keras` file is replaced at the end."""

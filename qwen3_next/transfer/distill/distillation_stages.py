@@ -34,6 +34,7 @@ class StepLossesOfStage(NamedTuple):
         loss: `()`, what a step lowers, without what layers add by `add_loss`.
         parts: Means over the tokens that count, by the names they are logged under.
         count: `()`, the number of these tokens.
+        real: `()`, the number of real tokens, over which a `layer_loss` is a mean.
         own: `OwnLosses` of the student, or `None` where it does not run as a whole.
         labels: `(B, T)` that line up with the logits, or `None` where there are none.
     """
@@ -41,6 +42,7 @@ class StepLossesOfStage(NamedTuple):
     loss: Tensor
     parts: dict[str, Tensor]
     count: Tensor
+    real: Tensor
     own: Any = None
     labels: Tensor | None = None
 
@@ -125,7 +127,7 @@ class Alignment:
         ]
         parts = dict(zip(self.part_names(), values, strict=True))
         count = ops.sum(ops.cast(real, "float32"))
-        return StepLossesOfStage(sum(values[1:], values[0]) / len(values), parts, count)
+        return StepLossesOfStage(sum(values[1:], values[0]) / len(values), parts, count, count)
 
     def note(self, student: Qwen3Next, output: Aligned, losses: Any, training: bool) -> None:
         """Nothing: the student does not run as a whole."""
@@ -201,7 +203,8 @@ class Logits:
             loss = loss + self.layer_weight * parts["layer_loss"]
         own = own_losses(student, given, labels, output.student, sample_weight, training)
         count = ops.sum(ops.cast(labels != IGNORE, "float32"))
-        return StepLossesOfStage(loss + own.loss, parts, count, own, labels)
+        real = ops.sum(ops.cast(_real_tokens(given), "float32"))
+        return StepLossesOfStage(loss + own.loss, parts, count, real, own, labels)
 
     def note(
         self, student: Qwen3Next, output: Distilled, losses: StepLossesOfStage, training: bool

@@ -287,6 +287,21 @@ def test_hidden_states_of_layers_are_compared_with_a_weight():
     np.testing.assert_allclose(float(found["loss"]), float(plain["loss"]) + error / 4, rtol=1e-5)
 
 
+def test_the_loss_of_layers_is_a_mean_over_real_tokens_however_they_are_batched():
+    teacher, student = two_layers()
+    x, y = batch()
+    y = np.where(np.arange(y.shape[1]) % (2 + np.arange(len(y)))[:, None], -100, y)
+    trainer = DistillationTrainer(teacher, student, layer_weight=0.25)
+    trainer.compile(**CHEAPEST_STEPS)
+    whole, *parts = (
+        trainer.evaluate(x, y, batch_size=size, verbose=0, return_dict=True) for size in (4, 3, 1)
+    )
+    expected = float(trainer.compute_loss(x)["layer_loss"])
+    np.testing.assert_allclose(whole["layer_loss"], expected, rtol=1e-5)
+    for found in parts:
+        assert found == pytest.approx(whole, rel=1e-5)
+
+
 def test_half_precision_distils_in_float32():
     student = linear_student(dtype="mixed_bfloat16")
     trainer = DistillationTrainer(pair()[0], student, temperature=TEMPERATURE, alpha=ALPHA)
