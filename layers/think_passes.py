@@ -22,6 +22,7 @@ from .think_routing import (
     chosen_experts,
     decided,
     run_routed,
+    selections_of,
     start_experts,
     start_routes,
 )
@@ -276,7 +277,7 @@ def _output(loop, options, given, state, count, left=()):
         logits = state.routes.logits if asked else ()
         thinking = thinking._replace(route=state.routes.actions, route_logits=logits)
     if state.experts:
-        thinking = thinking._replace(selections=state.experts.selections)
+        thinking = thinking._replace(**selections_of(loop, state.experts))
     return ThinkLoopOutput(hidden, left, state.routing, thinking)
 
 

@@ -40,12 +40,12 @@ class Experts(NamedTuple):
     Attributes:
         chosen: `(B, 1)` or `(B, T)` int32, those of the iteration, or `NO_EXPERT`.
         scores: `(B, 1, N)` or `(B, T, N)` float32, what the router said of all.
-        selections: `(B, N)` float32, how often a row, or its tokens, chose each so far.
+        selections: `(B, T, N)` float32, in how many iterations a token thought with each so far.
     """
 
     chosen: Annotated[Tensor, "B T"]
     scores: Annotated[Tensor, "B T N"]
-    selections: Annotated[Tensor, "B N"]
+    selections: Annotated[Tensor, "B T N"]
 
 
 def check_routing(loop: Any, prompt_mask: Any, segment_ids: Any, route: Any, branch: Any) -> None:
@@ -171,12 +171,12 @@ def start_experts(loop: Any, given: Any) -> Experts | tuple[()]:
     by_token = router.granularity == "token"
     if not by_token and given.prompt is None and given.branch is None and given.cache is None:
         return ()
-    batch = ops.shape(given.x)[0]
-    shape = (batch, ops.shape(given.x)[1] if by_token else 1)
+    batch, length = ops.shape(given.x)[:2]
+    shape = (batch, length if by_token else 1)
     return Experts(
         ops.full(shape, NO_EXPERT, "int32"),
         ops.zeros((*shape, router.num_experts), "float32"),
-        ops.zeros((batch, router.num_experts), "float32"),
+        ops.zeros((batch, length, router.num_experts), "float32"),
     )
 
 
@@ -192,7 +192,6 @@ def chosen_experts(
         chosen = router.select(scores)
         if branch is not None:
             chosen = ops.broadcast_to(branch[:, None], ops.shape(chosen))
-        counted = given.real if live is None else given.real & live
     else:
         if branch is not None:
             chosen = branch[:, None]
@@ -202,12 +201,23 @@ def chosen_experts(
             chosen = ops.where(has_prompt, router.select(scores), NO_EXPERT)
         else:
             chosen = cache.branch[:, None]
-        counted = ops.any(given.real if live is None else given.real & live, -1, keepdims=True)
     if not loop.reselect:
         chosen = _new_if(number == 0, chosen, experts.chosen)
         scores = _new_if(number == 0, scores, experts.scores)
-    added = router.weigh(chosen, None) * ops.cast(counted, "float32")[..., None]
-    return Experts(chosen, scores, experts.selections + ops.sum(added, axis=1))
+    thinks = given.real if live is None else given.real & live
+    added = router.weigh(chosen, None) * ops.cast(thinks, "float32")[..., None]
+    return Experts(chosen, scores, experts.selections + added)
+
+
+def selections_of(loop: Any, experts: Experts) -> dict[str, Tensor]:
+    """How often experts were chosen, by row and by token.
+
+    A row that chooses does so once per iteration, as long as one of its tokens thinks: as often as
+    the token that thinks longest.
+    """
+    by_token = experts.selections
+    over_tokens = ops.sum if loop.expert_router.granularity == "token" else ops.max
+    return {"selections": over_tokens(by_token, axis=1), "token_selections": by_token}
 
 
 def adapters_of(

@@ -52,8 +52,9 @@ def loop_spec(
         thinking = thinking._replace(route_logits=logits)
     given = (cache, prompt_mask, branch)
     if router is not None and (router.granularity == "token" or any(x is not None for x in given)):
-        selections = keras.KerasTensor((rows, router.num_experts), "float32")
-        thinking = thinking._replace(selections=selections)
+        sizes = (rows, router.num_experts), (*x.shape[:2], router.num_experts)
+        by_row, by_token = (keras.KerasTensor(size, "float32") for size in sizes)
+        thinking = thinking._replace(selections=by_row, token_selections=by_token)
     return ThinkLoopOutput(hidden, left, routing, thinking)
 
 

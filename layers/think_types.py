@@ -72,6 +72,8 @@ class Thinking(NamedTuple):
             where the routers were asked, else `()`.
         selections: `(B, N)` float32, how often a row, or its tokens, chose each LoRA expert, or
             `()`.
+        token_selections: `(B, T, N)` float32, in how many iterations a token thought with each, or
+            `()`: where rows choose, with what its row chose.
     """
 
     iterations: Annotated[Tensor, "B T"]
@@ -81,6 +83,7 @@ class Thinking(NamedTuple):
     route: Any = ()
     route_logits: Any = ()
     selections: Any = ()
+    token_selections: Any = ()
 
 
 THINKING_DTYPES = ("int32", "bool", "float32", "float32")

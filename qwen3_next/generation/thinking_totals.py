@@ -18,7 +18,8 @@ class ThinkingTotals(NamedTuple):
         think_iterations: Their iterations.
         early_exit: How many of them left before the last iteration.
         exit_confidence: Their sums of halting probabilities.
-        selections: `(N,)` float32, how often each LoRA expert was chosen, or `()`.
+        selections: `(N,)` float32, in how many of their iterations each LoRA expert took part, or
+            `()`.
     """
 
     tokens: Tensor
@@ -49,7 +50,8 @@ def with_tokens(
     weight = ops.cast(read, "float32")
     selections = totals.selections
     if not isinstance(selections, tuple):
-        selections = selections + ops.sum(thinking.selections, axis=0)
+        by_token = weight[..., None] * thinking.token_selections
+        selections = selections + ops.sum(by_token, axis=(0, 1))
 
     def total(values: Tensor) -> Tensor:
         return ops.sum(weight * ops.cast(values, "float32"))

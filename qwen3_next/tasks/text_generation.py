@@ -97,7 +97,7 @@ class TextGeneration:
             `think_iterations`, `early_exit` (share that left before the last iteration) and
             `exit_confidence` (sum of halting probabilities). Layer routers add `route` `(B, L)` and
             `router_actions` (for every think layer how many rows skip, run and repeat it), LoRA
-            experts `expert_selections` (how often each was chosen behind the prompts).
+            experts `expert_selections` (in how many iterations of these tokens each took part).
 
         Raises:
             ValueError: an empty prompt, a token outside the vocabulary, an argument out of range,

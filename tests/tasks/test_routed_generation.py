@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 
 from qwen3_next import MTPConfig, Qwen3Next, pad
 from qwen3_next.models.compiled import compile_with_weights
@@ -21,9 +22,10 @@ PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 1], [30, 41], [17, 3, 59, 20, 11]]
 
 
 @functools.cache
-def speaking():
+def speaking(granularity="sequence"):
     mtp = MTPConfig(num_predict_tokens=1, speculation_lookahead=1)
-    model = routed(Qwen3Next, mtp=mtp, **{**ONE_LAYER, **DENSE}, etd=LOOP)
+    etd = {**LOOP, "lora_expert": {**LOOP["lora_expert"], "granularity": granularity}}
+    model = routed(Qwen3Next, mtp=mtp, **{**ONE_LAYER, **DENSE}, etd=etd)
     learn(model.backbone.think_loop, seed=11)  # skips, runs and repeats it
     model.backbone.think_loop.steps.assign(1)  # the warm-up is over
     return model
@@ -57,6 +59,16 @@ def test_speculation_is_greedy_on_every_route():
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(stats["route"], speculative["route"])
     assert set(stats["route"].flat) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "token"}], ids=["by row", "by token"])
+def test_choices_are_counted_for_the_tokens_that_stay(options):
+    model = speaking(**options)
+    plain = model.generate(PROMPTS, 8, use_speculative=False).stats
+    speculative = model.generate(PROMPTS, 8, use_speculative=True).stats
+    assert speculative["expert_selections"] == plain["expert_selections"]
+    iterations = plain["think_iterations"] * 7 * len(PROMPTS)  # the prompt gives a token itself
+    np.testing.assert_allclose(sum(plain["expert_selections"]), iterations, rtol=1e-6)
 
 
 def test_a_prompt_is_decided_as_a_whole_whatever_the_chunk(monkeypatch):
