@@ -2,7 +2,7 @@
 the LoRA expert."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from keras import ops
@@ -144,6 +144,12 @@ def _check_route(config, route, rows):
         )
 
 
+def lacks_prompts(config: Qwen3NextConfig, inputs: Inputs) -> bool:
+    """Whether a model would decide from prompts that it is not given."""
+    known = inputs.prompt_mask is not None or inputs.segment_ids is not None
+    return reads_prompts(config) and not known
+
+
 def with_prompts(config: Qwen3NextConfig, inputs: Inputs, labels: Tensor | None) -> Inputs:
     """The inputs with the prompt of every row, where routers decide from it.
 
@@ -156,11 +162,16 @@ def with_prompts(config: Qwen3NextConfig, inputs: Inputs, labels: Tensor | None)
         inputs: `Inputs`; a prompt mask that is there already stays.
         labels: `(B, T)` int32 that line up with the logits, -100 where ignored, or `None`.
     """
-    known = inputs.prompt_mask is not None or inputs.segment_ids is not None
-    if known or not reads_prompts(config):
+    if not lacks_prompts(config, inputs):
         return inputs
     if labels is None:
         return inputs._replace(prompt_mask=ops.ones_like(inputs.token_ids, "bool"))
+    return inputs._replace(prompt_mask=up_to_first_label(labels))
+
+
+def up_to_first_label(labels: Annotated[Tensor, "B T"]) -> Annotated[Tensor, "B T"]:
+    """True at all tokens up to and with the first one whose label, as they line up with the logits,
+    is not -100."""
     counts = ops.cast(labels != IGNORE, "int32")
     before = ops.cumsum(counts, axis=1) - counts
-    return inputs._replace(prompt_mask=before == 0)
+    return before == 0

@@ -9,7 +9,13 @@ import numpy as np
 from keras import ops
 
 from qwen3_next.config.validation import Rule, require, shown
-from qwen3_next.layers.ops.checks import as_mask, exact_int32, known_values, to_integers
+from qwen3_next.layers.ops.checks import (
+    as_mask,
+    exact_int32,
+    known_values,
+    to_int32,
+    to_integers,
+)
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.sequence import token_ranks
 from qwen3_next.layers.ops.tensor_types import Tensor
@@ -122,6 +128,16 @@ def next_token_labels(inputs: Inputs, labels: Tensor | None = None) -> Tensor:
         same = inputs.segment_ids[:, :-1] == inputs.segment_ids[:, 1:]
         shifted = ops.where(same, shifted, IGNORE)
     return ops.pad(shifted, [[0, 0], [0, 1]], constant_values=IGNORE)
+
+
+def step_labels(inputs: Inputs, y: Any) -> Tensor:
+    """The labels `(B, T)` of a step, -100 where ignored: `y` at real tokens, or the next tokens."""
+    if y is None:
+        return next_token_labels(inputs)
+    labels = to_int32(y)
+    if inputs.padding_mask is not None:
+        labels = ops.where(inputs.padding_mask, labels, IGNORE)
+    return labels
 
 
 def last_hidden(hidden: Tensor, mask: Tensor | None) -> Tensor:

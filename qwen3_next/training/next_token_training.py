@@ -12,12 +12,11 @@ from keras import ops
 
 from qwen3_next.layers.ops import cross_entropy, linear_cross_entropy
 from qwen3_next.layers.ops.backend.replicas import share_of_replica, sum_over_replicas
-from qwen3_next.layers.ops.checks import to_int32
 from qwen3_next.layers.ops.cross_entropy import IGNORE
 from qwen3_next.layers.ops.tensor_types import Tensor
 from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.models.decisions import reads_prompts
-from qwen3_next.models.inputs import next_token_labels, unpack
+from qwen3_next.models.inputs import step_labels, unpack
 from qwen3_next.training.counted_logits import counted_logits
 from qwen3_next.training.loss_tracker import LossTracker, loss_over
 from qwen3_next.training.losses import label_weight, masked_mean, weight_of_loss, weight_on_replica
@@ -157,10 +156,4 @@ class NextTokenTraining(ConfiguredModel):
 
     def step_labels(self, x: Any, y: Any) -> Annotated[Tensor, "B T"]:
         """The labels of a step that line up with the logits, -100 where ignored."""
-        inputs = unpack(x)
-        if y is None:
-            return next_token_labels(inputs)
-        labels = to_int32(y)
-        if inputs.padding_mask is not None:
-            labels = ops.where(inputs.padding_mask, labels, IGNORE)
-        return labels
+        return step_labels(unpack(x), y)

@@ -11,6 +11,7 @@ from qwen3_next.config.validation import POSITIVE, integer, one_of
 
 IDS, LOG_PROBS, CHECKSUMS = "teacher_ids.npy", "teacher_log_probs.npy", "teacher_checksums.npy"
 DESCRIPTION, FORMAT = "stored_logits.json", 1
+PROMPTS = "prompts"  # beside what a teacher read, where it decided from labels
 FIELDS = {
     "format": integer(FORMAT, FORMAT),
     "vocab_size": integer(1),

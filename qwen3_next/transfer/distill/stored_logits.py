@@ -25,11 +25,13 @@ from qwen3_next.checkpoints.staging import files_of, staged
 from qwen3_next.config.validation import BOOLEAN, PATH, POSITIVE, Rule, integer, require, shown
 from qwen3_next.layers.ops import linear_top_log_probs
 from qwen3_next.models.compiled import compile_with_weights
+from qwen3_next.models.decisions import lacks_prompts, up_to_first_label
 from qwen3_next.models.inputs import (
     check_labels,
     check_token_ids,
     host_array,
     require_inputs,
+    step_labels,
     unpack,
 )
 from qwen3_next.tasks.language_model import Qwen3Next
@@ -43,6 +45,7 @@ from qwen3_next.transfer.distill.stored_files import (
     FORMAT,
     IDS,
     LOG_PROBS,
+    PROMPTS,
     fingerprints,
     memory_map,
     read_description,
@@ -59,6 +62,7 @@ def store_teacher_logits(
     directory: str | Path,
     top_n: int = 64,
     *,
+    y: Any = None,
     temperature: float = 2.0,
     batch_size: int = 8,
     dtype: str = "float32",
@@ -76,6 +80,9 @@ def store_teacher_logits(
             `"segment_ids"`, arrays in memory.
         directory: Where to write. Files of an earlier run are replaced.
         top_n: n, tokens to keep of every position, 1 to the size of the vocabulary.
+        y: Labels `(N, T)` that the student will be given, or `None` for the next tokens. Only a
+            teacher that decides from prompts reads them (layer routers, LoRA experts of rows): a
+            prompt is what comes before the first label, as where it teaches by itself.
         temperature: t, by which logits are divided; that of the trainer that will read them.
         batch_size: Rows that the teacher reads at a time.
         dtype: `"float32"` or `"float16"`, of the log-probabilities.
@@ -85,7 +92,8 @@ def store_teacher_logits(
         `StoredLogits` of the directory.
 
     Raises:
-        ValueError: no `Qwen3Next`, an argument out of range, or a directory with a checkpoint.
+        ValueError: no `Qwen3Next`, an argument out of range, labels that do not go with `x`, or a
+            directory with a checkpoint.
 
     Example:
 
@@ -106,8 +114,14 @@ def store_teacher_logits(
     """
     require(PATH, "directory", directory)
     arrays = _checked(teacher, x, top_n, temperature, batch_size, dtype, progress)
-    refuse_checkpoints(directory)
     rows, length = arrays["token_ids"].shape
+    check_labels(y, teacher.config.vocab_size, ignored=True)
+    y = _beside("y", y, ((rows, length),))
+    refuse_checkpoints(directory)
+    found = fingerprints(arrays)
+    if lacks_prompts(teacher.config, unpack(arrays)):
+        arrays = {**arrays, "prompt_mask": _prompts(arrays, y)}
+        found |= fingerprints({PROMPTS: arrays["prompt_mask"]})
     description = {
         "format": FORMAT,
         "vocab_size": teacher.config.vocab_size,
@@ -116,7 +130,7 @@ def store_teacher_logits(
         "rows": rows,
         "length": length,
         "dtype": dtype,
-        "sha256": fingerprints(arrays),
+        "sha256": found,
     }
     with staged(directory) as folder:
         _write(teacher, arrays, folder, description, batch_size, progress)
@@ -197,17 +211,18 @@ class StoredLogits:
             seed: Of these orders.
 
         Raises:
-            ValueError: an `x` that is not what the teacher read, or labels and weights that do not
-                go with it.
+            ValueError: an `x` that is not what the teacher read, labels and weights that do not go
+                with it, or labels that leave other prompts to a teacher that decided from these.
         """
         require(integer(1), "batch_size", batch_size)
         require(BOOLEAN, "shuffle", shuffle)
         require(integer(0), "seed", seed)
         require_inputs(x)
         arrays = _arrays(x)
-        found = fingerprints(arrays)
-        if found != self._fingerprints:
-            differing = sorted(k for k, _ in found.items() ^ self._fingerprints.items())
+        found, stored = fingerprints(arrays), dict(self._fingerprints)
+        prompts = stored.pop(PROMPTS, None)
+        if found != stored:
+            differing = sorted(k for k, _ in found.items() ^ stored.items())
             raise ValueError(
                 f"`x` must be what the teacher of {self.directory} read. Received: an x with other "
                 f"{', '.join(dict.fromkeys(differing))}"
@@ -218,6 +233,11 @@ class StoredLogits:
             "y": _beside("y", y, (whole,)),
             "sample_weight": _beside("sample_weight", sample_weight, (whole[:1], whole)),
         }
+        if prompts and fingerprints({PROMPTS: _prompts(arrays, y)})[PROMPTS] != prompts:
+            raise ValueError(
+                f"`y` must begin where it began for the teacher of {self.directory}, which decided "
+                f"from what comes before. Received: y={shown(y)}, which leaves other prompts"
+            )
         order = np.random.default_rng(seed) if shuffle else None
         return StoredLogitsDataset(self, arrays, others, batch_size, order)
 
@@ -305,6 +325,11 @@ def _beside(name, value, shapes):
         )
     require(_FINITE, name, array)
     return array
+
+
+def _prompts(arrays, y):
+    """What a step takes for the prompts of labels, `(N, T)` bool."""
+    return ops.convert_to_numpy(up_to_first_label(step_labels(unpack(arrays), y)))
 
 
 def _arrays(x):

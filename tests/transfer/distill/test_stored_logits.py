@@ -8,12 +8,20 @@ import keras
 import numpy as np
 import pytest
 
+from qwen3_next import Qwen3Next
 from qwen3_next.transfer.distill.distillation import DistillationTrainer
 from qwen3_next.transfer.distill.stored_logits import StoredLogits, store_teacher_logits
-from tests.support.distillation_models import IDS, batch, linear_student, softmax_teacher
+from tests.support.distillation_models import (
+    DENSE,
+    IDS,
+    batch,
+    linear_student,
+    softmax_teacher,
+)
 from tests.support.distillation_oracles import kl_divergence, top_kl_divergence, top_of
+from tests.support.routed_models import routed
 from tests.support.running import CHEAPEST_STEPS, assert_close
-from tests.support.small_models import SMALL, logits_once
+from tests.support.small_models import ONE_LAYER, SMALL, logits_once
 
 TOP, TEMPERATURE = 9, 2.0
 FILES = ("teacher_ids.npy", "teacher_log_probs.npy", "teacher_checksums.npy", "stored_logits.json")
@@ -71,6 +79,22 @@ def test_a_student_learns_from_them_as_from_the_teacher(directory, kept):
         top = top_of(teacher, TOP, TEMPERATURE)
         divergence = top_kl_divergence(student, *top, TEMPERATURE)
     assert_close(found["kd_loss"], divergence[counts].mean(), 1e-5)
+
+
+def test_a_teacher_that_decides_from_prompts_says_what_it_says_live(tmp_path):
+    x, y = batch("left")
+    y = np.where(np.cumsum(x["padding_mask"], axis=1) > 3, y, -100)  # prompts of three tokens
+    etd = {"n_think_layers": 1, "max_think_iterations": 2, "adaptive_depth": False}
+    teacher = routed(Qwen3Next, **{**ONE_LAYER, **DENSE}, etd=etd)
+    options = {"top_n": SMALL["vocab_size"], "batch_size": 4, "progress": False}
+    stored = store_teacher_logits(teacher, x, tmp_path, y=y, **options)
+    live = DistillationTrainer(teacher, pair()[1])
+    live.compile("sgd", **CHEAPEST_STEPS)
+    expected = live.evaluate(x, y, batch_size=4, verbose=0, return_dict=True)
+    found = trainer().evaluate(stored.dataset(x, y, 4), verbose=0, return_dict=True)
+    assert_close(found["kd_loss"], expected["kd_loss"], 1e-5)
+    with pytest.raises(ValueError, match=r"`y` must begin where.*Received: y=None"):
+        stored.dataset(x)
 
 
 def test_fit_on_stored_logits_learns(directory):
@@ -214,6 +238,8 @@ def test_a_wrong_description_is_refused_by_name(directory, tmp_path, field, valu
         ({"x": np.full((1, 2), 61)}, "vocab_size"),
         ({"top_n": 62}, "top_n"),
         ({"temperature": 0}, "temperature"),
+        ({"y": IDS + 61}, "Labels"),
+        ({"y": IDS[:, :3]}, "y"),
         ({"batch_size": 0}, "batch_size"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"progress": 1}, "progress"),
