@@ -27,7 +27,11 @@ from qwen3_next.transfer.distill.frozen_teacher import (
     require_pair,
     require_same_layers,
 )
-from qwen3_next.transfer.distill.stored_batches import StoredLogitsDataset, split_stored
+from qwen3_next.transfer.distill.stored_batches import (
+    StoredLogitsDataset,
+    check_settings,
+    split_stored,
+)
 
 
 @keras.saving.register_keras_serializable(package="qwen3_next")
@@ -297,11 +301,14 @@ class DistillationTrainer(CheckedTrainer):
             self._check_stored(x.stored)
         return super().check_data(x, y, **weights)
 
-    def _check_stored(self, stored):
+    def _settings(self):
         wanted: dict[str, Any] = {"vocab_size": self.student.config.vocab_size}
         if isinstance(self._stage, Logits):
             wanted["temperature"] = self._stage.temperature
-        for name, value in wanted.items():
+        return wanted
+
+    def _check_stored(self, stored):
+        for name, value in self._settings().items():
             if getattr(stored, name) != value:
                 raise ValueError(
                     f"Stored logits must have the `{name}` of the trainer and its student, "
@@ -315,6 +322,7 @@ class DistillationTrainer(CheckedTrainer):
     def check_batch(self, x: Any, y: Any) -> None:
         """Raises `ValueError` also for labels that are no class, or that a stage has no use for."""
         self.check_inputs(x)
+        check_settings(x, self._settings())
         if y is None:
             return
         if isinstance(self._stage, Alignment):

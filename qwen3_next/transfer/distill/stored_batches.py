@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from qwen3_next.config.validation import shown
 from qwen3_next.layers.ops.tensor_types import Tensor
+from qwen3_next.models.inputs import host_values
 
 KEYS = ("teacher_ids", "teacher_log_probs")
+# What a batch is checked by wherever it comes from, `(B,)` each as all that is cut into batches.
+SETTINGS = {"vocab_size": "teacher_vocab_size", "temperature": "teacher_temperature"}
 
 
 class TopLogits(NamedTuple):
@@ -29,8 +33,22 @@ def split_stored(inputs: Any) -> tuple[Any, TopLogits | None]:
         return inputs, None
     if not set(KEYS) <= set(inputs):
         raise ValueError(f"Stored logits come as {KEYS}. Received keys: {sorted(inputs)}")
-    rest = {name: value for name, value in inputs.items() if name not in KEYS}
+    others = (*KEYS, *SETTINGS.values())
+    rest = {name: value for name, value in inputs.items() if name not in others}
     return rest, TopLogits(*(inputs[name] for name in KEYS))
+
+
+def check_settings(inputs: Any, wanted: dict[str, Any]) -> None:
+    """Raises `ValueError` for a batch whose logits were stored with other settings; those that it
+    does not hold, or that have no values yet, are not looked at."""
+    for name, value in wanted.items():
+        key = SETTINGS[name]
+        found = host_values(key, inputs.get(key)) if isinstance(inputs, Mapping) else None
+        if found is not None and (found != np.asarray(value, found.dtype)).any():
+            raise ValueError(
+                f"Stored logits must have the `{name}` of the trainer and its student, {value}. "
+                f"Received: {key}={shown(found)}"
+            )
 
 
 class StoredLogitsDataset(keras.utils.PyDataset):
@@ -70,7 +88,12 @@ class StoredLogitsDataset(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple:
         rows = self._rows[index * self.batch_size : (index + 1) * self.batch_size]
         stored = dict(zip(KEYS, self.stored.read(rows), strict=True))
-        x = {**{name: array[rows] for name, array in self._arrays.items()}, **stored}
+        settings = {
+            key: np.full(len(rows), getattr(self.stored, name), dtype)
+            for (name, key), dtype in zip(SETTINGS.items(), ("int32", "float32"))
+        }
+        read = {name: array[rows] for name, array in self._arrays.items()}
+        x = {**read, **stored, **settings}
         y, weight = (None if v is None else v[rows] for v in self._others.values())
         if y is None and weight is None:
             return (x,)

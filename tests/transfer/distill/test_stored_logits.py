@@ -187,8 +187,11 @@ def test_a_trainer_refuses_what_does_not_fit_it(directory):
         ("layer_weight", DistillationTrainer(None, student, layer_weight=1.0)),
     ):
         learner.compile("sgd")
+        for given in (dataset, (part for part in dataset)):
+            with pytest.raises(ValueError, match=f"`{name}.*Received"):
+                learner.evaluate(given, verbose=0)
         with pytest.raises(ValueError, match=f"`{name}.*Received"):
-            learner.evaluate(dataset, verbose=0)
+            learner.train_on_batch(*dataset[0])
     half = {name: value for name, value in dataset[0][0].items() if name != "teacher_ids"}
     with pytest.raises(ValueError, match=r"teacher_ids.*Received"):
         trainer().train_on_batch(half)
