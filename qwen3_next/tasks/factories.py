@@ -6,8 +6,9 @@ from typing import Any
 from qwen3_next import variants
 from qwen3_next.checkpoints.presets import preset_config
 from qwen3_next.config import ETDConfig, MTPConfig, Qwen3NextConfig
-from qwen3_next.config.validation import BOOLEAN, one_of, require
+from qwen3_next.config.validation import BOOLEAN, one_of, require, shown
 from qwen3_next.models.backbone import Qwen3NextBackbone
+from qwen3_next.models.configured_model import ConfiguredModel
 from qwen3_next.tasks.classifier import Qwen3NextClassifier
 from qwen3_next.tasks.language_model import Qwen3Next
 
@@ -40,6 +41,7 @@ def create_qwen3_next(
     ```
     """
     require(one_of(("generation", "classification")), "task_type", task_type)
+    _refuse_options_of_other_task(task_type, options)
     if task_type == "classification":
         if num_labels is None:
             raise ValueError("Classification needs `num_labels`. Received: num_labels=None")
@@ -47,6 +49,19 @@ def create_qwen3_next(
     if num_labels is not None:
         raise ValueError(f"`num_labels` is for classification. Received: {num_labels=}")
     return Qwen3Next.from_variant(variant, **options)
+
+
+def _refuse_options_of_other_task(task_type, options):
+    own: type[ConfiguredModel] = Qwen3Next
+    other: type[ConfiguredModel] = Qwen3NextClassifier
+    if task_type == "classification":
+        own, other = other, own
+    for name in options:
+        if name in other.constructor_options() and name not in own.constructor_options():
+            raise ValueError(
+                f"`{name}` is an argument of `{other.__name__}` and not of `{own.__name__}`. "
+                f"Received: {name}={shown(options[name])}, {task_type=}"
+            )
 
 
 def create_qwen3_next_with_advanced_features(

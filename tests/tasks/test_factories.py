@@ -18,6 +18,18 @@ def test_factories_build_what_they_are_asked_for():
         create_qwen3_next("tiny", task_type="translation")
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"task_type": "classification", "num_labels": 3, "freeze_backbone": True}, "Qwen3Next"),
+        ({"pad_token_id": 0}, "Qwen3NextClassifier"),
+    ],
+)
+def test_an_argument_of_another_task_is_refused_by_where_it_belongs(options, name):
+    with pytest.raises(ValueError, match=f"argument of `{name}`.*Received"):
+        create_qwen3_next("tiny", **options)
+
+
 def test_advanced_features_are_keyword_arguments_of_the_model():
     fields = create_qwen3_next_with_advanced_features(
         "tiny",
