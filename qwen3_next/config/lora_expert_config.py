@@ -44,7 +44,8 @@ class LoRAExpertConfig(Config):
         reselect: Whether each iteration picks anew, from the think state it begins with; otherwise
             the choice of the first iteration serves all, as in the paper.
         bias_update_rate: Step by which the selection bias of an expert moves after every training
-            step, up where it was chosen too rarely and down where too often.
+            step, up where it was chosen too rarely and down where too often; that of a router with
+            `trainable=False` stays as it is.
 
     Raises:
         ValueError: a value out of range, or an unknown name.

@@ -273,7 +273,7 @@ class _ResultsFile:
         settings = json.loads(json.dumps(settings, default=lambda number: number.item()))
         self.head = {"prompts": digest, "settings": settings}
         if self.path is not None:
-            self.head["model"] = checksum(_weights_of_answers(model), model.config.to_dict())
+            self.head["checksum"] = checksum(_weights_of_answers(model), model.config.to_dict())
         self.rows = rows
 
     def known(self):

@@ -302,7 +302,7 @@ class _Known:
             key in numbers and isinstance(value, int | float)
             for key, value in saved["divergences"].items()
         )
-        if not is_known or saved.get("fingerprint") != run:
+        if not is_known or saved.get("checksum") != run:
             raise ValueError(
                 "`path` must be a file of the same models and tokens, or none. "
                 f"Received: path={str(path)!r}"
@@ -314,5 +314,5 @@ class _Known:
         if self.path is None:
             return
         with replaced(self.path) as temporary:
-            saved = {"fingerprint": self.run, "divergences": self.found}
+            saved = {"checksum": self.run, "divergences": self.found}
             temporary.write_text(json.dumps(saved) + "\n", encoding="utf-8")

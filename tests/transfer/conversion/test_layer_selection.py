@@ -70,6 +70,9 @@ def test_a_run_that_was_stopped_goes_on(pair, selected, tmp_path):
     for other in (IDS + 1, IDS.reshape(2 * len(IDS), -1)):
         with pytest.raises(ValueError, match="`path` must be a file of the same models and tokens"):
             select_attention_layers(*pair, other, 1, path=path, progress=False)
+    path.write_text(json.dumps({**saved, "checksum": None, "fingerprint": saved["checksum"]}))
+    with pytest.raises(ValueError, match="`path` must be a file of the same models and tokens"):
+        select_attention_layers(*pair, IDS, 1, path=path, progress=False)  # an earlier file
     for key, value in (("99", 1.0), ("0", None), ("0", "x"), ("0", [1])):
         path.write_text(json.dumps({**saved, "divergences": {key: value}}))
         with pytest.raises(ValueError, match="`path` must be a file of the same models and tokens"):
