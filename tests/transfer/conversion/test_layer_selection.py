@@ -79,6 +79,16 @@ def test_a_run_that_was_stopped_goes_on(pair, selected, tmp_path):
             select_attention_layers(*pair, IDS, 1, path=path, progress=False)
 
 
+def test_a_file_of_another_configuration_of_the_same_weights_is_refused(pair, selected, tmp_path):
+    path = tmp_path / "selection.json"
+    path.write_text(selected[1])
+    teacher, student = pair
+    other = qwen3(num_layers=2, rope_theta=500.0)
+    other.set_weights(teacher.get_weights())
+    with pytest.raises(ValueError, match="`path` must be a file of the same models and tokens"):
+        select_attention_layers(other, student, IDS, 1, path=path, progress=False)
+
+
 def test_the_largest_falls_are_kept():
     assert SELECTION.ranking == (1, 3, 2, 0) and SELECTION.kept == (1, 3)
     np.testing.assert_allclose(SELECTION.falls, (0.1, 0.8, 0.2, 0.5))
