@@ -102,8 +102,8 @@ def gated_delta_rule(
         implementation: `"chunked"` (matrix products over chunks, one after the other),
             `"chunk_parallel"` (all chunks at once, but for the state), `"pallas"` (the same with
             the state in one kernel, for JAX on a GPU, which rounds factors of its products to 10
-            bits of mantissa where query, key and value are in half precision; interpreted, which
-            is slow, on a CPU),
+            bits of mantissa where the value, and so the output, is in half precision;
+            interpreted, which is slow, on a CPU),
             `"recurrent"` (token by token, a static and small T without segments), or `None`:
             recurrent up to 4 tokens; beyond them chunked on a CPU, the kernel for JAX on a GPU,
             and parallel elsewhere.
@@ -140,8 +140,10 @@ def gated_delta_rule(
             chunk_size = min(chunk_size, chunk_size_for(length))
         chunks = to_chunks(inputs, chunk_size)
         shards = _shards(value.shape[0], key.shape[2])
-        half = [keras.backend.standardize_dtype(x.dtype) in HALF for x in (query, key, value)]
-        exact = implementation != "pallas" or not all(half)
+        # Queries and keys are often normalised in float32: how exact an output can be is for the
+        # value, whose dtype it has.
+        half = keras.backend.standardize_dtype(value.dtype) in HALF
+        exact = implementation != "pallas" or not half
         output, final = _differentiable(implementation, shards, exact)(*chunks, start)
         output = from_blocks(output, length)
     batch, _, heads, value_dim = ops.shape(value)
@@ -193,8 +195,8 @@ def _shards(batch: int, groups: int) -> Shards | None:
 def _differentiable(implementation: str, shards: Shards | None, exact: bool) -> Callable[..., Any]:
     """`f(*chunks, state) -> outputs (N, B, C, G, R, V), final state (B, G, R, K, V)`.
 
-    `exact` says whether products keep all of a float32: the kernel needs not, for inputs that
-    were in half precision.
+    `exact` says whether products keep all of a float32: the kernel needs not, for an output in
+    half precision.
     """
     passes = PASSES[implementation]
     if implementation == "pallas":

@@ -35,7 +35,7 @@ class Products(NamedTuple):
 
 
 FULL = Products("TF32_TF32_F32_X3", columns=32)
-# One pass of tf32 keeps 10 bits of a mantissa, no fewer than inputs in half precision have.
+# One pass of tf32 keeps 10 bits of a mantissa, no fewer than outputs in half precision have.
 HALF = Products("TF32_TF32_F32", columns=16)
 # Triton multiplies no narrower matrices, and has only arrays whose size is a power of two.
 NARROWEST = 16

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from qwen3_next.layers import GatedDeltaNet
 from qwen3_next.layers.ops import gated_delta_rule
 from qwen3_next.layers.ops.gated_delta_rule import api, chunk_states_on_gpu
 from tests.support.pretended_gpu import lowered_for_gpu
@@ -46,6 +47,19 @@ def test_the_kernel_is_what_a_gpu_runs(monkeypatch, platform):
     traced = jax.make_jaxpr(lambda *arrays: gated_delta_rule(*arrays))
     program = str(traced(*map(np.zeros, shapes(*TINY))))
     assert ("pallas_call" in program) == (platform == "gpu")
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the kernel is JAX's")
+def test_a_layer_in_half_precision_multiplies_in_one_pass(monkeypatch):
+    import jax
+
+    # Its queries and keys are normalised in float32.
+    layer = GatedDeltaNet(1, 2, 16, 16, dtype="bfloat16")
+    layer.build((None, None, 8))
+    monkeypatch.setattr(api, "platform", lambda: "gpu")
+    jaxpr, _ = lowered_for_gpu(layer, jax.ShapeDtypeStruct((1, 32, 8), "bfloat16"))
+    assert jaxpr.count(f"precision={chunk_states_on_gpu.HALF.algorithm}\n") == 3
+    assert chunk_states_on_gpu.FULL.algorithm not in jaxpr
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="the kernel is JAX's")
