@@ -2,7 +2,7 @@
 
 Keras compiles one function for `evaluate` and one for `predict`. The number of iterations is
 compiled into them, so that each number has functions of its own, kept until the model is compiled
-anew or gets other variables.
+anew or gets other variables, or other ones to train.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ class Functions:
         self._known: dict[tuple[str, int], Any] = {}
 
     def of(self, variables: list) -> dict[tuple[str, int], Any]:
-        """Those of a model with these variables; others are dropped."""
+        """Those of a model with these variables in this order; others are dropped."""
         known = self._variables
         if len(known) != len(variables) or any(a is not b for a, b in zip(known, variables)):
             self._variables, self._known = variables, {}
@@ -35,7 +35,8 @@ class IterationsOfRun:
     """
 
     backbone: Any
-    variables: Any
+    trainable_variables: Any
+    non_trainable_variables: Any
     iterations_of_run: int | None = None
 
     def forget_functions(self) -> None:
@@ -59,7 +60,9 @@ class IterationsOfRun:
             return
         if not hasattr(self, "_functions_by_iterations"):
             self.forget_functions()
-        known = self._functions_by_iterations.of(self.variables)
+        # In the order in which a function of JAX is given them: frozen ones stand behind.
+        variables = [*self.trainable_variables, *self.non_trainable_variables]
+        known = self._functions_by_iterations.of(variables)
         usual, step = getattr(self, name), getattr(self, STEPS[name])
 
         # A function of its own: JAX takes two compilations of one method for the same.

@@ -40,6 +40,22 @@ def test_a_step_after_lora_is_that_of_the_model_with_lora():
     assert model.evaluate(IDS, verbose=0) == pytest.approx(again.evaluate(IDS, verbose=0))
 
 
+def test_layers_may_be_frozen_in_turn_between_runs_of_other_depths():
+    layer_types = ("full_attention", "full_attention")  # alike, so that values may be mistaken
+    etd = {"n_think_layers": 2, "max_think_iterations": 2, "adaptive_depth": False}
+    etd = {"n_encoder_layers": 0, "n_decoder_layers": 0, **etd}
+    model = compiled(
+        small(num_layers=2, layer_types=layer_types, num_experts=0, mlp_only_layers=(), etd=etd)
+    )
+    found = []
+    for frozen in model.backbone.decoder_layers:
+        frozen.trainable = False
+        found.append(model.predict(IDS, verbose=0, think_iterations=1))
+        frozen.trainable = True
+
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def distilled(model):
     return DistillationTrainer(small(**ONE_LAYER), model)
 
