@@ -33,6 +33,8 @@ class NextTokenTraining(ConfiguredModel):
     returns a `StepOutput` for `StepInputs`.
     """
 
+    _compile_metrics: Any
+
     def add_training_metrics(self) -> None:
         """Creates the metrics that a step updates by itself; called by the constructor."""
         mtp = self.config.mtp
@@ -72,7 +74,11 @@ class NextTokenTraining(ConfiguredModel):
             and self.loss.ignore_class in (None, IGNORE)
             and kwargs.get("loss_weights") is None
         )
-        self._has_metrics = bool(metrics or weighted_metrics)
+        # Keras keeps the metrics of before where none are named; an empty list says that there are
+        # none, and is never built by a step that makes no logits for it.
+        given = [m for m in (metrics, weighted_metrics) if m is not None]
+        if given and not any(given):
+            self._compile_metrics = None
         # Past Keras, which would list it twice: as the tracker and among the metrics of the model.
         object.__setattr__(self, "_loss_tracker", LossTracker())
 
@@ -98,7 +104,7 @@ class NextTokenTraining(ConfiguredModel):
             return share_of_replica(loss)
         labels = self.step_labels(x.inputs, y)
         logits = None
-        if self._has_metrics or not self._is_token_loss:
+        if self._compile_metrics is not None or not self._is_token_loss:
             logits = self.logits(y_pred.hidden)
         if self._is_token_loss:
             loss = self.mean_loss(labels, sample_weight, logits=logits, hidden=y_pred.hidden)

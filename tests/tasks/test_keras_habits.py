@@ -38,6 +38,15 @@ def test_compiled_metrics_stand_behind_the_loss():
     assert model.evaluate(IDS, verbose=0) == expected
 
 
+def test_metrics_stay_until_others_are_compiled():
+    model = small(**LIGHT)
+    labels = logits_once(model, IDS).argmax(-1)  # all of them are hit
+    for metrics, names in ((["accuracy"], {"accuracy"}), (None, {"accuracy"}), ([], set())):
+        model.compile("sgd", metrics=metrics, **CHEAPEST_STEPS)
+        found = model.test_on_batch(IDS, labels, return_dict=True)
+        assert {name: found[name] for name in found.keys() - {"loss"}} == dict.fromkeys(names, 1.0)
+
+
 def test_a_call_in_training_leaves_the_load_balancing_loss(model):
     model(IDS)
     assert model.losses == []
