@@ -28,9 +28,7 @@ _EPOCHS = Rule(
 )
 # Keras takes a list for one of several inputs.
 _WEIGHTS = Rule("an array of finite numbers of at least 0", lambda x: hasattr(x, "shape"))
-STEPS_AT_ONCE = Rule(
-    "'auto' or an integer of at least 1", lambda value: value == "auto" or integer(1).fits(value)
-)
+STEPS_AT_ONCE = integer(1)
 
 
 def by_name(method: str, first: int, args: tuple, options: dict[str, Any]) -> dict[str, Any]:

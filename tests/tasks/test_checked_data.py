@@ -219,7 +219,7 @@ def test_a_classifier_learns_from_labels():
     classifier.fit(IDS, np.arange(6) % 3, class_weight={1: 2.0}, verbose=0)
 
 
-@pytest.mark.parametrize("steps", [-1, 0, 2.5, "a", True])
+@pytest.mark.parametrize("steps", [-1, 0, 2.5, "a", "auto", True])
 def test_steps_at_once_are_counted(steps):
     with pytest.raises(ValueError, match=r"`steps_per_execution` must be .*Received: steps_per_"):
         small(**LIGHT).compile("sgd", steps_per_execution=steps)
