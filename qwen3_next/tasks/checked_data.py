@@ -6,6 +6,7 @@ methods take passes here: arrays at once, data sets and generators batch by batc
 """
 
 import contextlib
+import copy
 import inspect
 import sys
 import types
@@ -86,6 +87,8 @@ def checked(check: Check, x: Any, y: Any = None, *, name: str = "x", **weights: 
         return _checked_batches(check, x)
     if _is_tensorflow_dataset(x):
         return _checked_dataset(check, x, name)
+    if _is_torch_loader(x):
+        return _checked_loader(check, x)
     shapes = [tuple(getattr(part, "shape", ())) for part in keras.tree.flatten(x)]
     if any(shape[:1] == (0,) for shape in shapes):
         raise ValueError(
@@ -183,6 +186,28 @@ class _CheckedDataset(keras.utils.PyDataset):
 
     def on_epoch_end(self):
         self.dataset.on_epoch_end()
+
+
+def _is_torch_loader(x):
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and isinstance(x, data.DataLoader)
+
+
+def _checked_loader(check, loader):
+    kind = type(loader)
+
+    def batches(self):
+        for batch in kind.__iter__(self):
+            _check_batch(check, keras.tree.map_structure(_on_host, batch))
+            yield batch
+
+    found = copy.copy(loader)
+    found.__class__ = type(f"Checked{kind.__name__}", (kind,), {"__iter__": batches})
+    return found
+
+
+def _on_host(x):
+    return np.asarray(x.cpu()) if hasattr(x, "cpu") else x
 
 
 def _is_tensorflow_dataset(x):

@@ -39,7 +39,18 @@ def dataset(x, y):
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
 
 
-SOURCES = {"arrays": None, "generator": generator, "PyDataset": Pairs, "tf.data": dataset}
+def loader(x, y):
+    data = pytest.importorskip("torch.utils.data")
+    return data.DataLoader(list(zip(x, y)), batch_size=2)
+
+
+SOURCES = {
+    "arrays": None,
+    "generator": generator,
+    "PyDataset": Pairs,
+    "tf.data": dataset,
+    "torch": loader,
+}
 
 
 @functools.cache
