@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from qwen3_next.config.validation import Rule, integer, require, shown
+from qwen3_next.config.validation import LARGEST, NOT_NEGATIVE, Rule, integer, require, shown
 from qwen3_next.models.inputs import host_values
 from qwen3_next.models.values import without_values
 
@@ -66,6 +66,21 @@ def refuse_class_weight(class_weight: Any) -> None:
             "`class_weight` is for rows with one label each. Weigh several labels of a row by "
             f"`sample_weight`, of the labels' shape. Received: class_weight={shown(class_weight)}"
         )
+
+
+def check_class_weight(class_weight: Any, outputs: int) -> None:
+    """Raises `ValueError` for what is no dict of weights of classes: a weight of a class that there
+    is not would be dropped. A single output may stand for any number of them."""
+    classes = range(outputs if outputs > 1 else LARGEST)
+    known = Rule(
+        f"a dict from classes in [0, {classes.stop}) to finite numbers of at least 0",
+        lambda given: (
+            isinstance(given, dict)
+            and all(k in classes and NOT_NEGATIVE.fits(v) for k, v in given.items())
+        ),
+    )
+    if class_weight is not None:
+        require(known, "class_weight", class_weight)
 
 
 def checked(check: Check, x: Any, y: Any = None, *, name: str = "x", **weights: Any) -> Any:

@@ -17,6 +17,7 @@ from qwen3_next.models.placement import check_placement
 from qwen3_next.models.strategies import require_strategy_of, strategy_of
 from qwen3_next.tasks.checked_data import (
     by_name,
+    check_class_weight,
     check_rows,
     checked,
     fit_options,
@@ -389,3 +390,4 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
     def _check_class_weight(self, class_weight):
         if not self.has_one_label:
             refuse_class_weight(class_weight)
+        check_class_weight(class_weight, self.output_shape_of(None, None)[-1])

@@ -230,6 +230,15 @@ def test_a_classifier_learns_from_labels():
     classifier.fit(IDS, np.arange(6) % 3, class_weight={1: 2.0}, verbose=0)
 
 
+def test_weights_of_classes_are_numbers_by_class():
+    classifier = small(Qwen3NextClassifier, **LIGHT, num_labels=3)
+    classifier.compile("sgd", **CHEAPEST_STEPS)
+    for weights in ([1.0, 2.0], {3: 1.0}, {"a": 1.0}, {0: -1.0}, {0: np.nan}):
+        for run in (classifier.fit, classifier.train_on_batch):
+            with pytest.raises(ValueError, match=r"`class_weight` must be .*Received: class_weig"):
+                run(IDS, np.arange(6) % 3, class_weight=weights)
+
+
 @pytest.mark.parametrize("steps", [-1, 0, 2.5, "a", "auto", True])
 def test_steps_at_once_are_counted(steps):
     with pytest.raises(ValueError, match=r"`steps_per_execution` must be .*Received: steps_per_"):
