@@ -27,7 +27,9 @@ LONGEST_SHOWN = 200
 
 
 def integer(low: int, high: int = LARGEST) -> Rule:
-    what = f"an integer of at least {low}" if high == LARGEST else f"an integer, {low} to {high}"
+    what = f"an integer, {low} to {high}"
+    if high == LARGEST:
+        what = f"an integer of at least {low}, below 2**31"
     return Rule(what, lambda value: _is_integer(value) and low <= value <= high)
 
 

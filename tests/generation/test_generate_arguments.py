@@ -42,6 +42,11 @@ def test_a_value_of_another_kind_is_named(name, value):
         shared().generate([[1, 2]], **{name: value})
 
 
+def test_a_number_that_is_too_large_is_told_so():
+    with pytest.raises(ValueError, match=r"`seed` must be .*below 2\*\*31. Received: seed=2147"):
+        shared().generate([[1, 2]], temperature=1.0, seed=2**31)
+
+
 @pytest.mark.parametrize("name, value", [("top_k", 5), ("top_p", 0.9), ("min_p", 0.1)])
 def test_what_only_sampling_reads_is_refused_without_it(name, value):
     with pytest.raises(ValueError, match=f"`{name}` needs a `temperature` above 0: .*{value}"):
