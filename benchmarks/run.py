@@ -66,6 +66,8 @@ def main():
     parser.add_argument(
         "--together",
         type=int,
+        choices=range(1, 65),
+        metavar="N",
         default=1,
         help="so many compile side by side, then each is timed alone: for a GPU that is lent",
     )
@@ -75,6 +77,8 @@ def main():
     wanted = [row for row in everything() if args.only.search(row.name)]
     if args.quick:
         wanted = [row for row in wanted if row.quick]
+    if not any(args.by.search(contender) for row in wanted for contender in row.contenders):
+        parser.error("--only and --by leave nothing to measure")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     results = {"machine": machine(), "models": MODELS, "rows": []}
