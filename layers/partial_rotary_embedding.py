@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from .arguments import check_arguments
@@ -64,8 +65,9 @@ class PartialRotaryEmbedding(CheckedLayer):
         x = ops.cast(x, self.compute_dtype)
         rotated = rotary_dim(x.shape[-1], self.partial_rotary_factor)
         half = rotated // 2
-        exponents = ops.arange(0, rotated, 2, dtype="float32") / rotated
-        frequencies = ops.power(ops.cast(self.rope_theta, "float32"), -exponents)
+        # Made and rounded on the host: the powers of backends differ by a rounding, and far
+        # positions by that many times as much.
+        frequencies = np.float32(float(self.rope_theta) ** (-np.arange(0, rotated, 2) / rotated))
         angles = ops.cast(positions, "float32")[..., None, None] * frequencies  # (B, T, 1, r/2)
         cos, sin = ops.cos(angles), ops.sin(angles)
         first = ops.cast(x[..., :half], "float32")

@@ -26,3 +26,14 @@ def test_rotary_matches_the_oracle(factor):
     layer = layers.PartialRotaryEmbedding(1e4, factor)
     expected = oracles.rotary(x, positions, 1e4, factor)
     assert_close(run(layer, x, positions), expected, 5e-5)
+
+
+@pytest.mark.portable
+def test_far_positions_turn_alike_on_every_backend(compiled):
+    x = np.repeat([1.0, 0.0], 32)[None, None, None].astype("float32").repeat(3, axis=1)
+    positions = np.array([[32767, 131071, 262143]], "int32")
+    frequencies = 1e7 ** (-np.arange(0, 64, 2) / 64)
+    angles = (positions[..., None].astype("float32") * np.float32(frequencies)).astype("float64")
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)[:, :, None]
+    layer = layers.PartialRotaryEmbedding(1e7)
+    assert_close(run(layer, x, positions, mode=compiled), expected, 2e-6)
