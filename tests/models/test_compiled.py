@@ -4,15 +4,22 @@ import keras
 import numpy as np
 import pytest
 
+from qwen3_next.layers.ops.backend.autodiff import custom_gradient
 from qwen3_next.models.compiled import compile_with_weights
 from tests.support.running import BACKEND
 
+OF_NEW_SHAPES = {
+    "model": lambda: compile_with_weights(keras.Sequential(), lambda x: x + 1),
+    "op": lambda: custom_gradient(lambda x: (x + 1, ()), lambda _, d_output: (d_output,)),
+}
+
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow alone warns of new shapes")
-def test_new_shapes_are_no_reason_for_a_warning(caplog):
+@pytest.mark.parametrize("kind", OF_NEW_SHAPES)
+def test_new_shapes_are_no_reason_for_a_warning(kind, caplog):
     import tensorflow as tf
 
-    function = compile_with_weights(keras.Sequential(), lambda x: x + 1)
+    function = OF_NEW_SHAPES[kind]()
     logger = tf.get_logger()
     logger.addHandler(caplog.handler)
     try:

@@ -41,6 +41,8 @@ def program(
     found = _PROGRAMS.get(key)
     if found is None:
         found = _PROGRAMS[key] = tf.function(function, autograph=False, **options)
+        # TensorFlow counts those of all shapes as one function, and would warn of its traces.
+        found._omit_frequent_tracing_warning = True
     # What `clear_session` replaces holds them. Threads have a default graph each, and share.
     graph = tf.compat.v1.get_default_graph()
     while hasattr(graph, "outer_graph"):
