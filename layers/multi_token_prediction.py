@@ -148,6 +148,11 @@ class MultiTokenPrediction(CheckedLayer):
                 f"Received: cache of type {type(cache).__name__}, body={self.body}"
             )
 
+    def compute_output_shape(
+        self, embedding_shape: Shape, hidden_shape: Shape | None = None
+    ) -> Shape:
+        return embedding_shape
+
     def compute_output_spec(
         self,
         embedding: Any,

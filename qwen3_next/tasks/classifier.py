@@ -124,6 +124,7 @@ class Qwen3NextClassifier(Task):
             )
         self.backbone = backbone
         self.pooled_dropout = keras.layers.Dropout(self.config.dropout, dtype=self.dtype_policy)
+        self.pooled_dropout.build((None, self.config.hidden_size))
         if score is None:
             score = make_head(self.config, num_labels, "score", "float32")
         check_head("score", score, (self.config.hidden_size, num_labels))

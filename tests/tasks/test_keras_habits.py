@@ -6,7 +6,13 @@ import keras
 import numpy as np
 import pytest
 
-from qwen3_next import DistillationTrainer, MTPConfig, merge_linear
+from qwen3_next import (
+    DistillationTrainer,
+    MTPConfig,
+    Qwen3Next,
+    Qwen3NextClassifier,
+    merge_linear,
+)
 from tests.support.mtp_models import DENSE, LIGHT
 from tests.support.running import BACKEND, CHEAPEST_STEPS
 from tests.support.small_models import ONE_LAYER, logits_once, random_ids, small
@@ -60,6 +66,16 @@ def test_a_call_in_training_leaves_the_load_balancing_loss(model):
 def test_a_training_step_counts_it_once(model):
     expected = keras.ops.convert_to_numpy(model(IDS, labels=IDS, training=True).loss)
     np.testing.assert_allclose(model.train_on_batch(IDS), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, fields", [(Qwen3Next, LIGHT), (Qwen3NextClassifier, ONE_LAYER)])
+def test_a_summary_shows_the_shape_of_every_layer(kind, fields):
+    options = {"mtp": MTPConfig(1)} if kind is Qwen3Next else {"num_labels": 3}
+    printed = []
+    small(kind, **fields, **options).summary(print_fn=printed.append, expand_nested=True)
+    without = [line for line in "".join(printed).splitlines() if "?" in line]
+    # With a shape of its own, Keras would export a model in a model for floats.
+    assert [line.split()[1:3] for line in without] == [["model", "(Qwen3NextBackbone)"]]
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX alone keeps values elsewhere during a run")
