@@ -133,13 +133,17 @@ def _tensorflow(forward, backward):
     @functools.cache
     def gradient_name(count):
         def gradient(op, *cotangents):
-            results, inputs = op.inputs[:-count], op.inputs[-count:]
+            # Results as this operation gives them: whoever asks for gradients of a tensor in here,
+            # as a persistent tape does, comes back to it and never to the loops before it.
+            results, inputs = op.outputs[:-count], op.inputs[-count:]
             # How outputs and residuals are nested follows from the inputs.
             traced = half(forward, *inputs).get_concrete_function(*inputs)
             outputs, residuals = tf.nest.pack_sequence_as(traced.structured_outputs, results)
             cotangents = cotangents[: len(tf.nest.flatten(outputs))]
             args = residuals, *map(tf.convert_to_tensor, cotangents)
-            return [None] * len(results) + list(half(backward, *args)(*args))
+            found = list(half(backward, *args)(*args))
+            given = iter(identity([x for x in found if x is not None], _refusing_gradient()))
+            return [None] * len(results) + [None if x is None else next(given) for x in found]
 
         return register_gradient(gradient)
 
@@ -157,6 +161,17 @@ def _tensorflow(forward, backward):
         return program(differentiable, *inputs, context=context)(*inputs)
 
     return call
+
+
+@functools.cache
+def _refusing_gradient():
+    def gradient(op, *cotangents):
+        raise ValueError(
+            "Gradients of gradients are not available: take gradients outside of other tapes, and "
+            f"of a persistent one outside of its own context. Received: gradients of {op.name}"
+        )
+
+    return register_gradient(gradient)
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """A (forward, backward) pair is differentiated in every way, whichever came before."""
 
+import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from qwen3_next.layers.ops.backend.autodiff import custom_gradient
@@ -32,3 +34,45 @@ def test_gradients_are_the_same_eagerly_after_a_program():
     for mode in (*reversed(MODES), *MODES):
         (found,) = gradients(squares_of_sums, (X,), COTANGENT, mode=mode)
         assert_close(found, expected, 1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tapes of TensorFlow")
+def test_gradients_of_a_persistent_tape_are_those_of_another():
+    tf = pytest.importorskip("tensorflow")
+    (expected,) = gradients(squares_of_sums, (X,), COTANGENT)
+
+    def gradients_of_one(x):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(squares_of_sums(x) * COTANGENT)
+        return tape.gradient(loss, x), tape.gradient(loss, x)
+
+    def gradients_of_two(x):
+        with tf.GradientTape() as outer, tf.GradientTape() as tape:
+            outer.watch(x)
+            tape.watch(x)
+            loss = tf.reduce_sum(squares_of_sums(x) * COTANGENT)
+        return tape.gradient(loss, x), outer.gradient(loss, x)
+
+    for function in (gradients_of_one, gradients_of_two):
+        for mode in (function, tf.function(function), tf.function(function, jit_compile=True)):
+            for found in mode(tf.constant(X)):
+                assert_close(found.numpy(), expected, 1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tapes of TensorFlow")
+def test_gradients_of_gradients_are_refused():
+    tf = pytest.importorskip("tensorflow")
+
+    def gradient_of_gradient(x):
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(squares_of_sums(x))
+            slope = tape.gradient(loss, x)
+        return outer.gradient(slope, x)
+
+    for mode in (gradient_of_gradient, tf.function(gradient_of_gradient)):
+        with pytest.raises(ValueError, match="Gradients of gradients are not available"):
+            mode(tf.constant(X))
