@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_next.config.validation import PATH, Rule, is_list_of, require
+from qwen3_next.config.validation import PATH, Rule, is_list_of, require, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -114,9 +115,21 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds; `ValueError` that names the file if it holds something else."""
     require_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_dict_of)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def require_once(names: Sequence[str]) -> None:
+    """Raises `ValueError` for names of a file that are there twice: readers keep the last value."""
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        raise ValueError(f"a name must be there once. Received: {shown(twice)} more than once")
+
+
+def _dict_of(pairs):
+    require_once([name for name, _ in pairs])
+    return dict(pairs)
 
 
 @contextlib.contextmanager

@@ -178,6 +178,7 @@ def test_directories_without_a_model_are_refused(tmp_path):
         load(tmp_path)
     for text, word in (
         ("{", "not valid JSON"),
+        ('{"a": 1, "a": 1}', r"\['a'\] more than once"),
         ("[]", "model_type"),
         ('{"model_type": "llama"}', "llama"),
         ('{"registered_name": "nobody>Knows", "config": {}}', "nobody>Knows"),

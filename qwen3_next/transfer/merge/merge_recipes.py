@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_next.checkpoints.staging import read_json, require_regular
+from qwen3_next.checkpoints.staging import read_json, require_once, require_regular
 from qwen3_next.config.validation import PATH, require, shown
 from qwen3_next.models.weight_rows import PARTS
 from qwen3_next.transfer.merge.merge_amounts import REST
@@ -76,6 +76,16 @@ def _read_yaml(path):
             f"Received: recipe={path}"
         ) from error
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _safe_loader(yaml))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
+
+
+def _safe_loader(yaml):
+    """PyYAML's safe loader, which refuses a name that is there twice."""
+
+    def construct_mapping(loader, node, deep=False):
+        require_once([str(name.value) for name, _ in node.value])
+        return yaml.SafeLoader.construct_mapping(loader, node, deep)
+
+    return type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})

@@ -221,7 +221,9 @@ def test_yaml_without_pyyaml_is_refused(tmp_path, monkeypatch):
     [
         ("recipe.yaml", "a: [", "not valid YAML"),
         ("recipe.yaml", "- a", "names and values"),
+        ("recipe.yaml", "a: {b: 1, b: 2}", "['b'] more than once"),
         ("recipe.json", "{", "not valid JSON"),
+        ("recipe.json", '{"a": {"b": 1, "b": 2}}', "['b'] more than once"),
         ("recipe.toml", "", ".json, .yaml or .yml"),
         ("recipe.json", None, "nothing of that name"),
     ],
