@@ -297,10 +297,22 @@ class Qwen3Next(TextGeneration, NextTokenTraining, Task):
 
     def check_batch(self, x: Any, y: Any) -> None:
         super().check_batch(x, y)
+        self.check_targets(x, y)
+
+    def check_targets(self, x: Any, y: Any) -> None:
+        """Raises `ValueError` for labels that are not one per token, whatever the loss.
+
+        And for rows of one token without labels: there is no next token to learn.
+        """
         token_ids = x.get("token_ids") if isinstance(x, dict) else x
-        shape = getattr(token_ids, "shape", None)
-        if shape is not None and hasattr(y, "shape"):  # whatever the loss: one label per token
-            require_shape("y", y, tuple(shape))
+        shape = tuple(getattr(token_ids, "shape", ()))
+        if y is None and shape[1:] == (1,):
+            raise ValueError(
+                "`token_ids` must hold at least two tokens per row where there are no labels, `y`. "
+                f"Received: token_ids.shape={shape}, y=None"
+            )
+        if shape and hasattr(y, "shape"):
+            require_shape("y", y, shape)
 
     def check_labels(self, labels: Any) -> None:
         """Raises `ValueError` for labels that are neither token ids nor -100."""

@@ -213,6 +213,14 @@ def test_labels_have_the_shape_of_the_token_ids():
         model().fit(IDS, {"a": IDS}, verbose=0)
 
 
+def test_rows_of_one_token_are_learned_from_with_labels_alone():
+    one = IDS[:, :1]
+    for run in (model().fit, model().evaluate, model().test_on_batch):
+        with pytest.raises(ValueError, match=r"`token_ids` must hold at least two.*y=None"):
+            run({"token_ids": one})
+    assert model().test_on_batch(one, one) > 0
+
+
 @pytest.mark.parametrize("label", [3, -1, -100])
 def test_labels_of_a_classifier_are_classes(label):
     classifier = small(Qwen3NextClassifier, num_labels=3, **LIGHT)

@@ -323,14 +323,14 @@ class DistillationTrainer(CheckedTrainer):
         """Raises `ValueError` also for labels that are no class, or that a stage has no use for."""
         self.check_inputs(x)
         check_settings(x, self._settings())
-        if y is None:
-            return
-        if isinstance(self._stage, Alignment):
+        if isinstance(self._stage, Logits):
+            self.student.check_targets(split_stored(x)[0], y)
+            self.student.check_labels(y)
+        elif y is not None:
             raise ValueError(
                 "Alignment compares hidden states and has no use for labels: `y` must be None. "
                 f"Received: y={shown(y)}"
             )
-        self.student.check_labels(y)
 
     def _flatten_metrics_in_order(self, logs):
         # As the student does: what it adds by itself comes with `return_dict`.

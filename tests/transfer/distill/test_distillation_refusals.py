@@ -106,6 +106,10 @@ def test_what_cannot_be_learned_from_is_refused():
         without.predict(IDS + 61, verbose=0)
     with pytest.raises(ValueError, match="Labels"):
         without.train_on_batch(IDS, IDS + 61)
+    with pytest.raises(ValueError, match=r"`y` must have shape"):
+        without.train_on_batch(IDS, IDS[:, 1:])
+    with pytest.raises(ValueError, match=r"at least two tokens per row.*Received"):
+        without.train_on_batch(IDS[:, :1])
     with pytest.raises(ValueError, match=r"`class_weight` is for rows .*Received"):
         without.train_on_batch(IDS, IDS, class_weight={1: 2.0})
     for name in ("loss", "metrics"):
