@@ -84,8 +84,9 @@ def _read_yaml(path):
 def _safe_loader(yaml):
     """PyYAML's safe loader, which refuses a name that is there twice."""
 
-    def construct_mapping(loader, node, deep=False):
+    def compose_mapping_node(loader, anchor):  # later, names that `<<` brings are among them
+        node = yaml.SafeLoader.compose_mapping_node(loader, anchor)
         require_once([str(name.value) for name, _ in node.value])
-        return yaml.SafeLoader.construct_mapping(loader, node, deep)
+        return node
 
-    return type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
+    return type("Loader", (yaml.SafeLoader,), {"compose_mapping_node": compose_mapping_node})

@@ -10,6 +10,7 @@ from qwen3_next import Qwen3Next, Qwen3NextClassifier
 from qwen3_next.transfer.merge.dare import merge_dare
 from qwen3_next.transfer.merge.karcher import merge_karcher
 from qwen3_next.transfer.merge.merge_config import METHODS, merge_from_config
+from qwen3_next.transfer.merge.merge_recipes import read_recipe
 from qwen3_next.transfer.merge.slerp import merge_slerp
 from qwen3_next.transfer.merge.task_arithmetic import merge_linear, merge_task_arithmetic
 from qwen3_next.transfer.merge.ties import merge_ties
@@ -235,6 +236,13 @@ def test_wrong_files_are_refused(tmp_path, name, text, word):
     if text is not None:
         path.write_text(text)
     refused(lambda: merge_from_config(path), word)
+
+
+def test_a_name_may_replace_one_that_yaml_merges_in(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: &a {x: 1}\nb: {c: &c {<<: *a, x: 2}}\nd: {<<: *c}\n")
+    assert read_recipe(path)["b"] == {"c": {"x": 2}}
 
 
 OWN = {"weight": 1, "density": 0.5}
