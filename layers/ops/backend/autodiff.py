@@ -11,6 +11,7 @@ cache by function identity do not trace again.
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -125,20 +126,36 @@ def _jax(forward, backward, primal, shards):
 def _tensorflow(forward, backward):
     import tensorflow as tf
 
+    # For every trace of the forward half, which input a residual is, `None` for all others.
+    inputs_among: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
     def half(function, *args):
         # XLA programs of their own: their loops update buffers in place whether the caller runs
         # eagerly, in a graph or under XLA. A plain TensorFlow loop would copy them.
         return program(function, *args, jit_compile=True)
 
+    def kept(*inputs):
+        """Outputs, and residuals but for inputs, of which the program would return copies."""
+        outputs, residuals = forward(*inputs)
+        numbers = {id(x): number for number, x in enumerate(inputs)}
+        found = tf.nest.map_structure(lambda x: numbers.get(id(x)), residuals)
+        inputs_among[tf.compat.v1.get_default_graph()] = found
+        leaves = zip(tf.nest.flatten(residuals), tf.nest.flatten(found))
+        return outputs, [x for x, number in leaves if number is None]
+
     @functools.cache
     def gradient_name(count):
         def gradient(op, *cotangents):
-            # Results as this operation gives them: whoever asks for gradients of a tensor in here,
-            # as a persistent tape does, comes back to it and never to the loops before it.
-            results, inputs = op.outputs[:-count], op.inputs[-count:]
-            # How outputs and residuals are nested follows from the inputs.
-            traced = half(forward, *inputs).get_concrete_function(*inputs)
-            outputs, residuals = tf.nest.pack_sequence_as(traced.structured_outputs, results)
+            # Results and inputs as this operation gives them: whoever asks for gradients of a
+            # tensor in here, as a persistent tape does, comes back to it and never to the loops
+            # before it.
+            results, inputs = op.outputs[:-count], op.outputs[-count:]
+            # How they are nested follows from the inputs.
+            traced = half(kept, *inputs).get_concrete_function(*inputs)
+            outputs, own = tf.nest.pack_sequence_as(traced.structured_outputs, results)
+            where, own = inputs_among[traced.graph], iter(own)
+            residuals = [next(own) if n is None else inputs[n] for n in tf.nest.flatten(where)]
+            residuals = tf.nest.pack_sequence_as(where, residuals)
             cotangents = cotangents[: len(tf.nest.flatten(outputs))]
             args = residuals, *map(tf.convert_to_tensor, cotangents)
             found = list(half(backward, *args)(*args))
@@ -148,8 +165,8 @@ def _tensorflow(forward, backward):
         return register_gradient(gradient)
 
     def differentiable(*inputs):
-        outputs, residuals = half(forward, *inputs)(*inputs)
-        results = tf.nest.flatten((outputs, residuals))
+        outputs, own = half(kept, *inputs)(*inputs)
+        results = tf.nest.flatten((outputs, own))
         marked = identity([*results, *inputs], gradient_name(len(inputs)))
         return tf.nest.pack_sequence_as(outputs, marked[: len(tf.nest.flatten(outputs))])
 

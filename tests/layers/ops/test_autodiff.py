@@ -36,6 +36,36 @@ def test_gradients_are_the_same_eagerly_after_a_program():
         assert_close(found, expected, 1e-6)
 
 
+def quotient_forward(x, y):
+    quotient = x / y
+    return quotient, (y, quotient, x)
+
+
+def quotient_backward(residuals, d_quotient):
+    y, quotient, x = residuals
+    return d_quotient / y, -d_quotient * quotient**2 / x
+
+
+quotient = custom_gradient(quotient_forward, quotient_backward)
+
+
+def test_residuals_may_be_inputs_in_any_order():
+    x, y = np.float64(X), 1 + np.float64(COTANGENT) ** 2
+    for mode in MODES:
+        found = gradients(quotient, (X, y.astype("float32")), COTANGENT, mode=mode)
+        assert_close(found[0], COTANGENT / y, 1e-6)
+        assert_close(found[1], -COTANGENT * x / y**2, 1e-6)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="programs of TensorFlow")
+def test_a_compiled_program_returns_none_of_its_inputs():
+    # It would return copies: of all experts of a layer, for one.
+    tf = pytest.importorskip("tensorflow")
+    graph = tf.function(quotient).get_concrete_function(X, X).graph.as_graph_def()
+    programs = [f for f in graph.library.function if f.attr["_XlaMustCompile"].b]
+    assert [len(found.signature.output_arg) for found in programs] == [2]
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="tapes of TensorFlow")
 def test_gradients_of_a_persistent_tape_are_those_of_another():
     tf = pytest.importorskip("tensorflow")
