@@ -170,6 +170,8 @@ def rows():
             yield Row(name, task, size, who, "many_experts")
     size = {"batch": 1, "length": 16, "new": 32}
     yield Row("512 experts: decode, batch 1", "decode", size, ON_JAX, "many_experts")
+    size = {"batch": 32, "length": 16, "new": 16}
+    yield Row("512 experts: decode, batch 32", "decode", size, few, "many_experts")
     for length in (1024, 4096, 8192):
         size = {"length": length, "heads": 16, "dim": 128}
         who = ON_JAX if length <= 4096 else few

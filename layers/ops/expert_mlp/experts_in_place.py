@@ -10,16 +10,23 @@ Shapes: N tokens, K experts per token, P = N K pairs, E experts, B blocks of row
     backward    their gradients, by the loop over tiles
 """
 
+import math
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from keras import ops
 
 from ..activations import ACTIVATIONS
+from ..backend.loops import get_rows, set_rows, zeros_after
 from ..grouped_matmul.tiles import tile_sizes
+from ..padding import pad_end
 from ..row_product import partial_products, sum_of_blocks
 from ..tensor_types import Tensor
 from . import tiled_experts
 from .tiled_experts import ExpertInputs, sort_by_expert
+
+# What they write meanwhile is a sixteenth of a kernel each; more at a time were no faster.
+MOST_AT_A_TIME = 128
 
 
 class PairInputs(NamedTuple):
@@ -50,17 +57,54 @@ def forward(inputs: PairInputs, activation: str) -> Annotated[Tensor, "N D"]:
     else:
         sort_indices, inverse_sort, _ = sort_by_expert(experts, gate_up.shape[0])
     sorted_experts = ops.take(ops.reshape(experts, (-1,)), sort_indices)
-    real = sorted_experts < gate_up.shape[0]
-    index = ops.where(real, sorted_experts, 0)
-    rows = ops.take(x, sort_indices // chosen, axis=0)  # (P, D)
-    gate, up = ops.split(sum_of_blocks(partial_products(rows, gate_up, index)), 2, axis=-1)
-    gated = ops.cast(ACTIVATIONS[activation].function(gate) * up, x.dtype)
-    partial = partial_products(gated, down, index)
-    # An expert that a pair was not sent to may hold anything.
-    partial = ops.where(real[:, None, None], partial, 0.0)
-    outputs = ops.take(sum_of_blocks(partial), inverse_sort, axis=0)  # (N, K, D)
+    rows = ops.take(x, sort_indices // chosen, axis=0)
+
+    def outputs_of(rows, experts):
+        return _outputs(rows, gate_up, down, experts, activation)
+
+    rows = _some_at_a_time(outputs_of, rows, sorted_experts)
+    outputs = ops.take(rows, inverse_sort, axis=0)  # (N, K, D)
     weights = ops.cast(weights, "float32")[..., None]
     return ops.cast(ops.sum(weights * outputs, axis=1), x.dtype)
+
+
+def _some_at_a_time(
+    function: Callable[[Tensor, Tensor], Tensor],
+    rows: Annotated[Tensor, "P D"],
+    experts: Annotated[Tensor, "P"],
+) -> Annotated[Tensor, "P D"]:
+    """`function(rows, experts)`, of no more than `MOST_AT_A_TIME` rows each time."""
+    count, width = rows.shape
+    pieces = math.ceil(count / MOST_AT_A_TIME)
+    if pieces == 1:
+        return function(rows, experts)
+    size = math.ceil(count / pieces)
+    rows, experts = (pad_end(each, pieces * size - count) for each in (rows, experts))
+
+    def step(number, found):
+        start = number * size
+        new = function(get_rows(rows, start, size), get_rows(experts, start, size))
+        return set_rows(found, start, new)
+
+    found = zeros_after(rows, (pieces * size, width), "float32")
+    return ops.fori_loop(0, pieces, step, found)[:count]
+
+
+def _outputs(
+    rows: Annotated[Tensor, "P D"],
+    gate_up: Annotated[Tensor, "E D 2F"],
+    down: Annotated[Tensor, "E F D"],
+    experts: Annotated[Tensor, "P"],
+    activation: str,
+) -> Annotated[Tensor, "P D"]:
+    """What every row becomes in its expert, float32; 0 where that is none."""
+    real = experts < gate_up.shape[0]
+    index = ops.where(real, experts, 0)
+    gate, up = ops.split(sum_of_blocks(partial_products(rows, gate_up, index)), 2, axis=-1)
+    gated = ops.cast(ACTIVATIONS[activation].function(gate) * up, rows.dtype)
+    partial = partial_products(gated, down, index)
+    # An expert that a pair was not sent to may hold anything.
+    return sum_of_blocks(ops.where(real[:, None, None], partial, 0.0))
 
 
 def backward(

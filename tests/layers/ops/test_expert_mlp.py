@@ -138,7 +138,7 @@ def test_there_may_be_no_tokens(implementation):
     assert not found[1].any()
 
 
-@pytest.mark.parametrize("pairs, chosen", [(128, "in_place"), (130, "tiled")])
+@pytest.mark.parametrize("pairs, chosen", [(2 * EXPERTS, "in_place"), (14, "tiled")])
 def test_a_few_pairs_are_read_in_place_without_being_told(pairs, chosen):
     arrays, other = inputs(pairs // CHOSEN), {"in_place": "tiled", "tiled": "in_place"}[chosen]
     found = run(program(), *arrays)
@@ -160,7 +160,27 @@ def test_a_few_pairs_are_read_in_place_without_being_told(pairs, chosen):
 def test_a_gpu_runs_the_kernels_alone_or_as_one_of_several(monkeypatch, platform, spread, expected):
     for module in (api, products):
         monkeypatch.setattr(module, "platform", lambda: platform)
-    assert api._pick(None, (300, 2), spread) == expected
+    assert api._pick(None, (300, 2), 200, spread) == expected
+
+
+def test_pairs_in_place_are_taken_some_at_a_time(compiled):
+    arrays = inputs(tokens=131)  # 262 pairs: not as many each time
+    found = run(program(implementation="in_place"), *arrays, mode=compiled)
+    assert_close(found, oracle(*arrays), TOLERANCE)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA tells JAX what a program holds")
+def test_what_pairs_in_place_hold_does_not_grow_with_them():
+    import jax
+
+    def held(tokens):
+        shapes = (tokens, 64), (512, 64, 1024), (512, 512, 64)
+        floats = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+        pairs = [jax.ShapeDtypeStruct((tokens, 2), dtype) for dtype in ("int32", "float32")]
+        compiled = jax.jit(program(implementation="in_place")).lower(*floats, *pairs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert held(640) < 2 * held(64)
 
 
 def test_in_place_padding_is_zero_whatever_the_experts_hold():
