@@ -32,8 +32,9 @@ def custom_gradient(
 ) -> Callable[..., Any]:
     """Returns `f(*inputs) -> outputs`, differentiated by `backward` instead of by tracing.
 
-    `primal` is for residuals that cost something; only JAX can tell when they are not needed. With
-    `shards` every device runs the three functions on its own parts; sums over devices are theirs.
+    `primal` is for residuals that cost something, as inputs do not; only JAX can tell when they are
+    not needed. With `shards` every device runs the three functions on its own parts; sums over
+    devices are theirs.
     """
     if BACKEND == "jax":
         return _jax(forward, backward, primal, shards)
