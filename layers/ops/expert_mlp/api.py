@@ -30,8 +30,8 @@ from .spread_experts import Spread
 from .tiled_experts import ExpertInputs, sort_by_expert
 
 IMPLEMENTATIONS = ("in_place", *OF_GROUPED_MATMUL)
-# Pairs per expert. With 8 to 512 experts of 0.4 to 12 MB, on two cores, up to two were 1.1 to 1.8
-# times as fast as tiles in float32, and more in bfloat16; from four on it depends.
+# Pairs per expert. With 8 to 512 experts of 0.8 to 25 MB, on two cores, up to two were 1.1 to 3
+# times as fast as tiles in float32, and 1.2 to 4 times in bfloat16; from four on it depends.
 MOST_IN_PLACE = 2
 
 
