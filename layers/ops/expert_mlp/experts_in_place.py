@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 from keras import ops
 
 from ..activations import ACTIVATIONS
-from ..backend.loops import get_rows, set_rows, zeros_after
+from ..backend.loops import scan, zeros_after
 from ..grouped_matmul.tiles import tile_sizes
 from ..padding import pad_end
 from ..row_product import partial_products, sum_of_blocks
@@ -80,14 +80,10 @@ def _some_at_a_time(
         return function(rows, experts)
     size = math.ceil(count / pieces)
     rows, experts = (pad_end(each, pieces * size - count) for each in (rows, experts))
-
-    def step(number, found):
-        start = number * size
-        new = function(get_rows(rows, start, size), get_rows(experts, start, size))
-        return set_rows(found, start, new)
-
-    found = zeros_after(rows, (pieces * size, width), "float32")
-    return ops.fori_loop(0, pieces, step, found)[:count]
+    xs = ops.reshape(rows, (pieces, size, width)), ops.reshape(experts, (pieces, size))
+    into = (zeros_after(rows, (pieces, size, width), "float32"),)
+    _, (found,) = scan(lambda carry, piece: (carry, (function(*piece),)), (), xs, into)
+    return ops.reshape(found, (-1, width))[:count]
 
 
 def _outputs(
