@@ -252,7 +252,7 @@ def host_array(name: str, x: Any) -> np.ndarray:
     """An argument as a NumPy array; `ValueError` for what cannot be one, such as ragged lists."""
     try:
         return ops.convert_to_numpy(x) if ops.is_tensor(x) else np.asarray(x)
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
         raise ValueError(f"`{name}` must be an array. Received: {name}={shown(x)}") from error
 
 

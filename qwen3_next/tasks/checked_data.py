@@ -63,8 +63,8 @@ def refuse_class_weight(class_weight: Any) -> None:
     for one-hot, and weighs the row by the place of the largest."""
     if class_weight is not None:
         raise ValueError(
-            "`class_weight` is for rows with one label each. Weigh several labels of a row by "
-            f"`sample_weight`, of the labels' shape. Received: class_weight={shown(class_weight)}"
+            "`class_weight` is for rows with one label each: weigh others by `sample_weight`. "
+            f"Received: class_weight={shown(class_weight)}"
         )
 
 

@@ -14,6 +14,7 @@ from qwen3_next.models.assembly import check_head, make_head
 from qwen3_next.models.backbone import Qwen3NextBackbone, balance
 from qwen3_next.models.decisions import with_prompts
 from qwen3_next.models.inputs import check_labels, last_hidden, unpack
+from qwen3_next.tasks.losses_from_logits import compares_elements, takes_one_hot
 from qwen3_next.tasks.task import Task
 from qwen3_next.training.replicas_of_step import weight_of_rows
 from qwen3_next.training.step_inputs import StepInputs, with_step_inputs
@@ -86,8 +87,6 @@ class Qwen3NextClassifier(Task):
     assert model.predict(np.ones((2, 8), "int32"), verbose=0).shape == (2, 3)
     ```
     """
-
-    has_one_label = True
 
     def __init__(
         self,
@@ -186,6 +185,12 @@ class Qwen3NextClassifier(Task):
                 aux_loss, _ = balance(self.config, sum_over_replicas(y_pred.routings))
                 extra = self._extra_losses(aux_loss, y_pred.thinking)
             y_pred = y_pred.logits
+        shape = getattr(sample_weight, "shape", ())
+        if compares_elements(self.loss) and tuple(shape[1:]) not in ((), (1,)):
+            raise ValueError(
+                "`sample_weight` must have one weight per row, (rows,): the loss has one value per "
+                f"row. Received: sample_weight.shape={tuple(shape)}, loss={self.loss}"
+            )
         sample_weight = weight_of_rows(self.loss, y_pred, sample_weight)
         loss = sum_over_replicas(super().compute_loss(x, y, y_pred, sample_weight, training))
         return share_of_replica(sum(extra, start=loss))
@@ -195,10 +200,24 @@ class Qwen3NextClassifier(Task):
             y_pred = y_pred.logits
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
+    @property
+    def has_one_label(self) -> bool:
+        loss = getattr(self, "loss", None)
+        return self.num_labels == 1 or takes_one_hot(loss) or not compares_elements(loss)
+
     def check_batch(self, x: Any, y: Any) -> None:
         super().check_batch(x, y)
         if y is None:
             raise ValueError("A classifier learns from labels, `y`. Received: y=None")
+        shape = getattr(y, "shape", None)
+        if shape is None or not compares_elements(getattr(self, "loss", None)):
+            return
+        columns = tuple(shape[1:])
+        if columns != (self.num_labels,) and (self.num_labels > 1 or columns):
+            raise ValueError(
+                f"`y` must have shape (rows, num_labels={self.num_labels}), as the loss compares "
+                f"each logit with a label. Received: y.shape={tuple(shape)}, loss={self.loss}"
+            )
 
     def check_labels(self, labels: Any) -> None:
         """Raises `ValueError` for labels that are no class."""

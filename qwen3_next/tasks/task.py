@@ -64,7 +64,6 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
 
     predict_function: Any
     thinking_metrics: list[keras.metrics.Metric]
-    has_one_label: bool = False  # for each row
     thinking_of_generation: dict[str, Any] | None = None  # of the last call of `generate`
 
     @classmethod
@@ -238,6 +237,11 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
         check_inputs(self.config, x)
         if isinstance(getattr(self, "loss", None), keras.losses.SparseCategoricalCrossentropy):
             self.check_labels(y)
+
+    @property
+    def has_one_label(self) -> bool:
+        """Whether each row has one label."""
+        return False
 
     def check_labels(self, labels: Any) -> None:
         """Raises `ValueError` for labels that are no class of the model."""

@@ -205,6 +205,13 @@ def test_ragged_rows_are_refused():
                 getattr(model(), method)(x, verbose=0)
 
 
+def test_a_list_around_the_token_ids_is_refused():
+    compiled = small(**LIGHT)
+    compiled.compile("sgd")
+    with pytest.raises(ValueError, match=r"must be an array.*Received"):
+        compiled.fit([IDS], IDS, verbose=0)
+
+
 def test_labels_have_the_shape_of_the_token_ids():
     for labels in (IDS[:, :3], IDS[..., None]):
         with pytest.raises(ValueError, match=r"`y` must have shape .*12.*Received: y.shape="):
@@ -227,6 +234,24 @@ def test_labels_of_a_classifier_are_classes(label):
     classifier.compile("sgd")
     with pytest.raises(ValueError, match=r"\[0, 3\)"):
         classifier.fit(IDS, np.array([0, 1, 2, 0, 1, label]), verbose=0)
+
+
+@pytest.mark.parametrize("loss", ["binary_crossentropy", "mse"])
+def test_several_labels_of_a_row_are_one_per_logit_and_weigh_as_one(loss):
+    classifier = small(Qwen3NextClassifier, num_labels=3, **LIGHT)
+    classifier.compile("sgd", loss, **CHEAPEST_STEPS)
+    labels = np.arange(18).reshape(6, 3) % 2
+    for wrong in (labels[:, 0], labels[:, :1], labels[:, :2]):
+        with pytest.raises(ValueError, match=r"`y` must have shape .*3\).*Received: y.shape="):
+            classifier.fit(IDS, wrong, verbose=0)
+    with pytest.raises(ValueError, match="`class_weight` is for rows with one label"):
+        classifier.fit(IDS, labels, class_weight={0: 2.0}, verbose=0)
+    with pytest.raises(ValueError, match=r"`sample_weight` must have one weight per row.*3\)"):
+        classifier.evaluate(IDS, labels, sample_weight=np.ones((6, 3)), verbose=0)
+    first = classifier.evaluate(IDS[:2], labels[:2], verbose=0)
+    weight = np.array([3.0, 3.0, 0.0, 0.0, 0.0, 0.0])
+    found = classifier.evaluate(IDS, labels, sample_weight=weight, verbose=0)
+    np.testing.assert_allclose(found, first, rtol=1e-5)
 
 
 def test_a_classifier_learns_from_labels():

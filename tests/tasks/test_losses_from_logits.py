@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3NextClassifier
+from qwen3_next.tasks.losses_from_logits import loss_from_logits
 from tests.support.mtp_models import LIGHT
 from tests.support.running import CHEAPEST_STEPS
 from tests.support.small_models import logits_once, random_ids, small
@@ -39,12 +40,24 @@ def expected():
         "SparseCategoricalCrossentropy",
         ["sparse_categorical_crossentropy"],
         keras.losses.sparse_categorical_crossentropy,
+        CROSS_ENTROPY,
         CROSS_ENTROPY(from_logits=True),
     ],
-    ids=["name", "class name", "list", "function", "instance"],
+    ids=["name", "class name", "list", "function", "class", "instance"],
 )
 def test_every_spelling_means_from_logits(loss):
     np.testing.assert_allclose(loss_of(loss), expected().mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "BCE", keras.losses.BinaryCrossentropy])
+def test_a_short_name_or_a_class_means_from_logits(loss):
+    assert loss_from_logits(loss).get_config()["from_logits"]
+
+
+@pytest.mark.parametrize("loss", ["mse", "MeanSquaredError", keras.losses.MeanSquaredError])
+def test_a_loss_without_logits_is_as_keras_takes_it(loss):
+    found, labels = keras.losses.get(loss_from_logits(loss)), np.array([[1.0, 2.0]])
+    np.testing.assert_allclose(found(labels, labels + 3.0), 9.0)
 
 
 class Doubled(CROSS_ENTROPY):
@@ -138,7 +151,18 @@ def test_the_weight_of_a_loss_is_not_dropped():
 
 
 @pytest.mark.parametrize(
-    "loss", [CROSS_ENTROPY(), keras.losses.BinaryFocalCrossentropy(), ["mse", "mse"], {"a": "mse"}]
+    "loss",
+    [
+        CROSS_ENTROPY(),
+        keras.losses.BinaryFocalCrossentropy(),
+        "kld",
+        keras.losses.Dice,
+        keras.losses.tversky,
+        keras.losses.CategoricalGeneralizedCrossEntropy(),
+        ["mse", "mse"],
+        {"a": "mse"},
+    ],
+    ids=["instance", "focal", "short name", "class", "function", "no logits", "list", "dict"],
 )
 def test_losses_on_probabilities_and_several_losses_are_refused(loss):
     with pytest.raises(ValueError, match=r"Received: loss="):
