@@ -163,6 +163,7 @@ def rows():
             size = {"batch": 1, "length": 16, "new": 16}
         name = f"first call of `{task.removeprefix('first_')}`"
         yield Row(name, task, size, KERAS, quick=True)
+        yield Row(f"{name}, programs kept", task, {**size, "kept": True}, KERAS)
     for task, what in (("prefill", "prefill"), ("train", "train step")):
         for length, who in ((1024, few), (256, ON_JAX)):
             name = f"512 experts: {what} 1 x {length}"

@@ -1,10 +1,13 @@
 """The benchmark's rows and its command, without measuring anything."""
 
+import json
+import os
+import subprocess
 import sys
 
 import pytest
 
-from benchmarks import run
+from benchmarks import run, worker
 from benchmarks.workloads import MODELS, everything
 
 
@@ -21,3 +24,22 @@ def test_a_run_of_nothing_leaves_the_results_alone(options, monkeypatch, tmp_pat
         run.main()
     assert "nothing to measure" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_programs_are_compiled_by_an_earlier_process(monkeypatch):
+    row = {"task": "first_fit", "model": "model", "size": {"batch": 1}, "gpu": False}
+    seen = []
+
+    def started(command, **_):
+        seen.append((json.loads(command[-1]), os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+    def measured(_, row):
+        seen.append((row, os.environ["JAX_COMPILATION_CACHE_DIR"]))
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(subprocess, "run", started)
+    monkeypatch.setattr(worker, "measure", measured)
+    kept = {**row, "size": {**row["size"], "kept": True}}
+    monkeypatch.setattr(sys, "argv", ["worker", "ours-jax", json.dumps(kept)])
+    worker.main()
+    assert seen[0] == seen[1] == (row, seen[0][1])
