@@ -88,6 +88,8 @@ class Qwen3NextClassifier(Task):
     ```
     """
 
+    labels_are_indices = False
+
     def __init__(
         self,
         config: Qwen3NextConfig | None = None,

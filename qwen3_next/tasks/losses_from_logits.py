@@ -23,17 +23,26 @@ _OF_PROBABILITIES = ("CategoricalGeneralizedCrossEntropy", "Dice", "KLDivergence
 _OF_INDICES = ("CTC", "Circle", "SparseCategoricalCrossentropy")
 
 
-def loss_from_logits(loss: Any) -> Any:
+def loss_from_logits(loss: Any, of_indices: bool = False) -> Any:
     """The loss that a name, a function, a class or a list of one of them means for logits.
 
+    Args:
+        loss: What `compile` is given.
+        of_indices: Whether labels are indices of outputs, so that no loss can compare them.
+
     Raises:
-        ValueError: several losses, a name that Keras has not, or a loss that takes its predictions
-            for probabilities.
+        ValueError: several losses, a name that Keras has not, a loss that takes its predictions
+            for probabilities, or one that compares indices with outputs.
     """
     if isinstance(loss, list | tuple) and len(loss) == 1:
-        return loss_from_logits(loss[0])
+        return loss_from_logits(loss[0], of_indices)
     if isinstance(loss, list | tuple | dict):
         raise ValueError(f"A model with one output has one loss. Received: loss={loss}")
+    if of_indices and compares_elements(loss):
+        raise ValueError(
+            "Labels of the model are indices, so its loss is a sparse categorical cross-entropy or "
+            f"one of your own. Received: loss={loss}"
+        )
     cls = _class_of(loss)
     chosen = cls is not None and type(loss) is not cls  # not made by the caller
     if chosen and "from_logits" in inspect.signature(cls).parameters:

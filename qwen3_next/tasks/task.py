@@ -62,6 +62,7 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
     The models return logits, so the names of the cross-entropy losses mean them from logits.
     """
 
+    labels_are_indices: bool = True  # whatever the loss
     predict_function: Any
     thinking_metrics: list[keras.metrics.Metric]
     thinking_of_generation: dict[str, Any] | None = None  # of the last call of `generate`
@@ -130,7 +131,7 @@ class Task(IterationsOfRun, Replicas, KerasFiles, ConfiguredModel):
         **kwargs: Any,
     ) -> None:
         """As `keras.Model.compile`; losses and metrics given by name are those of logits."""
-        loss = loss_from_logits(loss)
+        loss = loss_from_logits(loss, self.labels_are_indices)
         self.forget_functions()
         self.check_compilation(loss, kwargs)
         outputs = self.output_shape_of(None, None)[-1]

@@ -182,7 +182,7 @@ class RouterTrainer(CheckedTrainer):
     def compile(self, *args, **kwargs):
         """As `keras.Model.compile`; losses and metrics given by name are those of logits."""
         given = by_name("compile", 0, args, kwargs)
-        loss = given["loss"] = loss_from_logits(given.get("loss"))
+        loss = given["loss"] = loss_from_logits(given.get("loss"), of_indices=True)
         for name in ("metrics", "weighted_metrics"):
             given[name] = metrics_from_logits(given.get(name), loss, ACTIONS)
         super().compile(**given)

@@ -169,6 +169,12 @@ def test_losses_on_probabilities_and_several_losses_are_refused(loss):
         model().compile(loss=loss)
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce", keras.losses.CategoricalCrossentropy(True)])
+def test_a_loss_that_compares_indices_with_logits_is_refused(loss):
+    with pytest.raises(ValueError, match=r"indices.*Received: loss="):
+        model().compile(loss=loss)
+
+
 @pytest.mark.parametrize(
     "metric",
     [
@@ -215,8 +221,9 @@ def test_one_logit_is_positive_above_zero():
     ids=lambda metric: getattr(metric, "name", metric),
 )
 def test_metrics_of_probabilities_are_refused(metric):
+    classifier = small(Qwen3NextClassifier, num_labels=1, **LIGHT)
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     for where in ("metrics", "weighted_metrics"):
         with pytest.raises(ValueError, match=r"metrics must take these.*Received: metrics="):
-            model().compile("sgd", loss, **{where: [metric]})
-    model().compile("sgd", metrics=["accuracy", keras.metrics.BinaryAccuracy(threshold=0.0)])
+            classifier.compile("sgd", loss, **{where: [metric]})
+    classifier.compile("sgd", metrics=["accuracy", keras.metrics.BinaryAccuracy(threshold=0.0)])
