@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen3_next.config.validation import BOOLEAN, require
 
-from .ops.checks import as_array, as_floats, exact_int32, require_shape
+from .ops.checks import as_array, as_floats, exact_int32, require_floatx, require_shape
 
 INTEGERS = ("branch", "experts", "lengths", "positions", "route", "segment_ids")
 NUMBERS = ("inputs", "padding_mask", "prompt", "prompt_mask", "updates")
@@ -32,10 +32,15 @@ class CheckedLayer(keras.layers.Layer):
     Raises:
         TypeError: what is no array of numbers.
         ValueError: integers for floats, floats for integers, sizes that do not fit together, flags
-            that are no bools.
+            that are no bools, a default dtype of Keras other than float32.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        require_floatx()
+        super().__init__(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        require_floatx()
         names, axes, optional = _arguments(type(self).call)
         sizes = self._built_sizes(axes[names[0]][-1])
 

@@ -11,6 +11,7 @@ to_integers       integers as int32, nothing else
 to_int32          the same, of what is known to be integers
 if_given          one of these for an argument that may be `None`
 known_values      the values of what has some already
+require_floatx    the default dtype of Keras
 """
 
 import re
@@ -153,3 +154,17 @@ def _is_traced(x):
 
         return tf.is_symbolic_tensor(x)
     return False
+
+
+def require_floatx() -> None:
+    """Raises `ValueError` where Keras' default dtype is not float32.
+
+    It is the dtype of constants and of random numbers in the middle of an op, too, and those that
+    choose tokens and experts need float32 whatever a model computes in.
+    """
+    given = keras.config.floatx()
+    if given != "float32":
+        raise ValueError(
+            "`keras.config.floatx()` must be 'float32'. Other dtypes are policies: give `dtype=` "
+            f"or `keras.config.set_dtype_policy({given!r})`. Received: floatx={given!r}"
+        )

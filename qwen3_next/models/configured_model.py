@@ -8,6 +8,7 @@ import numpy as np
 
 from qwen3_next.config import Qwen3NextConfig
 from qwen3_next.config.validation import PATH, Rule, require, shown
+from qwen3_next.layers.ops.checks import require_floatx
 from qwen3_next.models.decisions import with_decisions
 from qwen3_next.models.inputs import check_token_ids, require_inputs
 from qwen3_next.models.placement import check_placement
@@ -38,6 +39,7 @@ class ConfiguredModel(keras.Model):
     config: Qwen3NextConfig
 
     def __init__(self, config=None, *, name=None, dtype=None, **fields):
+        require_floatx()
         require_mirrored_strategy(type(self).__name__)
         if config is not None and fields:
             raise ValueError(

@@ -13,6 +13,7 @@ from qwen3_next.layers.ops.checks import (
     as_mask,
     exact_int32,
     known_values,
+    require_floatx,
     to_int32,
     to_integers,
 )
@@ -65,6 +66,7 @@ class Inputs(NamedTuple):
 
 def unpack(inputs: Tensor | dict | Inputs) -> Inputs:
     """Turns a tensor `(B, T)` or a dict with `KEYS` into `Inputs`, checking shapes and dtypes."""
+    require_floatx()
     if isinstance(inputs, Inputs):
         return inputs
     fields = inputs if isinstance(inputs, dict) else {"token_ids": inputs}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qwen3_next import MTPConfig, Qwen3Next, Qwen3NextBackbone, Qwen3NextClassifier
+from qwen3_next.layers import SwiGLU
 from qwen3_next.transfer.named_weights import NamedWeights
 from tests.support.small_models import ONE_LAYER, SMALL, random_ids, shared, small
 
@@ -35,6 +36,29 @@ def test_a_dtype_policy_is_given_at_construction():
         with pytest.raises(ValueError, match=r"`dtype=`.*Received: dtype_policy='mixed_bfloat16'"):
             model.dtype_policy = "mixed_bfloat16"
     assert shared().dtype_policy.name == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_default_dtype_of_keras_is_refused_in_favour_of_a_policy(dtype):
+    model, layer, message = small(**ONE_LAYER), SwiGLU(8), "`keras.config.floatx.*policies"
+    keras.config.set_floatx(dtype)
+    try:
+        for use in (
+            lambda: small(**ONE_LAYER),
+            lambda: SwiGLU(8),
+            lambda: model(IDS),
+            lambda: model.generate(IDS, 1),
+            lambda: layer(np.ones((1, 2, 4), "float32")),
+        ):
+            with pytest.raises(ValueError, match=message):
+                use()
+    finally:
+        keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        assert small(**ONE_LAYER).dtype_policy.name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy("float32")
 
 
 @pytest.mark.parametrize("key", ["a", None])
