@@ -261,6 +261,9 @@ class Qwen3NextBackbone(ConfiguredModel):
 
     def _check(self, inputs, cache, replayable, think_iterations):
         self.schedule.check_iterations(think_iterations)
+        if cache is not None:
+            check_cache(cache, inputs.token_ids.shape[0])
+            think_iterations = think_iterations or cache.think_iterations
         check_decisions(self.config, inputs, think_iterations)
         length, longest = inputs.token_ids.shape[1], self.config.max_position_embeddings
         if length is not None and length > longest:
@@ -268,8 +271,6 @@ class Qwen3NextBackbone(ConfiguredModel):
                 f"Sequences must have at most `max_position_embeddings`={longest} tokens. "
                 f"Received: {length} tokens"
             )
-        if cache is not None:
-            check_cache(cache, inputs.token_ids.shape[0])
         if cache is not None and inputs.segment_ids is not None:
             raise ValueError(
                 "A cache holds one sequence per row: `segment_ids` must be None with a cache. "

@@ -49,6 +49,16 @@ def test_cached_is_uncached_in_the_midst_of_a_model_where_every_token_picks_its_
     assert np.count_nonzero(selections.sum(0)) > 1
 
 
+def test_a_cache_for_fewer_iterations_begins_with_an_expert_for_each_of_them():
+    model = shared_routed("both")
+    branch = np.array([[0, 1], [2, 0], [-1, 2], [1, 1]])
+    given = {"token_ids": IDS, "route": ROUTE, "branch": branch}
+    output = think(model, given, model.init_cache(4, 32, think_iterations=2))
+    assert_close(to_numpy(output.hidden), hidden(model, given, think_iterations=2), TOLERANCE)
+    with pytest.raises(ValueError, match="each of the 2 iterations"):
+        model({**given, "branch": np.zeros((4, 3), "int32")}, cache=output.cache)
+
+
 def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
     model = shared_routed("both")
     expected = think(model, FIRST, model.init_cache(4, 32))
