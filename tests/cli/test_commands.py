@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qwen3_next import Qwen3Next
+from qwen3_next.checkpoints import safetensors_files
 from qwen3_next.cli import main
 from tests.support.small_models import logits_once, random_ids
 from tests.support.teachers import qwen3, weights_of
@@ -117,6 +118,21 @@ def test_a_target_that_cannot_be_one_stops_the_command_before_its_work(
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_command_says_so_and_leaves_nothing(folder, capsys, monkeypatch):
+    def interrupt(path, *arguments):
+        path.write_bytes(b"half of a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors_files, "_write_file", interrupt)
+    models = [{"model": f"{folder}/qwen3", "parameters": {"weight": 1}}] * 2
+    (folder / "recipe.json").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    with pytest.raises(SystemExit) as exit:
+        run("merge", folder / "recipe.json", folder / "out")
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == "qwen3-next: interrupted\n"
+    assert not (folder / "out").exists()
 
 
 def test_a_variant_is_described(capsys):
