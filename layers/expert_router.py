@@ -18,6 +18,7 @@ from .projection import RowDense
 from .shapes import Shape
 
 NO_EXPERT = -1
+UNFORCED = -2  # none was given, the router says which
 EPSILON = 1e-6
 
 

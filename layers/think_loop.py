@@ -22,7 +22,7 @@ from .adapters import build_experts
 from .arguments import check_arguments
 from .checked_layer import CheckedLayer
 from .decoder_layer import DecoderLayer, both_masks
-from .expert_router import NO_EXPERT, ExpertRouter
+from .expert_router import NO_EXPERT, UNFORCED, ExpertRouter
 from .halting_unit import HaltingUnit
 from .layer_router import LayerRouter
 from .lora_experts import LoRAExperts
@@ -191,12 +191,15 @@ class ThinkLoop(CheckedLayer):
         repeats: tuple = ()
         route: Any = ()
         branch: Any = ()
+        forced: Any = ()
         if self.routers:
             repeats = tuple(layer.init_cache(batch_size, max_length) for layer in self.layers)
             route = ops.ones((batch_size, len(self.layers)), "int32")
         if self.expert_router is not None and self.expert_router.granularity == "sequence":
             branch = ops.full((batch_size,), NO_EXPERT, "int32")
-        one = ThinkLoopCache(layers, sums, repeats, route, branch)
+        elif self.expert_router is not None:
+            forced = ops.full((batch_size,), UNFORCED, "int32")
+        one = ThinkLoopCache(layers, sums, repeats, route, branch, forced)
         return keras.tree.map_structure(lambda x: ops.repeat(x[None], count, axis=0), one)
 
     def commit(

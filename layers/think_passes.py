@@ -19,6 +19,7 @@ from .ops.tensor_types import Tensor
 from .sparse_moe import Routing, SparseMoE
 from .think_routing import (
     adapters_of,
+    branch_of,
     chosen_experts,
     decided,
     run_routed,
@@ -147,7 +148,7 @@ def _iteration(loop, options, given, state, number, count, cache=None):
         summed = (
             keras.tree.map_structure(lambda a, b: a + b, summed, routing) if routing else summed
         )
-    left = _left(options, cache, turns, sums, routes, experts)
+    left = _left(options, cache, turns, sums, routes, experts, branch_of(given, number))
     return State(hidden, halting, summed, routes, experts), left
 
 
@@ -219,7 +220,7 @@ def _write(loop, options, given, state, number, cache):
         else:
             turns.append((run(hidden), None))
     _, sums = _probability(loop, options, given, hidden, cache)
-    return _left(options, cache, turns, sums, routes, experts)
+    return _left(options, cache, turns, sums, routes, experts, branch_of(given, number))
 
 
 def _no_routing(layer):
@@ -229,7 +230,7 @@ def _no_routing(layer):
     return Routing(zero, zero, ops.zeros((), "float32"))
 
 
-def _left(options, cache, turns, sums, routes, experts):
+def _left(options, cache, turns, sums, routes, experts, branch):
     """What an iteration leaves: its cache, or in a replayable pass its update."""
     first = tuple(first.cache for first, _ in turns)
     second = tuple(second.cache for _, second in turns if second is not None)
@@ -241,7 +242,10 @@ def _left(options, cache, turns, sums, routes, experts):
     chosen = cache.branch
     if experts and not isinstance(chosen, tuple):
         chosen = experts.chosen[:, 0]
-    return ThinkLoopCache(first, sums, second, route, chosen)
+    forced = cache.forced
+    if branch is not None and not isinstance(forced, tuple):
+        forced = branch
+    return ThinkLoopCache(first, sums, second, route, chosen, forced)
 
 
 def _probability(loop, options, given, hidden, cache):

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from .adapters import Adapters
-from .expert_router import NO_EXPERT
+from .expert_router import NO_EXPERT, UNFORCED
 from .layer_router import ACTIONS, EXECUTE
 from .ops.backend.branches import when
 from .ops.backend.seeds import DrawnSeed, folded
@@ -184,14 +184,14 @@ def chosen_experts(
     loop: Any, given: Any, experts: Experts, hidden: Tensor, live: Any, number: Any, cache: Any
 ) -> Experts:
     """The experts of iteration `number`, which begins with `hidden`."""
-    router, scores, branch = loop.expert_router, experts.scores, given.branch
-    if branch is not None and len(branch.shape) == 2:
-        branch = ops.take(branch, number, axis=1)
+    router, scores, branch = loop.expert_router, experts.scores, branch_of(given, number)
     if router.granularity == "token":
         scores = router(given.x, hidden)
         chosen = router.select(scores)
+        if branch is None and cache is not None:
+            branch = cache.forced
         if branch is not None:
-            chosen = ops.broadcast_to(branch[:, None], ops.shape(chosen))
+            chosen = ops.where(branch[:, None] == UNFORCED, chosen, branch[:, None])
     else:
         if branch is not None:
             chosen = branch[:, None]
@@ -207,6 +207,14 @@ def chosen_experts(
     thinks = given.real if live is None else given.real & live
     added = router.weigh(chosen, None) * ops.cast(thinks, "float32")[..., None]
     return Experts(chosen, scores, experts.selections + added)
+
+
+def branch_of(given: Any, number: Any) -> Annotated[Tensor, "B"] | None:
+    """The experts that are given for the rows in iteration `number`, `None` where none are."""
+    branch = given.branch
+    if branch is not None and len(branch.shape) == 2:
+        return ops.take(branch, number, axis=1)
+    return branch
 
 
 def selections_of(loop: Any, experts: Experts) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ class ThinkLoopCache(NamedTuple):
             the L layers runs for a row.
         branch: With LoRA experts that rows choose `(k, B)` int32, the expert of each iteration, or
             -1 for none.
+        forced: With LoRA experts that tokens pick `(k, B)` int32, the expert that was given for a
+            row in each iteration, -1 for none, or `UNFORCED` where its tokens pick.
     """
 
     layers: tuple
@@ -29,6 +31,7 @@ class ThinkLoopCache(NamedTuple):
     repeats: tuple = ()
     route: Any = ()
     branch: Any = ()
+    forced: Any = ()
 
     @property
     def iterations(self) -> int:

@@ -59,6 +59,19 @@ def test_a_cache_for_fewer_iterations_begins_with_an_expert_for_each_of_them():
         model({**given, "branch": np.zeros((4, 3), "int32")}, cache=output.cache)
 
 
+def test_an_expert_that_is_given_holds_for_all_tokens_of_a_row_where_tokens_pick():
+    model = shared_routed("by token")
+    given = {"route": np.ones((4, 2), "int32"), "branch": np.array([0, 2, -1, 1])}
+    cache, found = model.init_cache(4, 32), []
+    for start, more in ((0, given), (LENGTH // 2, {})):
+        output = think(model, {"token_ids": IDS[:, start : start + LENGTH // 2], **more}, cache)
+        cache = output.cache
+        found.append(to_numpy(output.hidden))
+    whole = hidden(model, {"token_ids": IDS, **given})
+    assert_close(np.concatenate(found, axis=1), whole, TOLERANCE)
+    assert cache.branch is None  # of what rows choose
+
+
 def test_a_prompt_in_pieces_goes_the_way_that_was_decided_for_it():
     model = shared_routed("both")
     expected = think(model, FIRST, model.init_cache(4, 32))
