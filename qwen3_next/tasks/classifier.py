@@ -47,7 +47,8 @@ class Qwen3NextClassifier(Task):
 
     The last token is the only one that has seen the whole sequence; which one it is comes from
     the padding mask, on whichever side the padding stands. With `num_labels=1` and
-    `compile(loss="mse")` it regresses.
+    `compile(loss="mse")` it regresses; with `compile(loss="binary_crossentropy")` a row may have
+    several labels, `y` is `(B, num_labels)` of 0 and 1 then.
 
     Args:
         config: `Qwen3NextConfig`, or its fields as keyword arguments.

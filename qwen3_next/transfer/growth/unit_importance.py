@@ -7,6 +7,8 @@ Measured on tokens (`activation`), means over them:
     unit      h_u^2 |W_down[u]|^2             what a unit h of a dense network adds to the stream
     expert    p_e                             probability that the router gives it
 
+An MTP module that runs several steps is measured in the first of them.
+
 Without tokens (`weight_norm`), of the weights alone:
 
     layer     |W_out|^2 + |W_down|^2          what writes to the stream; experts count as their mean
