@@ -68,7 +68,14 @@ def test_a_model_is_compiled_and_run_in_the_scope_it_was_built_in():
     ("options", "match"),
     [
         ({"jit_compile": True}, "jit_compile=True"),
-        ({"loss": keras.losses.MeanSquaredError("mean_with_sample_weight")}, "reduction="),
+        (
+            {
+                "loss": keras.losses.SparseCategoricalCrossentropy(
+                    from_logits=True, reduction="mean_with_sample_weight"
+                )
+            },
+            "reduction=",
+        ),
         ({"optimizer": ("AdamW", {"use_ema": True, "clipnorm": 1.0})}, "use_ema"),
         ({"optimizer": ("LossScaleOptimizer", {"inner_optimizer": "sgd"})}, "first replica"),
     ],
